@@ -1,0 +1,17 @@
+"""NVFP4 matrix multiplication from PyTorch."""
+
+from fp4gemm.formats import CONVENTIONS, SCALINGS, SF_LAYOUTS
+from fp4gemm.ops import dequantize, gemm, quantize, quantize_gemm
+from fp4gemm.tensor import FP4Tensor
+
+__version__ = "0.1.0"
+__all__ = [
+    "CONVENTIONS",
+    "SCALINGS",
+    "SF_LAYOUTS",
+    "FP4Tensor",
+    "dequantize",
+    "gemm",
+    "quantize",
+    "quantize_gemm",
+]

@@ -1,0 +1,1 @@
+"""Benchmarks: `fp4gemm bench` measures, `fp4gemm.report` records."""

@@ -1,0 +1,75 @@
+"""What a kernel costs before it runs: its load from the warm cache in a new process, and its compilation."""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+import statistics
+import subprocess
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+from fp4gemm import cache, report, select, spec
+from fp4gemm.bench.common import ARCH, Config, Job
+from fp4gemm.report import Row
+from fp4gemm.spec import GemmSpec
+
+_PROBE = "fp4gemm.bench.load_probe"
+_COMPILE_FIELDS = ("seconds", "peak_mb", "registers", "spill_bytes", "smem_bytes")
+
+
+def default_gemm() -> GemmSpec:
+    """The first GEMM variant for this backend: the one that the load figure is about."""
+    return next(s for s in spec.default_variants((ARCH,)) if isinstance(s, GemmSpec))
+
+
+def gemm_name(M: int, N: int) -> str:
+    """Name of the kernel that `gemm` takes for D [M, N] in bf16, without bias."""
+    return select.gemm_spec(ARCH, M, N, "bf16", None).name
+
+
+def load_jobs(config: Config) -> Iterator[Job]:
+    """The load time of the default GEMM variant."""
+    yield Job("load from cache", functools.partial(_load_rows, config))
+
+
+def _load_rows(config: Config) -> list[Row]:
+    wanted = default_gemm()
+    cache.get(wanted)  # in the disk cache, and in the page cache, from here on
+    runs = [_probe(wanted.name) for _ in range(2 if config.quick else config.repeats)]
+    return [
+        {
+            "bench": "load",
+            "kernel": wanted.name,
+            "arch": wanted.arch,
+            "ms": statistics.median(runs),
+            "max_ms": max(runs),
+        }
+    ]
+
+
+def _probe(name: str) -> float:
+    """Milliseconds of one load in a new process. Raises RuntimeError with that process's words when it fails."""
+    path = os.pathsep.join(filter(None, (str(report.project_root()), os.environ.get("PYTHONPATH"))))
+    environment = {**os.environ, "PYTHONPATH": path, "FP4GEMM_DISABLE_JIT": "1"}
+    command = [sys.executable, "-m", _PROBE, name]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise RuntimeError(f"{_PROBE} {name} ended with {done.returncode}:\n{done.stderr.strip()}")
+    return float(json.loads(done.stdout.splitlines()[-1])["ms"])
+
+
+def compile_jobs(config: Config) -> Iterator[Job]:
+    """What the compiler said about every default variant that the cache holds; nothing is built here."""
+    yield Job("compile", _compile_rows)
+
+
+def _compile_rows() -> list[Row]:
+    entries = ((s, cache.lookup(s)) for s in spec.default_variants())
+    return [_compile_row(s.name, s.arch, entry.meta) for s, entry in entries if entry is not None]
+
+
+def _compile_row(name: str, arch: str, meta: dict[str, Any]) -> Row:
+    return {"bench": "compile", "kernel": name, "arch": arch, **{key: meta[key] for key in _COMPILE_FIELDS}}

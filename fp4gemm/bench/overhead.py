@@ -1,0 +1,80 @@
+"""CPU time of a warm Python call: what a caller pays before the GPU has anything to do."""
+
+from __future__ import annotations
+
+import functools
+import statistics
+import time
+from collections.abc import Iterator
+
+import torch
+
+import fp4gemm
+from fp4gemm.bench.common import Config, Job, random_inputs
+from fp4gemm.bench.timing import Call
+from fp4gemm.report import Row
+
+SHAPE = (16, 256, 256)  # M, N, K: the GPU's share is a few microseconds
+_CALLS = 200  # a few launches each: fewer than the launch queue holds, so that a full queue never makes the CPU wait
+_WARM = 50
+
+
+def _batch(call: Call) -> tuple[float, float]:
+    """Microseconds of wall time and of process CPU time per call, over one batch that starts with an idle GPU."""
+    torch.cuda.synchronize()
+    wall, cpu = time.perf_counter(), time.process_time()
+    for _ in range(_CALLS):
+        call()
+    wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
+    torch.cuda.synchronize()
+    return wall / _CALLS * 1e6, cpu / _CALLS * 1e6
+
+
+def call_us(calls: dict[str, Call], batches: int) -> dict[str, tuple[float, float]]:
+    """Median (wall, process) microseconds per call of every candidate, batches interleaved."""
+    for call in calls.values():
+        for _ in range(_WARM):
+            call()
+    samples: dict[str, list[tuple[float, float]]] = {name: [] for name in calls}
+    for _ in range(batches):
+        for name, call in calls.items():
+            samples[name].append(_batch(call))
+    return {
+        name: (statistics.median(w for w, _ in got), statistics.median(c for _, c in got))
+        for name, got in samples.items()
+    }
+
+
+def jobs(config: Config) -> Iterator[Job]:
+    """gemm, quantize, quantize_gemm and, as the yardstick, torch.mm, at one small shape."""
+    yield Job("overhead", functools.partial(_rows, config))
+
+
+def _rows(config: Config) -> list[Row]:
+    M, N, K = SHAPE
+    x, w = random_inputs(1, M, K)[0], random_inputs(1, N, K)[0]
+    a4, b4 = fp4gemm.quantize(x), fp4gemm.quantize(w)
+    wt, out = w.t(), x.new_empty(M, N)
+    calls: dict[str, Call] = {
+        "gemm": functools.partial(fp4gemm.gemm, a4, b4),
+        "quantize": functools.partial(fp4gemm.quantize, x),
+        "dequantize": functools.partial(fp4gemm.dequantize, a4, torch.bfloat16),
+        "quantize_gemm": functools.partial(fp4gemm.quantize_gemm, x, b4),
+        "torch_mm": functools.partial(torch.mm, x, wt, out=out),
+    }
+    us = call_us(calls, 10 if config.quick else 50)
+    mm = us.pop("torch_mm")[0]
+    return [
+        {
+            "bench": "overhead",
+            "op": op,
+            "M": M,
+            "N": N,
+            "K": K,
+            "mode": "eager",
+            "us": wall,
+            "process_us": process,
+            "vs_us": {"torch_mm": mm},
+        }
+        for op, (wall, process) in us.items()
+    ]

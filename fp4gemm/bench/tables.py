@@ -1,0 +1,171 @@
+"""Measured rows as tables of text: the terminal, README and docs all show these."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from fp4gemm.report import Row
+
+
+@dataclass(frozen=True)
+class Table:
+    """A title, column names and rows of text."""
+
+    title: str
+    columns: tuple[str, ...]
+    rows: tuple[tuple[str, ...], ...]
+
+
+Column = tuple[str, Callable[[Row], str]]
+
+
+def number(value: float) -> str:
+    """Three significant digits, or all digits before the point: 1234.5 -> '1,234', 12.34 -> '12.3', 0.5 -> '0.500'."""
+    if value == 0:
+        return "0"
+    if abs(value) < 1e-3:
+        return f"{value:.1e}"
+    digits = 0 if abs(value) >= 100 else 1 if abs(value) >= 10 else 2 if abs(value) >= 1 else 3
+    return f"{value:,.{digits}f}"
+
+
+def _field(name: str) -> Callable[[Row], str]:
+    return lambda row: str(row.get(name, ""))
+
+
+def _number(name: str) -> Callable[[Row], str]:
+    return lambda row: number(row[name]) if name in row else ""
+
+
+def _versus(name: str) -> Callable[[Row], str]:
+    return lambda row: number(row["vs_us"][name]) if name in row["vs_us"] else ""
+
+
+def _factor(name: str) -> Callable[[Row], str]:
+    return lambda row: f"{row['vs_us'][name] / row['us']:.2f}x" if name in row["vs_us"] else ""
+
+
+def _share_of_copy(row: Row) -> str:
+    copy = row["vs_us"].get("copy_same_bytes")
+    return f"{copy / row['us']:.0%}" if copy else ""
+
+
+def _gb_s(row: Row) -> str:
+    return f"{row['bytes'] / row['us'] / 1e3:,.0f}"
+
+
+def _tflop_s(row: Row) -> str:
+    return number(2 * row["M"] * row["N"] * row["K"] / row["us"] / 1e6)
+
+
+def _scaling(row: Row) -> str:
+    options = row["options"]
+    return f"{options.get('scaling', '')}{', given scale' if options.get('outer_scale') == 'given' else ''}"
+
+
+def _layout(row: Row) -> str:
+    return str(row["options"].get("sf_layout", ""))
+
+
+def _shape(row: Row) -> str:
+    return " x ".join(str(row[name]) for name in "MNK" if name in row)
+
+
+_SHAPE: Column = ("shape", _shape)
+_MODE: Column = ("mode", _field("mode"))
+_US: Column = ("us", _number("us"))
+_KERNEL: Column = ("kernel", lambda row: f"`{row['kernel']}`")
+
+TABLES: dict[str, tuple[str, tuple[Column, ...]]] = {
+    "quantize": (
+        "Quantize (M x K, bf16)",
+        (
+            _SHAPE,
+            ("scaling", _scaling),
+            ("scale layout", _layout),
+            _MODE,
+            _US,
+            ("GB/s", _gb_s),
+            ("copy of the same bytes, us", _versus("copy_same_bytes")),
+            ("of copy bandwidth", _share_of_copy),
+        ),
+    ),
+    "dequantize": (
+        "Dequantize (M x K, to bf16)",
+        (
+            _SHAPE,
+            ("scale layout", _layout),
+            _MODE,
+            _US,
+            ("GB/s", _gb_s),
+            ("copy of the same bytes, us", _versus("copy_same_bytes")),
+            ("of copy bandwidth", _share_of_copy),
+        ),
+    ),
+    "gemm": (
+        "GEMM (M x N x K, bf16 out)",
+        (
+            _SHAPE,
+            ("call", lambda row: f"`{row.get('op', 'gemm')}`"),
+            ("A", _field("a")),
+            ("B", _field("b")),
+            _MODE,
+            _US,
+            ("TFLOP/s", _tflop_s),
+            ("cuBLAS bf16, us", _versus("cublas_bf16")),
+            ("speed-up over cuBLAS", _factor("cublas_bf16")),
+            ("relative error", lambda row: f"{row['rel_error']:.1e}"),
+        ),
+    ),
+    "overhead": (
+        "CPU time of a warm Python call",
+        (
+            ("call", lambda row: f"`{row['op']}`"),
+            _SHAPE,
+            _US,
+            ("process CPU, us", _number("process_us")),
+            ("`torch.mm`, us", _versus("torch_mm")),
+        ),
+    ),
+    "load": (
+        "Load of a cached kernel in a new process",
+        (_KERNEL, ("ms", _number("ms")), ("slowest, ms", _number("max_ms"))),
+    ),
+    "compile": (
+        "Compilation",
+        (
+            _KERNEL,
+            ("arch", _field("arch")),
+            ("seconds", _number("seconds")),
+            ("peak MB", _number("peak_mb")),
+            ("registers", _field("registers")),
+            ("spill bytes", _field("spill_bytes")),
+            ("shared memory, bytes", _field("smem_bytes")),
+        ),
+    ),
+}
+
+
+def _in_summary(row: Row) -> bool:
+    """The rows that README shows: CUDA-graph time in the default scale layout; how kernels compile is for the docs."""
+    in_graph = row["bench"] == "overhead" or row.get("mode", "graph") == "graph"
+    default_layout = row.get("options", {}).get("sf_layout", "128x4") == "128x4"
+    return bool(in_graph and default_layout and row["bench"] != "compile")
+
+
+def table(bench: str, rows: Sequence[Row], summary: bool = False) -> Table | None:
+    """The table of one bench's rows; None when there are none. `summary` keeps the rows that README shows."""
+    title, columns = TABLES[bench]
+    kept = [row for row in rows if row["bench"] == bench and (not summary or _in_summary(row))]
+    if not kept:
+        return None
+    cells = tuple(tuple(cell(row) for _, cell in columns) for row in kept)
+    return Table(title, tuple(name for name, _ in columns), cells)
+
+
+def markdown(shown: Table) -> str:
+    """A pipe table; every column but the first is right-aligned."""
+    lines = [" | ".join(shown.columns), " | ".join([":--"] + ["--:"] * (len(shown.columns) - 1))]
+    lines += [" | ".join(cells) for cells in shown.rows]
+    return "\n".join(f"| {line} |" for line in lines)

@@ -1,0 +1,148 @@
+"""How time is measured: cold rotating inputs, CUDA-graph or eager samples, candidates interleaved, medians."""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import math
+import statistics
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
+
+import torch
+
+Call = Callable[[], object]
+Sampler = Callable[[], float]  # one sample: microseconds per call
+
+DEVICE = "cuda"  # the current one
+MODES = ("graph", "eager")
+DEFAULT_REPEATS = 9
+MIN_REPEATS = 7
+_SAMPLE_US = 2000.0  # a sample lasts at least this long: event resolution (0.5 us) and launch gaps stay below 1 %
+_MIN_NODES = 8  # calls in a graph, so that the gap between two replays is shared by several of them
+_MAX_EAGER_CALLS = 200  # below the launch queue's depth, and a bound on the time of one sample
+_WARM_SAMPLES = 50  # a fifth of a second, in which an idle GPU reaches its clocks
+_L2_BYTES = 60 << 20  # where the driver does not say
+
+
+def l2_bytes() -> int:
+    """Size of the current device's L2 cache in bytes."""
+    return int(getattr(torch.cuda.get_device_properties(torch.cuda.current_device()), "L2_cache_size", 0)) or _L2_BYTES
+
+
+def rotation(nbytes: int, l2: int | None = None) -> int:
+    """How many copies of an input of `nbytes` exceed twice the L2, so that none is still cached at its next turn."""
+    cold = 2 * max(l2 if l2 is not None else l2_bytes(), _L2_BYTES)
+    return max(2, cold // max(nbytes, 1) + 1)
+
+
+def _timed(run: Callable[[], None]) -> float:
+    """Microseconds between two events around `run` on the current stream."""
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
+    start.record()
+    run()
+    end.record()
+    end.synchronize()
+    return float(start.elapsed_time(end)) * 1e3
+
+
+class GraphSampler:
+    """Replays a CUDA graph of all `calls` (one per rotated input); a sample is the time of one call.
+
+    Results stay alive for a whole rotation during the capture. Else the allocator would hand every call the same output
+    memory, which the L2 absorbs, and the bandwidth would look better than it is.
+    """
+
+    def __init__(self, calls: Sequence[Call]) -> None:
+        rounds = math.ceil(_MIN_NODES / len(calls))
+        self._calls = len(calls) * rounds
+        self._replays = 1
+        stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            for call in calls:  # builds and loads kernels, which a capture cannot
+                call()
+        torch.cuda.synchronize()
+        held: deque[object] = deque(maxlen=len(calls))
+        self._graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self._graph, stream=stream):
+            for _ in range(rounds):
+                for call in calls:
+                    held.append(call())
+        self._held = held
+        self()  # the first replay uploads the graph
+        self._replays = max(1, math.ceil(_SAMPLE_US / (self() * self._calls)))
+
+    def _replay(self) -> None:
+        for _ in range(self._replays):
+            self._graph.replay()
+
+    def __call__(self) -> float:
+        return _timed(self._replay) / (self._replays * self._calls)
+
+
+class EagerSampler:
+    """Calls as a user does, results dropped at once; goes on through the rotation where the last sample stopped."""
+
+    def __init__(self, calls: Sequence[Call]) -> None:
+        self._cycle = itertools.cycle(calls)
+        self._count = _MIN_NODES
+        self()
+        self._count = min(max(_MIN_NODES, math.ceil(_SAMPLE_US / self())), _MAX_EAGER_CALLS)
+
+    def _run(self) -> None:
+        for _ in range(self._count):
+            next(self._cycle)()
+
+    def __call__(self) -> float:
+        return _timed(self._run) / self._count
+
+
+def sampler(mode: str, calls: Sequence[Call]) -> Sampler:
+    """A sampler for one of MODES."""
+    if mode not in MODES:
+        raise ValueError(f"mode: expected one of {', '.join(MODES)}, got {mode!r}")
+    return GraphSampler(calls) if mode == "graph" else EagerSampler(calls)
+
+
+def interleave(samplers: Mapping[str, Sampler], repeats: int) -> dict[str, float]:
+    """Median of `repeats` samples of each candidate, taken in turn so that clocks and temperature are shared."""
+    samples: dict[str, list[float]] = {name: [] for name in samplers}
+    for _ in range(repeats):
+        for name, sample in samplers.items():
+            samples[name].append(sample())
+    return {name: statistics.median(times) for name, times in samples.items()}
+
+
+def compare(candidates: Mapping[str, Sequence[Call]], mode: str, repeats: int) -> dict[str, float]:
+    """Microseconds per call of every candidate, measured in one process, interleaved."""
+    return interleave({name: sampler(mode, calls) for name, calls in candidates.items()}, repeats)
+
+
+def copies_of(nbytes: int) -> list[Call]:
+    """Cold copies that move `nbytes` each, half read and half written: the yardstick of a memory-bound kernel."""
+    half = max(nbytes // 2 // 16 * 16, 16)
+    source = random_bytes(rotation(half), half)
+    target = torch.empty_like(source)
+    return [functools.partial(_copy, s, t) for s, t in zip(source, target, strict=True)]
+
+
+def _copy(source: torch.Tensor, target: torch.Tensor) -> None:
+    # An elementwise kernel. In a graph `copy_` becomes a memcpy node, which reaches two thirds of its bandwidth.
+    torch.bitwise_not(source.view(torch.int32), out=target.view(torch.int32))
+
+
+def random_bytes(*shape: int) -> torch.Tensor:
+    """Random uint8 on the GPU: zeros draw less power and compress, so they would flatter."""
+    return torch.randint(0, 256, shape, dtype=torch.uint8, device=DEVICE)
+
+
+def copy_tb_s(repeats: int, nbytes: int = 1 << 30) -> float:
+    """Copy bandwidth in TB/s, bytes read + written, of a device-to-device copy of `nbytes` (at least 1 GiB)."""
+    source = random_bytes(nbytes)
+    target = torch.empty_like(source)
+    sample = EagerSampler([functools.partial(_copy, source, target)])
+    for _ in range(_WARM_SAMPLES):
+        sample()
+    us = interleave({"copy": sample}, repeats)["copy"]
+    return 2 * nbytes / us / 1e6

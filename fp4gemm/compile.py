@@ -1,0 +1,132 @@
+"""C++ source -> cubin with NVRTC, on any machine: no GPU, no nvcc, no host compiler."""
+
+from __future__ import annotations
+
+import logging
+import re
+import struct
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from fp4gemm import toolchain
+from fp4gemm.render import template_dir
+from fp4gemm.toolchain import ToolchainError
+
+__all__ = ["CompileError", "Compiled", "ToolchainError", "compile_source", "options"]
+
+_log = logging.getLogger(__name__)
+
+
+class CompileError(RuntimeError):
+    """NVRTC refused a source. ``log`` is its output, ``path`` the saved source."""
+
+    def __init__(self, name: str, log: str, path: Path) -> None:
+        super().__init__(f"NVRTC could not compile {name}; source saved as {path}\n{log}")
+        self.log, self.path = log, path
+
+
+@dataclass(frozen=True)
+class Compiled:
+    cubin: bytes
+    log: str
+    seconds: float
+    registers: int
+    spill_bytes: int
+    meta: tuple[int, ...]  # the ints of the kernel's own fp4gemm_meta, see templates/include/fp4gemm/gemm.hpp
+
+
+def options(arch: str) -> list[str]:
+    """NVRTC options that are part of a kernel's identity. No contraction: docs/numerics.md counts every rounding."""
+    language = ["-std=c++17", "--device-as-default-execution-space", "--device-int128", "--fmad=false", "-DNDEBUG"]
+    return [f"--gpu-architecture={arch}", *language, "--ptxas-options=-v"]
+
+
+def include_options(cutlass: bool) -> list[str]:
+    """Own headers first, then the stand-ins that use ``#include_next``, then CUTLASS and CUDA where they are needed."""
+    own = template_dir() / "include"
+    folders = [own]
+    if cutlass:
+        headers = toolchain.find_headers()
+        folders += [own / "nvrtc", headers.cutlass, *headers.cuda]
+    return [f"-I{folder}" for folder in folders]
+
+
+def compile_source(source: str, name: str, arch: str, *, cutlass: bool) -> Compiled:
+    """Compile one translation unit. Raises CompileError with NVRTC's log, ToolchainError where something is missing."""
+    toolchain.nvrtc_version()
+    arguments = options(arch) + include_options(cutlass)
+    start = time.perf_counter()
+    cubin, log = _nvrtc(source, name, arguments)
+    seconds = time.perf_counter() - start
+    _log.info("compiled %s in %.1f s", name, seconds)
+    if cubin is None:
+        with tempfile.NamedTemporaryFile("w", prefix=f"{name}-", suffix=".cu", delete=False) as file:
+            file.write(source)
+        raise CompileError(name, log, Path(file.name))
+    return Compiled(cubin, log, seconds, *_resources(log), meta=read_ints(cubin, "fp4gemm_meta"))
+
+
+def _nvrtc(source: str, name: str, arguments: list[str]) -> tuple[bytes | None, str]:
+    from cuda.bindings import nvrtc
+
+    def check(status: nvrtc.nvrtcResult) -> None:
+        if status != nvrtc.nvrtcResult.NVRTC_SUCCESS:
+            raise ToolchainError(f"NVRTC: {status.name}")
+
+    status, program = nvrtc.nvrtcCreateProgram(source.encode(), f"{name}.cu".encode(), 0, [], [])
+    check(status)
+    try:
+        (compiled,) = nvrtc.nvrtcCompileProgram(program, len(arguments), [a.encode() for a in arguments])
+        status, size = nvrtc.nvrtcGetProgramLogSize(program)
+        check(status)
+        log = b" " * size
+        check(*nvrtc.nvrtcGetProgramLog(program, log))
+        text = log.rstrip(b"\0").decode(errors="replace")
+        if compiled != nvrtc.nvrtcResult.NVRTC_SUCCESS:
+            return None, f"{compiled.name}\n{text}"
+        status, size = nvrtc.nvrtcGetCUBINSize(program)
+        check(status)
+        cubin = b" " * size
+        check(*nvrtc.nvrtcGetCUBIN(program, cubin))
+        return cubin, text
+    finally:
+        nvrtc.nvrtcDestroyProgram(program)
+
+
+def _resources(log: str) -> tuple[int, int]:
+    """Most registers and most spilled bytes of any entry point, from ptxas's report."""
+    registers = [int(n) for n in re.findall(r"Used (\d+) registers", log)]
+    spills = [int(a) + int(b) for a, b in re.findall(r"(\d+) bytes spill stores, (\d+) bytes spill loads", log)]
+    return max(registers, default=0), max(spills, default=0)
+
+
+_ELF_HEADER, _SECTION, _SYMBOL = (
+    struct.Struct("<16sHHIQQQIHHHHHH"),
+    struct.Struct("<IIQQQQIIQQ"),
+    struct.Struct("<IBBHQQ"),
+)
+_SYMTAB = 2
+
+
+def read_ints(cubin: bytes, symbol: str) -> tuple[int, ...]:
+    """The initial value of a global int array in a cubin (ELF64).
+
+    So what only the compiler knows, such as the size of Params, is read without a GPU. Raises ValueError where the
+    cubin is cut short or lacks the symbol.
+    """
+    try:
+        header = _ELF_HEADER.unpack_from(cubin)
+        offset, count = header[6], header[12]
+        sections = [_SECTION.unpack_from(cubin, offset + i * _SECTION.size) for i in range(count)]
+        for table in (s for s in sections if s[1] == _SYMTAB):
+            names = sections[table[6]][4]
+            for at in range(table[4], table[4] + table[5], _SYMBOL.size):
+                name, _, _, section, value, size = _SYMBOL.unpack_from(cubin, at)
+                start = names + name
+                if cubin[start : cubin.index(b"\0", start)] == symbol.encode():
+                    return struct.unpack_from(f"<{size // 4}i", cubin, sections[section][4] + value)
+    except (struct.error, IndexError, ValueError) as error:
+        raise ValueError(f"cubin of {len(cubin)} bytes is not a whole ELF file: {error}") from error
+    raise ValueError(f"cubin holds no symbol {symbol}")

@@ -1,0 +1,144 @@
+"""NVFP4 as data: the e2m1 grid, packing, scale-factor layouts and the names that calls accept.
+
+A value is ``e2m1 code * e4m3 block scale (one per 16 values along K) * fp32 outer scale (one per row or per tensor)``.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import TYPE_CHECKING, TypeVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+BLOCK = 16
+"""Values along K that share one block scale."""
+
+E2M1_VALUES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0)
+"""Value of each 4-bit code; bit 3 is the sign."""
+
+E2M1_MAX = 6.0
+E4M3_MAX = 448.0
+E4M3_MIN_NORMAL = 2.0**-6
+E4M3_MIN = 2.0**-9
+
+SCALINGS = ("per_row", "per_tensor", "per_column")
+CONVENTIONS = ("te_per_token", "te", "torchao", "modelopt")
+
+Index = TypeVar("Index", int, Tensor)
+
+
+def scale_columns(k: int) -> int:
+    """Number of block scales that cover ``k`` values: ceil(k / 16)."""
+    return (k + BLOCK - 1) // BLOCK
+
+
+def padded_k(k: int) -> int:
+    """``k`` rounded up to whole blocks: the number of 4-bit codes stored for a row."""
+    return scale_columns(k) * BLOCK
+
+
+def pack_e2m1(codes: Tensor) -> Tensor:
+    """Packs uint8 codes 0..15 of shape [..., 2n] into uint8 [..., n]: element 2j is the low nibble of byte j."""
+    return codes[..., 0::2] | (codes[..., 1::2] << 4)
+
+
+def unpack_e2m1(data: Tensor) -> Tensor:
+    """Inverse of :func:`pack_e2m1`: uint8 [..., n] to uint8 codes [..., 2n]."""
+    return torch.stack((data & 0xF, data >> 4), dim=-1).flatten(-2)
+
+
+def decode_e2m1(codes: Tensor) -> Tensor:
+    """Values of uint8 codes 0..15 as float32, same shape; code 8 is -0.0."""
+    values = torch.tensor(E2M1_VALUES, dtype=torch.float32, device=codes.device)
+    return values[codes.int()]
+
+
+@dataclass(frozen=True)
+class ScaleLayout:
+    """Where block scale (m, kb) of a [rows, K] operand is stored.
+
+    Memory is a row-major grid of tiles of ``row_tile x col_tile`` scales. Inside a tile row m is stored at lane
+    ``m % lanes``, and the ``row_tile / lanes`` rows that share a lane stand side by side. A new layout is
+    three numbers.
+    """
+
+    name: str
+    row_tile: int
+    col_tile: int
+    lanes: int
+
+    @property
+    def swizzled(self) -> bool:
+        """False when the storage is simply the row-major matrix of scales."""
+        return self.row_tile * self.col_tile > 1
+
+    def _tiles(self, rows: int, columns: int) -> tuple[int, int]:
+        return (rows + self.row_tile - 1) // self.row_tile, (columns + self.col_tile - 1) // self.col_tile
+
+    def numel(self, rows: int, k: int) -> int:
+        """Number of scale bytes of a [rows, k] operand, padding included."""
+        tiles_m, tiles_k = self._tiles(rows, scale_columns(k))
+        return tiles_m * tiles_k * self.row_tile * self.col_tile
+
+    def shape(self, rows: int, k: int) -> tuple[int, ...]:
+        """Shape of the stored tensor: [rows, ceil(k/16)] for ``linear``, [numel] for a swizzled layout."""
+        return (self.numel(rows, k),) if self.swizzled else (rows, scale_columns(k))
+
+    def offset(self, m: Index, kb: Index, k: int) -> Index:
+        """Byte offset of the scale of row ``m``, block ``kb`` (ints, or integer tensors) of a [rows, k] operand."""
+        _, tiles_k = self._tiles(0, scale_columns(k))
+        tile = (m // self.row_tile) * tiles_k + kb // self.col_tile
+        lane, group = m % self.lanes, (m % self.row_tile) // self.lanes
+        in_tile = lane * (self.row_tile // self.lanes) * self.col_tile + group * self.col_tile + kb % self.col_tile
+        return tile * (self.row_tile * self.col_tile) + in_tile
+
+    def from_linear(self, scales: Tensor) -> Tensor:
+        """Stores row-major scales [rows, ceil(K/16)] of any one-byte dtype in this layout; padding bytes are 0.
+
+        Returns a contiguous tensor of the same dtype (``scales`` itself, if it already is what is asked for).
+        """
+        if not self.swizzled:
+            return scales.contiguous()
+        rows, columns = scales.shape
+        tiles_m, tiles_k = self._tiles(rows, columns)
+        # F.pad has no float8 kernel: move bytes.
+        padding = (0, tiles_k * self.col_tile - columns, 0, tiles_m * self.row_tile - rows)
+        padded = F.pad(scales.view(torch.uint8), padding)
+        grid = padded.reshape(tiles_m, self.row_tile // self.lanes, self.lanes, tiles_k, self.col_tile)
+        return grid.permute(0, 3, 2, 1, 4).reshape(-1).view(scales.dtype)
+
+    def to_linear(self, flat: Tensor, rows: int, k: int) -> Tensor:
+        """Inverse of :meth:`from_linear`: row-major scales [rows, ceil(k/16)], contiguous."""
+        columns = scale_columns(k)
+        if not self.swizzled:
+            return flat.reshape(rows, columns)
+        tiles_m, tiles_k = self._tiles(rows, columns)
+        grid = flat.view(torch.uint8).reshape(tiles_m, tiles_k, self.lanes, self.row_tile // self.lanes, self.col_tile)
+        padded = grid.permute(0, 3, 2, 1, 4).reshape(tiles_m * self.row_tile, tiles_k * self.col_tile)
+        return padded[:rows, :columns].contiguous().view(flat.dtype)
+
+
+SF_LAYOUTS: Mapping[str, ScaleLayout] = MappingProxyType(
+    {
+        layout.name: layout
+        for layout in (
+            ScaleLayout("linear", row_tile=1, col_tile=1, lanes=1),
+            ScaleLayout("128x4", row_tile=128, col_tile=4, lanes=32),
+            ScaleLayout("8x4", row_tile=8, col_tile=4, lanes=8),
+        )
+    }
+)
+"""``linear`` is row-major, ``128x4`` what cuBLASLt, CUTLASS and torch (SWIZZLE_32_4_4) read, ``8x4`` for small M."""
+
+
+def scale_layout(name: str) -> ScaleLayout:
+    """The layout called ``name``. Raises ValueError with the known names otherwise."""
+    if name not in SF_LAYOUTS:
+        raise ValueError(f"sf_layout: expected one of {', '.join(SF_LAYOUTS)}, got {name!r}")
+    return SF_LAYOUTS[name]

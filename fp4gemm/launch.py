@@ -1,0 +1,180 @@
+"""Launching: argument bytes, grid, stream. A launch is one packed by-value struct and one driver call."""
+
+from __future__ import annotations
+
+import ctypes
+import struct
+import threading
+from dataclasses import astuple, dataclass
+from functools import cache, lru_cache
+from typing import Any
+
+import torch
+
+from fp4gemm.load import DriverError, Kernel, check, load
+from fp4gemm.spec import GemmSpec, KernelSpec
+from fp4gemm.tensor_map import SIZE, find_requests
+
+# The structs of templates/include/fp4gemm/{quantize,dequantize,gemm}.hpp: keep both alike.
+QUANTIZE_ARGUMENTS = struct.Struct("<5Q3q4i")
+AMAX_ARGUMENTS = struct.Struct("<2Q2q2i")
+DEQUANTIZE_ARGUMENTS = struct.Struct("<4QI3i4QI3i")
+GEMM_ARGUMENTS = struct.Struct("<8Q3q6i")
+
+
+@cache
+def _driver() -> Any:
+    from cuda.bindings import driver
+
+    return driver
+
+
+def _launch(handle: Any, grid: tuple[int, int, int], threads: int, smem: int, stream: int, pointers: int) -> None:
+    driver = _driver()
+    (status,) = driver.cuLaunchKernel(handle, *grid, threads, 1, 1, smem, stream, pointers, 0)
+    if status == driver.CUresult.CUDA_ERROR_INVALID_CONTEXT:
+        # A thread that never called the CUDA runtime has no current context; this binds torch's.
+        torch.cuda.set_device(torch.cuda.current_device())
+        (status,) = driver.cuLaunchKernel(handle, *grid, threads, 1, 1, smem, stream, pointers, 0)
+    if status != 0:
+        raise DriverError(f"kernel launch, grid {grid}, {threads} threads: {status.name}")
+
+
+class Launcher:
+    """A kernel whose one argument is a by-value struct, packed in place for each launch."""
+
+    def __init__(self, spec: KernelSpec, arguments: struct.Struct) -> None:
+        self._kernel = load(spec)
+        self._handle = self._kernel.entry_points[spec.entry_points[0]]
+        self._threads: int = self._kernel.meta["threads"]
+        if self._kernel.meta["params_bytes"] != arguments.size:
+            raise DriverError(
+                f"{spec.name}: argument of {self._kernel.meta['params_bytes']} bytes, packed {arguments.size}"
+            )
+        self._pack = arguments.pack_into
+        self._buffer = ctypes.create_string_buffer(arguments.size)
+        self._pointers = (ctypes.c_void_p * 1)(ctypes.addressof(self._buffer))
+        self._pointers_address = ctypes.addressof(self._pointers)
+        self._lock = threading.Lock()
+
+    def __call__(self, grid: tuple[int, int, int], stream: int, *values: int) -> None:
+        with self._lock:  # the driver copies the buffer before it returns
+            self._pack(self._buffer, 0, *values)
+            _launch(self._handle, grid, self._threads, 0, stream, self._pointers_address)
+
+
+@dataclass(frozen=True)
+class GemmProblem:
+    """What a plan depends on: shape, leading dimensions in elements, and which outer scales are vectors."""
+
+    m: int
+    n: int
+    k: int
+    lda: int
+    ldb: int
+    ldd: int
+    outer_a_per_row: bool
+    outer_b_per_row: bool
+
+
+OPERANDS = ("a", "b", "sfa", "sfb", "d", "outer_a", "outer_b", "bias")
+
+
+def _stand_in(operand: int) -> int:
+    """An address no allocation has, to find where an operand's pointer stands in Params; 128-byte aligned for TMA."""
+    return 0x0000_5A5A_0000_0000 + (operand + 1) * 0x0100_0080
+
+
+class GemmPlan:
+    """CUTLASS's Params for one kernel and problem. Later launches only write pointers into it."""
+
+    def __init__(self, kernel: Kernel, problem: GemmProblem, device: int) -> None:
+        launch_bytes = _make_params(kernel, problem, device)
+        params, grid = _split(kernel, launch_bytes)
+        self._handle = kernel.entry_points["gemm"]
+        self._threads: int = kernel.meta["threads"]
+        self._smem: int = kernel.meta["smem_bytes"]
+        self.grid = grid
+        self.patches = _raw_pointers(params) + _encode_descriptors(params)
+        self._buffer = ctypes.create_string_buffer(bytes(params), len(params))
+        self._words = memoryview(self._buffer).cast("B").cast("Q")
+        self._pointers = (ctypes.c_void_p * 1)(ctypes.addressof(self._buffer))
+        self._pointers_address = ctypes.addressof(self._pointers)
+        self._lock = threading.Lock()
+
+    def __call__(self, stream: int, *addresses: int) -> None:
+        """Launch with the addresses of ``OPERANDS``, in that order; 0 for those the kernel has not."""
+        with self._lock:
+            words = self._words
+            for word, operand in self.patches:
+                words[word] = addresses[operand]
+            _launch(self._handle, self.grid, self._threads, self._smem, stream, self._pointers_address)
+
+
+@lru_cache(maxsize=4096)
+def gemm_plan(spec: GemmSpec, problem: GemmProblem, device: int) -> GemmPlan:
+    """The plan of a (kernel, problem, device); the first call runs ``make_params`` there."""
+    return GemmPlan(load(spec), problem, device)
+
+
+def _make_params(kernel: Kernel, problem: GemmProblem, device: int) -> bytes:
+    """Run the kernel's ``make_params`` on the device with stand-in addresses; returns the bytes of its Launch struct.
+
+    It has a stream of its own and relaxed capture mode, so a plan can be made while another stream is being captured.
+    """
+    driver = _driver()
+    m, n, k, lda, ldb, ldd, per_row_a, per_row_b = astuple(problem)
+    sms = torch.cuda.get_device_properties(device).multi_processor_count
+    addresses = [_stand_in(i) for i in range(len(OPERANDS))]
+    arguments = ctypes.create_string_buffer(GEMM_ARGUMENTS.size)
+    GEMM_ARGUMENTS.pack_into(arguments, 0, *addresses, lda, ldb, ldd, m, n, k, sms, per_row_a, per_row_b)
+    size = kernel.meta["launch_bytes"]
+    host = ctypes.create_string_buffer(size)
+    (status, mode) = driver.cuThreadExchangeStreamCaptureMode(driver.CUstreamCaptureMode.CU_STREAM_CAPTURE_MODE_RELAXED)
+    check((status,), "relax the capture mode")
+    try:
+        stream = check(driver.cuStreamCreate(driver.CUstream_flags.CU_STREAM_NON_BLOCKING), "create a stream")
+        scratch = check(driver.cuMemAlloc(size), "allocate Params")
+        pointer = ctypes.c_uint64(int(scratch))
+        pointers = (ctypes.c_void_p * 2)(ctypes.addressof(arguments), ctypes.addressof(pointer))
+        _launch(kernel.entry_points["make_params"], (1, 1, 1), 1, 0, int(stream), ctypes.addressof(pointers))
+        check(driver.cuMemcpyDtoHAsync(ctypes.addressof(host), scratch, size, stream), "copy Params")
+        check(driver.cuStreamSynchronize(stream), f"run make_params of {kernel.spec.name}")
+        check(driver.cuMemFree(scratch), "free Params")
+        check(driver.cuStreamDestroy(stream), "destroy a stream")
+    finally:
+        driver.cuThreadExchangeStreamCaptureMode(mode)
+    return host.raw
+
+
+def _split(kernel: Kernel, launch_bytes: bytes) -> tuple[bytearray, tuple[int, int, int]]:
+    grid = struct.unpack_from("<3i", launch_bytes, kernel.meta["grid_offset"])
+    return bytearray(launch_bytes[: kernel.meta["params_bytes"]]), grid
+
+
+def _encode_descriptors(params: bytearray) -> list[tuple[int, int]]:
+    """Replace recorded requests by descriptors, in place; returns (8-byte word, operand) for each address field.
+
+    The field is found, not assumed: two encodings of different addresses must differ in one word, the address.
+    """
+    patches = []
+    for offset, request in find_requests(bytes(params)).items():
+        operand = next(i for i in range(len(OPERANDS)) if _stand_in(i) == request.address)
+        other = 0x0000_2C3C_4C5C_6C00
+        one, two = (struct.unpack("<16Q", request.encode(address)) for address in (request.address, other))
+        fields = [i for i in range(SIZE // 8) if one[i] != two[i]]
+        if len(fields) != 1 or (one[fields[0]], two[fields[0]]) != (request.address, other):
+            raise DriverError(
+                "this driver's TMA descriptors do not hold the address as one 64-bit word; please report it"
+            )
+        params[offset : offset + SIZE] = struct.pack("<16Q", *one)
+        patches.append((offset // 8 + fields[0], operand))
+    return patches
+
+
+def _raw_pointers(params: bytearray) -> list[tuple[int, int]]:
+    """(8-byte word, operand) for each stand-in address in Params outside the descriptor slots."""
+    operands = {_stand_in(i): i for i in range(len(OPERANDS))}
+    slots = {offset // 8 + i for offset in find_requests(bytes(params)) for i in range(SIZE // 8)}
+    words = struct.unpack_from(f"<{len(params) // 8}Q", params)
+    return [(i, operands[word]) for i, word in enumerate(words) if word in operands and i not in slots]

@@ -1,0 +1,60 @@
+"""spec -> C++ source. Undefined names are errors; templates hold names and numbers, no algorithm."""
+
+from __future__ import annotations
+
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import jinja2
+
+from fp4gemm import epilogue
+from fp4gemm.spec import GemmSpec, KernelSpec, check
+
+_FILTERS: dict[str, dict[Any, str]] = {
+    "element": {"bf16": "Bf16", "fp16": "Fp16", "fp32": "Fp32"},
+    "cutlass_element": epilogue.CUTLASS_ELEMENT,
+    "convention": {"te_per_token": "TePerToken", "te": "Te", "torchao": "Torchao", "modelopt": "ModelOpt"},
+    "scales": {"linear": "LinearScales", "128x4": "Scales128x4", "8x4": "Scales8x4"},
+    "scaling": {"per_row": "kPerRow", "per_tensor": "kPerTensor", "given": "kGiven"},
+    "cpp": {True: "true", False: "false"},
+    "schedule": {
+        "cooperative": "Cooperative",
+        "pingpong": "Pingpong",
+        "static": "cutlass::gemm::StaticPersistentScheduler",
+    },
+}
+
+
+@cache
+def template_dir() -> Path:
+    """The templates: inside an installed package, beside it in a checkout."""
+    package = Path(__file__).parent
+    for folder in (package / "templates", package.parent / "templates"):
+        if (folder / "include" / "fp4gemm").is_dir():
+            return folder
+    raise FileNotFoundError(f"fp4gemm's templates are neither in {package} nor beside it: reinstall fp4gemm")
+
+
+@cache
+def _environment() -> jinja2.Environment:
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(template_dir()),
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+        autoescape=False,  # C++, not HTML
+    )
+    environment.filters.update({name: table.__getitem__ for name, table in _FILTERS.items()})
+    return environment
+
+
+def render(spec: KernelSpec) -> str:
+    """The source of one translation unit. Raises ValueError for a spec that ``check`` refuses."""
+    if problem := check(spec):
+        raise ValueError(f"{type(spec).__name__}: {problem}")
+    context: dict[str, object] = {"spec": spec}
+    if isinstance(spec, GemmSpec):
+        context["epilogue"] = epilogue.rescale(spec.bias)
+    return _environment().get_template(spec.template).render(context)

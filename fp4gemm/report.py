@@ -1,0 +1,372 @@
+"""The reporter: measured rows become one JSON file per run, `docs/measurements/<bench>-<gpu>-<date>.json`.
+
+Tables and plots are rendered from these files (`tools/render.py`, `tools/plot.py`): a figure without such a file does
+not exist. A document is checked before it is written, so a half-filled row cannot reach the tables.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import math
+import os
+import re
+import subprocess
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+from xml.etree import ElementTree
+
+SCHEMA = 1
+UNKNOWN = "unknown"
+DATE_FORMAT = "%Y-%m-%dT%H:%M:%SZ"
+Row = dict[str, Any]
+
+Check = Callable[[Any], bool]
+
+
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str)
+
+
+def _is_name(value: Any) -> bool:
+    return isinstance(value, str) and bool(value)
+
+
+def _is_bool(value: Any) -> bool:
+    return isinstance(value, bool)
+
+
+def _is_map(value: Any) -> bool:
+    return isinstance(value, Mapping)
+
+
+def _is_count(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+
+
+def _is_amount(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value) and value >= 0
+
+
+def _is_time(value: Any) -> bool:
+    return _is_amount(value) and value > 0
+
+
+def _are_times(value: Any) -> bool:
+    return _is_map(value) and all(_is_name(name) and _is_time(time) for name, time in value.items())
+
+
+def _are_texts(value: Any) -> bool:
+    return _is_map(value) and all(_is_name(name) and _is_text(text) for name, text in value.items())
+
+
+def _is_date(value: Any) -> bool:
+    try:
+        datetime.strptime(value, DATE_FORMAT)
+    except (TypeError, ValueError):
+        return False
+    return True
+
+
+# A field's name says its kind, whatever the row.
+_KINDS: dict[str, Check] = {
+    **dict.fromkeys(("M", "N", "K", "bytes", "registers", "spill_bytes", "smem_bytes"), _is_count),
+    **dict.fromkeys(("passed", "failed", "skipped"), _is_count),
+    **dict.fromkeys(("us", "ms"), _is_time),
+    **dict.fromkeys(("process_us", "rel_error", "seconds", "peak_mb", "copy_tb_s"), _is_amount),
+    **dict.fromkeys(("arch", "layout", "a", "b", "epilogue", "mode", "kernel", "dtype", "op", "metric"), _is_name),
+    **dict.fromkeys(("commit", "gpu", "driver"), _is_name),
+    **dict.fromkeys(("dirty", "identical_to_exhaustive"), _is_bool),
+    **dict.fromkeys(("options", "tests"), _is_map),
+    "vs_us": _are_times,
+    "versions": _are_texts,
+    "command": _is_text,
+    "date": _is_date,
+    "rows": lambda value: isinstance(value, list),
+    "schema": lambda value: value == SCHEMA,
+    "bench": lambda value: value == "all" or value in ROW_FIELDS,
+}
+_QUANTIZE_FIELDS = ("M", "K", "dtype", "options", "mode", "us", "bytes", "vs_us")
+# What every row of a bench must have; a row may carry more.
+ROW_FIELDS: dict[str, tuple[str, ...]] = {
+    "quantize": _QUANTIZE_FIELDS,
+    "dequantize": _QUANTIZE_FIELDS,
+    "gemm": ("arch", "layout", "M", "N", "K", "a", "b", "epilogue", "mode", "kernel", "us", "vs_us", "rel_error"),
+    "overhead": ("op", "M", "N", "K", "us", "process_us", "vs_us"),
+    "load": ("kernel", "arch", "ms"),
+    "search": ("metric", "N", "K", "us", "vs_us", "identical_to_exhaustive"),
+    "compile": ("kernel", "arch", "seconds", "peak_mb", "registers", "spill_bytes", "smem_bytes"),
+}
+_TEST_FIELDS = ("passed", "failed", "skipped", "command")
+
+
+def utc_now() -> str:
+    """The time now, UTC, as the documents write it."""
+    return datetime.now(UTC).strftime(DATE_FORMAT)
+
+
+class ReportError(ValueError):
+    """A measurement document that breaks the format; the message lists every problem."""
+
+
+@dataclass(frozen=True)
+class TestCounts:
+    """The outcome of the test run that belongs to a measurement run."""
+
+    __test__ = False  # the name starts with "Test": keep pytest from collecting it
+
+    passed: int = 0
+    failed: int = 0
+    skipped: int = 0
+    command: str = ""
+
+
+@dataclass(frozen=True)
+class Environment:
+    """What the figures were measured on."""
+
+    commit: str
+    dirty: bool
+    gpu: str
+    driver: str
+    versions: dict[str, str]
+
+
+@dataclass(frozen=True)
+class Report:
+    """One run. `copy_tb_s` is the copy bandwidth in TB/s (bytes read + written) measured in the same process."""
+
+    bench: str
+    command: str
+    environment: Environment
+    copy_tb_s: float
+    rows: list[Row]
+    tests: TestCounts = field(default_factory=TestCounts)
+    date: str = field(default_factory=utc_now)
+
+    def document(self) -> dict[str, Any]:
+        """The JSON document, in the order of the format's description."""
+        env = self.environment
+        return {
+            "schema": SCHEMA,
+            "bench": self.bench,
+            "command": self.command,
+            "commit": env.commit,
+            "dirty": env.dirty,
+            "date": self.date,
+            "gpu": env.gpu,
+            "driver": env.driver,
+            "versions": dict(env.versions),
+            "copy_tb_s": self.copy_tb_s,
+            "rows": [dict(row) for row in self.rows],
+            "tests": vars(self.tests).copy(),
+        }
+
+
+# --- validation -------------------------------------------------------------------------------------------------------
+
+
+_TOP_FIELDS = (
+    *("schema", "bench", "command", "commit", "dirty", "date", "gpu", "driver", "versions"),
+    *("copy_tb_s", "rows", "tests"),
+)
+
+
+def _field_problems(where: str, got: Any, required: Sequence[str]) -> list[str]:
+    if not isinstance(got, Mapping):
+        return [f"{where}: expected an object, got {type(got).__name__}"]
+    missing = [f"{where}: field '{name}' is missing" for name in required if name not in got]
+    wrong = [
+        f"{where}: field '{name}' cannot be {got[name]!r}"
+        for name in got
+        if name in _KINDS and not _KINDS[name](got[name])
+    ]
+    return missing + wrong
+
+
+def _row_problems(index: int, row: Any) -> list[str]:
+    where = f"rows[{index}]"
+    bench = row.get("bench") if isinstance(row, Mapping) else None
+    if bench not in ROW_FIELDS:
+        return [f"{where}: field 'bench' must be one of {', '.join(ROW_FIELDS)}, got {bench!r}"]
+    return _field_problems(where, row, ROW_FIELDS[bench])
+
+
+def problems(document: Any) -> list[str]:
+    """Everything that is wrong with a measurement document; empty when it follows the format."""
+    found = _field_problems("document", document, _TOP_FIELDS)
+    if not isinstance(document, Mapping):
+        return found
+    rows = document.get("rows")
+    for index, row in enumerate(rows if isinstance(rows, list) else []):
+        found += _row_problems(index, row)
+    if isinstance(document.get("tests"), Mapping):
+        found += _field_problems("tests", document["tests"], _TEST_FIELDS)
+    return found
+
+
+def validate(document: Any) -> None:
+    """Raises ReportError, naming every problem, when `document` breaks the format."""
+    found = problems(document)
+    if found:
+        raise ReportError("not a measurement document:\n  " + "\n  ".join(found))
+
+
+# --- files ------------------------------------------------------------------------------------------------------------
+
+
+def gpu_slug(gpu: str) -> str:
+    """A GPU's name as file names carry it: 'NVIDIA H200' -> 'h200'."""
+    words = re.sub(r"[^a-z0-9]+", "-", gpu.lower()).strip("-")
+    return words.removeprefix("nvidia-") or UNKNOWN
+
+
+def file_name(document: Mapping[str, Any]) -> str:
+    """`<bench>-<gpu>-<date>.json`."""
+    return f"{document['bench']}-{gpu_slug(document['gpu'])}-{document['date'][:10]}.json"
+
+
+def free_path(folder: Path, name: str) -> Path:
+    """`folder/name`, or the same with -2, -3, ... before the suffix: a run never overwrites another run of the day."""
+    path, count = folder / name, 1
+    while path.exists():
+        count += 1
+        path = folder / f"{Path(name).stem}-{count}{Path(name).suffix}"
+    return path
+
+
+def write(document: Mapping[str, Any], path: Path) -> Path:
+    """Validates, then writes `path` whole or not at all (temporary sibling, then rename)."""
+    validate(document)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    text = json.dumps(document, indent=1, allow_nan=False) + "\n"
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(handle, "w", encoding="utf-8") as stream:
+            stream.write(text)
+        os.chmod(temporary, 0o644)  # mkstemp makes 0600; a measurement is a public file
+        os.replace(temporary, path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+    return path
+
+
+def read(path: Path) -> dict[str, Any]:
+    """A validated document. Raises ReportError that names the file when it is not one."""
+    try:
+        document = json.loads(path.read_text(encoding="utf-8"))
+        validate(document)
+    except (json.JSONDecodeError, ReportError) as error:
+        raise ReportError(f"{path}: {error}") from error
+    return dict(document)
+
+
+def read_all(folder: Path) -> list[tuple[Path, dict[str, Any]]]:
+    """Every document of a folder, newest first (by the date inside, then by name)."""
+    found = [(path, read(path)) for path in sorted(folder.glob("*.json"))]
+    return sorted(found, key=lambda item: (item[1]["date"], item[0].name), reverse=True)
+
+
+def read_tests(path: Path) -> TestCounts:
+    """Test counts from `{"passed", "failed", "skipped", "command"}` JSON, or from the XML of `pytest --junitxml`."""
+    if path.suffix == ".xml":
+        return _read_junit(path)
+    try:
+        got = json.loads(path.read_text(encoding="utf-8"))
+    except json.JSONDecodeError as error:
+        raise ReportError(f"{path}: {error}") from error
+    found = _field_problems(str(path), got, _TEST_FIELDS)
+    if found:
+        raise ReportError("\n".join(found))
+    return TestCounts(**{name: got[name] for name in _TEST_FIELDS})
+
+
+def _read_junit(path: Path) -> TestCounts:
+    total = failed = skipped = 0
+    for suite in ElementTree.parse(path).getroot().iter("testsuite"):
+        total += int(suite.get("tests", 0))
+        failed += int(suite.get("failures", 0)) + int(suite.get("errors", 0))
+        skipped += int(suite.get("skipped", 0))
+    return TestCounts(total - failed - skipped, failed, skipped, f"pytest --junitxml={path.name}")
+
+
+# --- the machine ------------------------------------------------------------------------------------------------------
+
+
+def _output(command: Sequence[str], folder: Path | None = None) -> str | None:
+    """What a command prints, stripped; None when it is absent or fails."""
+    try:
+        done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=30, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return done.stdout.strip()
+
+
+def project_root() -> Path:
+    """The folder that holds the package: the checkout, when the package runs from one."""
+    return Path(__file__).resolve().parents[1]
+
+
+def git_state(root: Path | None = None) -> tuple[str, bool] | None:
+    """(commit, dirty) of the checkout at `root`; None outside one, without git, or before the first commit."""
+    root = root or project_root()
+    if not (root / ".git").exists():  # an installed package may lie inside somebody else's repository
+        return None
+    commit = _output(["git", "rev-parse", "HEAD"], root)
+    status = _output(["git", "status", "--porcelain", "--untracked-files=no"], root)
+    return (commit, bool(status)) if commit and status is not None else None
+
+
+def source_state(commit: str | None = None, root: Path | None = None) -> tuple[str, bool]:
+    """(commit, dirty) of what is measured: the given commit, else git's, else $GIT_COMMIT, else "unknown".
+
+    Sources copied to a GPU machine have no history: there a commit that the caller names counts as clean,
+    anything else counts as dirty.
+    """
+    state = git_state(root)
+    if commit:
+        return commit, state[1] if state and state[0].startswith(commit) else False
+    if state:
+        return state
+    return os.environ.get("GIT_COMMIT") or UNKNOWN, True
+
+
+def driver_version() -> str:
+    """The NVIDIA driver's version, or "unknown"."""
+    text = _output(["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"])
+    return text.splitlines()[0].strip() if text else UNKNOWN
+
+
+def _try_version(get: Callable[[], str]) -> str:
+    try:
+        return get()
+    except Exception as error:  # a missing toolchain must not lose a finished run
+        return f"absent ({type(error).__name__})"
+
+
+def versions() -> dict[str, str]:
+    """Versions of what the figures depend on."""
+    import torch
+
+    from fp4gemm import toolchain
+
+    return {
+        "fp4gemm": _try_version(lambda: importlib.metadata.version("fp4gemm")),
+        "torch": torch.__version__,
+        "nvrtc": _try_version(lambda: str(toolchain.nvrtc_version())),
+        "cutlass": _try_version(lambda: str(toolchain.find_headers().cutlass_version)),
+    }
+
+
+def environment(commit: str | None = None) -> Environment:
+    """The machine and the sources, as a Report needs them; names the current CUDA device, "cpu" where there is none."""
+    import torch
+
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
+    named, dirty = source_state(commit)
+    return Environment(commit=named, dirty=dirty, gpu=gpu, driver=driver_version(), versions=versions())

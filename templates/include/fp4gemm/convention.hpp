@@ -1,0 +1,89 @@
+// What "NVFP4" means to whom: how an amax becomes an outer scale, a block maximum an e4m3 scale, and a value its quotient.
+// docs/numerics.md is the definition, fp4gemm/reference the same in torch. Every step is one IEEE fp32 operation.
+//
+//   from_amax, from_decode    the Outer of a row or tensor, from its amax or a given decode multiplier; .decode is stored
+//   block_scale(outer, amax)  e4m3 byte
+//   divider(outer, byte)      an object whose quotient(|x|) is the magnitude that e2m1 rounds
+#pragma once
+
+#include "fp4gemm/numeric.hpp"
+
+namespace fp4gemm {
+
+struct MultiplyBy {
+  float c;
+  __device__ float quotient(float magnitude) const { return __fmul_rn(magnitude, c); }
+};
+
+struct DivideBy {
+  float d;
+  // d can underflow to 0; zeros stay zeros.
+  __device__ float quotient(float magnitude) const { return magnitude == 0.0f ? 0.0f : __fdiv_rn(magnitude, d); }
+};
+
+// Transformer Engine's conventions carry the encode multiplier S = 2688 / amax from the row to its blocks.
+struct EncodeOuter {
+  float encode, decode;
+};
+
+struct TeScales {
+  using Outer = EncodeOuter;
+  // fminf drops the NaN of an Inf block (S = 0, Inf * 0), which so gets the largest scale.
+  __device__ static uint8_t block_scale(Outer const& outer, float amax) {
+    return to_e4m3(fminf(__fmul_rn(amax, __fmul_rn(outer.encode, kSixth)), kFloatMax));
+  }
+  __device__ static Outer from_decode(float decode) { return {fminf(__fdiv_rn(1.0f, decode), kFloatMax), decode}; }
+};
+
+struct TePerToken : TeScales {
+  __device__ static Outer from_amax(float amax) {
+    return {fminf(__fdiv_rn(kRange, fmaxf(amax, 1e-12f)), kFloatMax), __fmul_rn(amax, kInverseRange)};
+  }
+  __device__ static MultiplyBy divider(Outer const& outer, uint8_t scale) {
+    return {scale == 0 ? 0.0f : __fdiv_rn(outer.encode, from_e4m3(scale))};
+  }
+};
+
+struct Te : TeScales {
+  __device__ static Outer from_amax(float amax) {
+    float const encode = amax == 0.0f ? 1.0f : fminf(__fdiv_rn(kRange, amax), kFloatMax);
+    return {encode, __fmul_rn(amax, kInverseRange)};
+  }
+  __device__ static MultiplyBy divider(Outer const& outer, uint8_t scale) {
+    float const product = __fmul_rn(from_e4m3(scale), __fdiv_rn(1.0f, outer.encode));
+    return {fminf(__fdiv_rn(1.0f, product), kFloatMax)};
+  }
+};
+
+// torchao and ModelOpt carry the decode multiplier itself; a zero one encodes as 1.
+struct DecodeOuter {
+  float level, decode;
+};
+
+struct DecodeScales {
+  using Outer = DecodeOuter;
+  __device__ static Outer from_decode(float decode) { return {decode == 0.0f ? 1.0f : decode, decode}; }
+  __device__ static Outer from_amax(float amax) { return from_decode(__fdiv_rn(amax, kRange)); }
+};
+
+struct Torchao : DecodeScales {
+  __device__ static uint8_t block_scale(Outer const& outer, float amax) {
+    return to_e4m3(fmaxf(fminf(__fdiv_rn(__fdiv_rn(amax, 6.0f), outer.level), 448.0f), 0x1p-6f));
+  }
+  __device__ static MultiplyBy divider(Outer const& outer, uint8_t scale) {
+    float const reciprocal = fminf(__fdiv_rn(1.0f, outer.level), kFloatMax);
+    return {fminf(__fdiv_rn(reciprocal, from_e4m3(scale)), kFloatMax)};
+  }
+};
+
+struct ModelOpt : DecodeScales {
+  __device__ static uint8_t block_scale(Outer const& outer, float amax) {
+    float const scale = __fdiv_rn(amax, __fmul_rn(outer.level, 6.0f));
+    return to_e4m3(fmaxf(fminf(scale == 0.0f ? 1.0f : scale, 448.0f), 0x1p-9f));
+  }
+  __device__ static DivideBy divider(Outer const& outer, uint8_t scale) {
+    return {__fmul_rn(from_e4m3(scale), outer.level)};
+  }
+};
+
+}  // namespace fp4gemm

@@ -1,0 +1,75 @@
+// What every CUTLASS GEMM variant shares: the arguments a launch gives, and CUTLASS's own arguments-to-params code run on the
+// device, because there is no host compiler. The TMA descriptors in Params are requests that the host encodes
+// (nvrtc/cute/atom/copy_traits_sm90_tma.hpp).
+#pragma once
+
+#include "nvrtc/std.hpp"
+
+#include "cutlass/cutlass.h"
+#include "cute/tensor.hpp"
+#include "cutlass/gemm/gemm.h"
+#include "cutlass/kernel_hardware_info.h"
+
+namespace fp4gemm {
+
+// Packed by fp4gemm/launch.py (GEMM_ARGUMENTS): keep both alike.
+struct GemmArguments {
+  void const* a;  // [m, k], row stride lda elements
+  void const* b;  // [n, k], row stride ldb elements
+  void const* sfa;  // block scales, 128x4 (block-scaled kernels only)
+  void const* sfb;
+  void* d;  // [m, n], row stride ldd elements
+  float const* outer_a;  // [m] or [1]
+  float const* outer_b;  // [n] or [1]
+  void const* bias;  // [n] or null
+  int64_t lda, ldb, ldd;
+  int m, n, k;
+  int sm_count;
+  int outer_a_per_row;  // 1: outer_a[m]; 0: one value
+  int outer_b_per_row;  // the same for outer_b[n]
+};
+
+using PackedStride = cute::Stride<int64_t, cute::_1, int64_t>;
+CUTLASS_HOST_DEVICE PackedStride packed_stride(int64_t ld) { return cute::make_stride(ld, cute::_1{}, int64_t(0)); }
+
+// A vector along M or N, or one value for all: the stride is a run-time flag, so both are one kernel.
+using AlongM = cute::Stride<bool, cute::_0, int64_t>;
+using AlongN = cute::Stride<cute::_0, bool, int64_t>;
+
+template <class Kernel> struct alignas(64) Launch {
+  typename Kernel::Params params;
+  alignas(64) int grid[3];
+};
+
+template <class Kernel>
+CUTLASS_DEVICE Launch<Kernel> make_launch(GemmArguments const& args,
+                                          typename Kernel::CollectiveMainloop::Arguments const& mainloop,
+                                          typename Kernel::CollectiveEpilogue::FusionCallbacks::Arguments const& tree) {
+  using ElementD = typename Kernel::CollectiveEpilogue::ElementD;
+  cutlass::KernelHardwareInfo hardware;
+  hardware.sm_count = args.sm_count;
+  typename Kernel::Arguments arguments{cutlass::gemm::GemmUniversalMode::kGemm,
+                                       {args.m, args.n, args.k, 1},
+                                       mainloop,
+                                       {tree, nullptr, {}, static_cast<ElementD*>(args.d), packed_stride(args.ldd)},
+                                       hardware};
+  Launch<Kernel> launch;
+  launch.params = Kernel::to_underlying_arguments(arguments, nullptr);
+  dim3 const grid = Kernel::get_grid_shape(launch.params);
+  launch.grid[0] = grid.x, launch.grid[1] = grid.y, launch.grid[2] = grid.z;
+  return launch;
+}
+
+}  // namespace fp4gemm
+
+// Read from the cubin by fp4gemm/compile.py: threads, cluster x, y, z, dynamic shared memory, bytes of the by-value argument,
+// bytes of the whole Launch, offset of its grid.
+#define FP4GEMM_META(Kernel, cluster_x, cluster_y) \
+  extern "C" __device__ int fp4gemm_meta[8] = {static_cast<int>(Kernel::MaxThreadsPerBlock), \
+                                               cluster_x, \
+                                               cluster_y, \
+                                               1, \
+                                               Kernel::SharedStorageSize, \
+                                               sizeof(typename Kernel::Params), \
+                                               sizeof(fp4gemm::Launch<Kernel>), \
+                                               sizeof(fp4gemm::Launch<Kernel>) - 64};

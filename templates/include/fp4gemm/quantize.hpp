@@ -1,0 +1,319 @@
+// Row-wise NVFP4 quantizer: data, block scales (any layout, padding written as 0) and outer scales in one launch.
+// A group of kThreads threads owns a row; each thread holds whole 16-value blocks, so a block needs no communication.
+// With per-row scaling and a row that fits in registers, memory is read once: load, reduce the row amax, encode.
+#pragma once
+
+#include "fp4gemm/convention.hpp"
+#include "fp4gemm/layout.hpp"
+
+namespace fp4gemm {
+
+// Packed by fp4gemm/launch.py (QUANTIZE_ARGUMENTS): keep both alike.
+struct QuantizeArguments {
+  void const* x;             // [rows, k], k contiguous
+  uint8_t* data;             // [rows, columns * 8]
+  uint8_t* block_scale;      // padded rows x padded columns in the layout
+  float* outer_scale;        // [rows] per row, [1] otherwise
+  float const* scale_in;     // kPerTensor: the amax [1]; kGiven: decode multipliers, [1] or [rows]
+  int64_t x_stride;          // elements between rows of x
+  int64_t rows, padded_rows;
+  int k, columns;            // columns = ceil(k / 16)
+  int scale_in_stride;       // 0 or 1
+  int prefetch;              // how many CTAs ahead to fetch rows into L2; 0: do not
+};
+
+enum class Scaling { kPerRow, kPerTensor, kGiven };
+
+template <class Element_, class Convention_, class Scales_, Scaling kScaling_, int kThreads_, int kBlocks_, int kRows_,
+          bool kVectorized_, bool kResident_>
+struct QuantizeConfig {
+  using Element = Element_;
+  using Convention = Convention_;
+  using Scales = Scales_;
+  static constexpr Scaling kScaling = kScaling_;
+  static constexpr int kThreads = kThreads_;        // threads of a row
+  static constexpr int kBlocks = kBlocks_;          // 16-value blocks a thread holds
+  static constexpr int kRows = kRows_;              // rows of a CTA
+  static constexpr bool kVectorized = kVectorized_; // rows are 16-byte aligned and k % 16 == 0
+  static constexpr bool kResident = kResident_;     // kThreads * kBlocks covers the row
+  static constexpr int kCta = kThreads * kRows;
+  static_assert(kThreads % 32 == 0 && kCta <= 1024, "a row is a whole number of warps of one CTA");
+};
+
+template <class Element, bool kVectorized>
+__device__ __forceinline__ typename Element::Block load_block(void const* row, int column, int k) {
+  typename Element::Block x{};
+  if constexpr (kVectorized) {
+    auto const* source = reinterpret_cast<uint4 const*>(row) + column * Element::kBytes;
+#pragma unroll
+    for (int i = 0; i < Element::kBytes; ++i) reinterpret_cast<uint4*>(x.w)[i] = __ldcs(source + i);
+  } else {
+    auto const* source = reinterpret_cast<typename Element::Raw const*>(row) + static_cast<int64_t>(column) * kBlock;
+#pragma unroll
+    for (int i = 0; i < kBlock; ++i) {
+      if (column * kBlock + i < k) Element::set(x, i, source[i]);
+    }
+  }
+  return x;
+}
+
+// Block amax without NaN; the sign bit marks a block that holds NaN or Inf.
+template <class Element> __device__ __noinline__ float amax_without_nan(typename Element::Block x) {
+  float amax = 0.0f;
+#pragma unroll
+  for (int i = 0; i < kBlock; ++i) amax = fmaxf(amax, fabsf(Element::value(x, i)));
+  return amax;
+}
+
+template <class Element> __device__ __forceinline__ float flagged_amax(typename Element::Block const& x) {
+  float const amax = Element::amax(x);
+  return is_finite(amax) ? amax : -amax_without_nan<Element>(x);
+}
+
+template <class Element, class Divider>
+__device__ __forceinline__ uint32_t encode_half(typename Element::Block const& x, int half, Divider const& divider) {
+  uint32_t word = 0;
+#pragma unroll
+  for (int i = 7; i >= 0; --i) {
+    word = word * 16 + magnitude_code(divider.quotient(fabsf(Element::value(x, 8 * half + i))));
+  }
+  return (word - kMagnitudeBias) | Element::signs(x, half);
+}
+
+// For blocks with NaN or Inf and for those beyond the largest code (their scale underflowed, saturated or was given).
+template <class Element, class Divider>
+__device__ __noinline__ uint2 encode_any(typename Element::Block x, Divider divider) {
+  uint32_t word[2] = {};
+#pragma unroll
+  for (int i = 0; i < kBlock; ++i) {
+    float const value = Element::value(x, i);
+    word[i / 8] |= to_e2m1(copysignf(divider.quotient(fabsf(value)), value)) << (4 * (i % 8));
+  }
+  return {word[0], word[1]};
+}
+
+template <int kThreads> __device__ __forceinline__ void group_barrier(int group) {
+  asm volatile("bar.sync %0, %1;" ::"r"(group + 1), "n"(kThreads) : "memory");
+}
+
+// Maximum over a group of kThreads threads of the CTA; groups do not wait for one another.
+template <int kThreads, int kGroups> __device__ __forceinline__ float reduce_group(float amax) {
+#pragma unroll
+  for (int lane = 16; lane > 0; lane /= 2) amax = fmaxf(amax, __shfl_xor_sync(~0u, amax, lane));
+  constexpr int kWarps = kThreads / 32;
+  if constexpr (kWarps > 1) {
+    __shared__ float partial[kGroups][kWarps];
+    int const group = threadIdx.x / kThreads;
+    if (threadIdx.x % 32 == 0) partial[group][threadIdx.x % kThreads / 32] = amax;
+    group_barrier<kThreads>(group);
+    amax = partial[group][0];
+#pragma unroll
+    for (int w = 1; w < kWarps; ++w) amax = fmaxf(amax, partial[group][w]);
+  }
+  return amax;
+}
+
+__device__ __forceinline__ void prefetch_l2(void const* address, uint32_t bytes) {
+  asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(__cvta_generic_to_global(address)), "r"(bytes)
+               : "memory");
+}
+
+// Where a thread's block scales go: straight to their place, byte by byte ...
+template <class Config, bool kStaged> class ScaleWriter {
+  using Scales = typename Config::Scales;
+  uint8_t* const row_;
+  int const end_;
+
+ public:
+  __device__ ScaleWriter(QuantizeArguments const& args, int64_t row, int /*first*/)
+      : row_(args.block_scale + Scales::row_offset(row, args.columns)),
+        end_(row < args.padded_rows ? Scales::padded_columns(args.columns) : 0) {}
+  __device__ void put(int column, uint8_t scale) const {
+    if (column < end_) row_[Scales::column_offset(column)] = scale;
+  }
+  __device__ void flush() const {}
+};
+
+// ... or, in a tiled layout, to shared memory, from where each thread writes four columns of all rows of the CTA at once:
+// one row has only words of four bytes to write, which cost the memory system as much as whole sectors.
+template <class Config> class ScaleWriter<Config, true> {
+  using Scales = typename Config::Scales;
+  static constexpr int kStep = Config::kThreads * Config::kBlocks;
+  using Stage = uint8_t[Config::kRows][kStep];
+
+  QuantizeArguments const& args_;
+  int const first_;
+
+  __device__ static Stage& stage() {
+    __shared__ __align__(16) Stage shared;
+    return shared;
+  }
+
+ public:
+  __device__ ScaleWriter(QuantizeArguments const& args, int64_t, int first) : args_(args), first_(first) {
+    if (first_ != 0) __syncthreads();  // the last step's scales have been read
+  }
+  __device__ void put(int column, uint8_t scale) const {
+    stage()[threadIdx.x / Config::kThreads][column - first_] = scale;
+  }
+  __device__ void flush() const {
+    __syncthreads();
+    int64_t const row = Scales::template row<Config::kRows>(blockIdx.x, 0);
+    uint8_t* const chunks = args_.block_scale + Scales::row_offset(row, args_.columns);
+    int const end = min(kStep, Scales::padded_columns(args_.columns) - first_);
+    for (int column = threadIdx.x * 4; column < end && row < args_.padded_rows; column += Config::kCta * 4) {
+      auto* const chunk = reinterpret_cast<uint4*>(chunks + Scales::column_offset(first_ + column));
+#pragma unroll
+      for (int i = 0; i < Config::kRows; i += 4)
+        chunk[i / 4] = {word(i, column), word(i + 1, column), word(i + 2, column), word(i + 3, column)};
+    }
+  }
+
+ private:
+  __device__ static uint32_t word(int row, int column) {
+    return *reinterpret_cast<uint32_t const*>(&stage()[row][column]);
+  }
+};
+
+template <class Config> class RowQuantizer {
+  using Element = typename Config::Element;
+  using Convention = typename Config::Convention;
+  using Scales = typename Config::Scales;
+  using Block = typename Element::Block;
+  static constexpr int kStep = Config::kThreads * Config::kBlocks;  // columns at a time
+  // A tiled layout scatters the scales of one row in words of four; the rows of a CTA together fill whole chunks.
+  static constexpr bool kStaged = Scales::kTiled && Config::kRows % 4 == 0;
+
+  QuantizeArguments const& args_;
+  int64_t const row_;
+  int const thread_;
+  bool const real_;  // false for a row that exists only as scale-factor padding
+
+ public:
+  __device__ explicit RowQuantizer(QuantizeArguments const& args)
+      : args_(args),
+        row_(Scales::template row<Config::kRows>(blockIdx.x, threadIdx.x / Config::kThreads)),
+        thread_(threadIdx.x % Config::kThreads),
+        real_(row_ < args.rows) {}
+
+  __device__ void run() const {
+    if constexpr (Config::kScaling != Scaling::kPerRow) {
+      // No reduction: CTAs split the row as well.
+      auto const outer = outer_scale(0.0f);
+      for (int first = blockIdx.y * kStep; first < padded_columns(); first += gridDim.y * kStep)
+        encode_step(first, outer);
+    } else if constexpr (Config::kResident) {
+      Block x[Config::kBlocks];
+      float amax[Config::kBlocks];
+      float const step_amax = load_step(0, x, amax);
+      prefetch_ahead();
+      float const row_amax = reduce_group<Config::kThreads, Config::kRows>(step_amax);
+      store_step(0, x, amax, outer_scale(row_amax));
+    } else {
+      float row_amax = 0.0f;
+      for (int first = 0; first < args_.columns; first += kStep) {
+        Block x[Config::kBlocks];
+        float amax[Config::kBlocks];
+        row_amax = fmaxf(row_amax, load_step(first, x, amax));
+      }
+      auto const outer = outer_scale(reduce_group<Config::kThreads, Config::kRows>(row_amax));
+      for (int first = 0; first < padded_columns(); first += kStep) encode_step(first, outer);
+    }
+  }
+
+ private:
+  // Keeps memory busy while the CTAs of an SM all compute: they start together and stay in step.
+  __device__ void prefetch_ahead() const {
+    if (!Config::kVectorized || thread_ != 0 || args_.prefetch == 0) return;
+    int64_t const row =
+        Scales::template row<Config::kRows>(blockIdx.x + args_.prefetch, threadIdx.x / Config::kThreads);
+    if (row >= args_.rows) return;
+    prefetch_l2(static_cast<char const*>(args_.x) + row * args_.x_stride * Element::kBytes, args_.k * Element::kBytes);
+  }
+
+  __device__ int padded_columns() const { return Scales::padded_columns(args_.columns); }
+
+  __device__ typename Convention::Outer outer_scale(float row_amax) const {
+    typename Convention::Outer outer;
+    if constexpr (Config::kScaling == Scaling::kGiven) {
+      outer = Convention::from_decode(real_ ? args_.scale_in[row_ * args_.scale_in_stride] : 1.0f);
+    } else {
+      outer = Convention::from_amax(Config::kScaling == Scaling::kPerTensor ? *args_.scale_in : row_amax);
+    }
+    bool const per_row = Config::kScaling == Scaling::kPerRow || args_.scale_in_stride != 0;
+    if (thread_ == 0 && blockIdx.y == 0 && (per_row ? real_ : row_ == 0))
+      args_.outer_scale[row_ * per_row] = outer.decode;
+    return outer;
+  }
+
+  __device__ float load_step(int first, Block (&x)[Config::kBlocks], float (&amax)[Config::kBlocks]) const {
+    auto const* row = static_cast<char const*>(args_.x) + row_ * args_.x_stride * Element::kBytes;
+#pragma unroll
+    for (int i = 0; i < Config::kBlocks; ++i) {
+      int const column = first + i * Config::kThreads + thread_;
+      x[i] = Block{};
+      if (real_ && column < args_.columns) x[i] = load_block<Element, Config::kVectorized>(row, column, args_.k);
+    }
+    float step_amax = 0.0f;
+#pragma unroll
+    for (int i = 0; i < Config::kBlocks; ++i) {
+      amax[i] = flagged_amax<Element>(x[i]);
+      step_amax = fmaxf(step_amax, fabsf(amax[i]));
+    }
+    return step_amax;
+  }
+
+  __device__ void store_step(int first, Block const (&x)[Config::kBlocks], float const (&amax)[Config::kBlocks],
+                             typename Convention::Outer const& outer) const {
+    // All scales before any data: the scale writer's barrier and stores hide behind the encoding.
+    ScaleWriter<Config, kStaged> const writer(args_, row_, first);
+    uint8_t scale[Config::kBlocks];
+#pragma unroll
+    for (int i = 0; i < Config::kBlocks; ++i) {
+      int const column = first + i * Config::kThreads + thread_;
+      scale[i] = real_ && column < args_.columns ? Convention::block_scale(outer, fabsf(amax[i])) : 0;
+      writer.put(column, scale[i]);
+    }
+    writer.flush();
+    auto* data = reinterpret_cast<uint2*>(args_.data) + row_ * args_.columns;
+#pragma unroll
+    for (int i = 0; i < Config::kBlocks; ++i) {
+      int const column = first + i * Config::kThreads + thread_;
+      if (!real_ || column >= args_.columns) continue;
+      auto const divider = Convention::divider(outer, scale[i]);
+      bool const quick = __float_as_uint(amax[i]) >> 31 == 0 && divider.quotient(amax[i]) < kQuickLimit;
+      data[column] = quick ? uint2{encode_half<Element>(x[i], 0, divider), encode_half<Element>(x[i], 1, divider)}
+                           : encode_any<Element>(x[i], divider);
+    }
+  }
+
+  __device__ void encode_step(int first, typename Convention::Outer const& outer) const {
+    Block x[Config::kBlocks];
+    float amax[Config::kBlocks];
+    load_step(first, x, amax);
+    store_step(first, x, amax, outer);
+  }
+};
+
+// amax = max(|x|) without NaN over all rows; *amax must be 0 at launch. Non-negative floats order as their bits do.
+struct AmaxArguments {
+  void const* x;
+  float* amax;
+  int64_t x_stride, rows;
+  int k, columns;
+};
+
+template <class Element, bool kVectorized, int kThreads> __device__ void tensor_amax(AmaxArguments const& args) {
+  float amax = 0.0f;
+  for (int64_t row = blockIdx.x; row < args.rows; row += gridDim.x) {
+    auto const* source = static_cast<char const*>(args.x) + row * args.x_stride * Element::kBytes;
+    for (int column = threadIdx.x; column < args.columns; column += kThreads) {
+      amax = fmaxf(amax, fabsf(flagged_amax<Element>(load_block<Element, kVectorized>(source, column, args.k))));
+    }
+  }
+  // One atomic a CTA: they all meet at one address.
+  amax = reduce_group<kThreads, 1>(amax);
+  if (threadIdx.x == 0) atomicMax(reinterpret_cast<int*>(args.amax), __float_as_int(amax));
+}
+
+}  // namespace fp4gemm

@@ -1,0 +1,267 @@
+"""The bench: tables, the way of measuring (with fakes), suites on the CPU, the command line."""
+
+from __future__ import annotations
+
+import subprocess
+import types
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from fp4gemm import report
+from fp4gemm.bench import cli, common, gemm, kernels, overhead, quantize, tables, timing
+
+
+def quantize_row(**changes: Any) -> dict[str, Any]:
+    row = {
+        "bench": "quantize", "M": 8192, "K": 8192, "dtype": "bf16", "mode": "graph", "us": 50.0, "bytes": 171_966_464,
+        "options": {"scaling": "per_row", "outer_scale": "amax", "sf_layout": "128x4"},
+        "vs_us": {"copy_same_bytes": 45.0},
+    }  # fmt: skip
+    return row | changes
+
+
+def gemm_row(**changes: Any) -> dict[str, Any]:
+    row = {
+        "bench": "gemm", "op": "gemm", "arch": "sm_90a", "layout": "tn", "M": 8192, "N": 8192, "K": 8192, "a": "nvfp4",
+        "b": "nvfp4", "epilogue": "rowcol", "mode": "graph", "kernel": "gemm_x", "us": 1500.0,
+        "vs_us": {"cublas_bf16": 1425.0}, "rel_error": 1.6e-3,
+    }  # fmt: skip
+    return row | changes
+
+
+OTHER_ROWS = [
+    quantize_row(bench="dequantize", options={"sf_layout": "128x4"}),
+    {"bench": "overhead", "op": "gemm", "M": 16, "N": 256, "K": 256, "mode": "eager", "us": 8.5, "process_us": 9.0,
+     "vs_us": {"torch_mm": 4.0}},
+    {"bench": "load", "kernel": "gemm_x", "arch": "sm_90a", "ms": 12.5, "max_ms": 14.0},
+    {"bench": "compile", "kernel": "gemm_x", "arch": "sm_90a", "seconds": 22.0, "peak_mb": 3500, "registers": 168,
+     "spill_bytes": 0, "smem_bytes": 214_016},
+]  # fmt: skip
+
+
+def document(rows: list[dict[str, Any]], date: str = "2026-11-20T10:00:00Z", **changes: Any) -> dict[str, Any]:
+    environment = report.Environment("0123456789abcdef", False, "NVIDIA H200", "580.159", {"torch": "2.11.0"})
+    tests = report.TestCounts(10, 0, 1, "pytest tests/gpu")
+    return report.Report("all", "fp4gemm bench all", environment, 4.2, rows, tests, date).document() | changes
+
+
+# --- tables and timing ------------------------------------------------------------------------------------------------
+
+
+def test_every_row_kind_of_the_bench_has_a_table() -> None:
+    for row in (quantize_row(), gemm_row(), *OTHER_ROWS):
+        assert report.problems(document([row])) == []
+        table = tables.table(row["bench"], [row])
+        assert table is not None
+        assert len(table.rows[0]) == len(table.columns)
+    assert tables.table("gemm", [quantize_row()]) is None
+    assert tables.table("quantize", [quantize_row(mode="eager")], summary=True) is None
+
+
+@pytest.mark.parametrize(
+    "value, text",
+    [(0, "0"), (1234.56, "1,235"), (12.34, "12.3"), (1.234, "1.23"), (0.1234, "0.123"), (2e-5, "2.0e-05")],
+)
+def test_numbers(value: float, text: str) -> None:
+    assert tables.number(value) == text
+
+
+def test_interleave_takes_turns_and_medians() -> None:
+    order: list[str] = []
+
+    def sampler(name: str, times: list[float]) -> timing.Sampler:
+        def sample() -> float:
+            order.append(name)
+            return times.pop(0)
+
+        return sample
+
+    got = timing.interleave({"a": sampler("a", [9.0, 1.0, 2.0]), "b": sampler("b", [5.0, 4.0, 6.0])}, 3)
+    assert got == {"a": 2.0, "b": 5.0}
+    assert order == ["a", "b"] * 3
+
+
+def test_rotation_exceeds_twice_the_l2() -> None:
+    l2 = 60 << 20
+    for nbytes in (1, 16384, 37 << 20, 2 * l2, 300 << 20):
+        count = timing.rotation(nbytes, l2)
+        assert count >= 2
+        assert count * nbytes > 2 * l2
+    assert timing.rotation(100 << 20, 200 << 20) == 5
+
+
+def test_sampler_names_the_modes() -> None:
+    with pytest.raises(ValueError, match="graph, eager"):
+        timing.sampler("lazy", [])
+
+
+# --- the suites, on the CPU ------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def on_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Suites run their calls once on the CPU and report invented times: 2 us for what is measured, 1 us for others."""
+
+    def compare(candidates: dict[str, list[timing.Call]], mode: str, repeats: int) -> dict[str, float]:
+        for calls in candidates.values():
+            assert len(calls) == 2
+            for call in calls:
+                call()
+        return {name: 1.0 if name in ("copy_same_bytes", "cublas_bf16") else 2.0 for name in candidates}
+
+    monkeypatch.setattr(timing, "DEVICE", "cpu")
+    monkeypatch.setattr(timing, "rotation", lambda nbytes: 2)
+    monkeypatch.setattr(timing, "compare", compare)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+
+
+def rows_of(jobs: Iterator[common.Job]) -> list[report.Row]:
+    rows = [row for job in jobs for row in job.run()]
+    assert report.problems(document(rows)) == []
+    return rows
+
+
+@pytest.mark.usefixtures("on_cpu")
+def test_quantize_suite(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(quantize, "LARGE", ((128, 256),))
+    monkeypatch.setattr(quantize, "SMALL", ((1, 64),))
+    rows = rows_of(quantize.jobs(common.Config()))
+    assert len(rows) == 5 * 2 * 2 + 2
+    first = rows[0]
+    assert (
+        first["bytes"] == 128 * 256 * 2 + 128 * 128 + 128 * 16 + 128 * 4
+    )  # bf16 in; codes, block and outer scales out
+    assert first["copy_fraction"] == 0.5
+    assert {(row["options"].get("scaling"), row["options"].get("outer_scale")) for row in rows} == {
+        *(("per_row", "amax"), ("per_tensor", "amax"), ("per_row", "given")),
+        (None, None),  # dequantize
+    }
+
+
+@pytest.mark.usefixtures("on_cpu")
+def test_gemm_suite(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gemm, "SHAPES", ((96, 48, 64), (1, 48, 64)))
+    rows = rows_of(gemm.jobs(common.Config()))
+    assert [(row["op"], row["M"], row["mode"]) for row in rows[:4]] == [
+        *(("gemm", 96, "graph"), ("quantize_gemm", 96, "graph")),
+        *(("gemm", 96, "eager"), ("quantize_gemm", 96, "eager")),
+    ]
+    assert all(0 < row["rel_error"] < 4e-3 for row in rows)  # the cast to bf16
+    assert {row["ratio"] for row in rows} == {0.5}
+    assert all(row["kernel"].startswith("gemm_sm90_") for row in rows)
+
+
+@pytest.mark.usefixtures("on_cpu")
+def test_overhead_suite(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(overhead, "_CALLS", 2)
+    monkeypatch.setattr(overhead, "_WARM", 1)
+    rows = rows_of(overhead.jobs(common.Config(quick=True)))
+    assert [row["op"] for row in rows] == ["gemm", "quantize", "dequantize", "quantize_gemm"]
+
+
+def test_load_suite_asks_a_new_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    probes: list[list[str]] = []
+
+    def run(command: list[str], **options: Any) -> subprocess.CompletedProcess[str]:
+        probes.append(command)
+        assert options["env"]["FP4GEMM_DISABLE_JIT"] == "1"
+        return subprocess.CompletedProcess(command, 0, 'a warning\n{"ms": 12.5}\n', "")
+
+    monkeypatch.setattr(kernels.cache, "get", lambda spec: None)
+    monkeypatch.setattr(kernels.subprocess, "run", run)
+    (row,) = rows_of(kernels.load_jobs(common.Config(repeats=7)))
+    assert row["ms"] == 12.5
+    assert len(probes) == 7
+    assert probes[0][1:] == ["-m", "fp4gemm.bench.load_probe", row["kernel"]]
+
+
+def test_load_probe_fails_with_its_own_words(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kernels.cache, "get", lambda spec: None)
+    monkeypatch.setattr(kernels, "_PROBE", "fp4gemm.bench.no_such_module")
+    with pytest.raises(RuntimeError, match="No module named"):
+        rows_of(kernels.load_jobs(common.Config()))
+
+
+def test_compile_suite_reads_the_cache(monkeypatch: pytest.MonkeyPatch) -> None:
+    meta = {"seconds": 0.3, "peak_mb": 322, "registers": 45, "spill_bytes": 0, "smem_bytes": 0, "threads": 256}
+    entry = types.SimpleNamespace(meta=meta)
+    monkeypatch.setattr(kernels.cache, "lookup", lambda spec: entry if spec.arch == "sm_90a" else None)
+    rows = rows_of(kernels.compile_jobs(common.Config()))
+    assert {row["arch"] for row in rows} == {"sm_90a"}
+    assert rows[0]["registers"] == 45
+
+
+# --- fp4gemm bench ----------------------------------------------------------------------------------------------------
+
+
+def test_bench_without_a_gpu_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    for arguments in ([], ["gemm"], ["all", "--quick"]):
+        result = CliRunner().invoke(cli.app, arguments)
+        assert result.exit_code == 2
+        assert "compute capability 9.0" in " ".join(result.output.split())
+
+
+def test_bench_refuses_misplaced_options_and_few_repeats() -> None:
+    result = CliRunner().invoke(cli.app, ["--quick", "gemm"])
+    assert result.exit_code == 2
+    assert "behind the subcommand" in " ".join(result.output.split())
+    assert CliRunner().invoke(cli.app, ["gemm", "--repeats", "3"]).exit_code == 2
+
+
+@pytest.fixture
+def fake_gpu(monkeypatch: pytest.MonkeyPatch) -> dict[str, list[common.Job]]:
+    """A bench that runs here: jobs by suite are what a test puts in the dictionary."""
+    jobs: dict[str, list[common.Job]] = {}
+    environment = report.Environment("abc", False, "NVIDIA H200", "1", {"torch": "2"})
+    monkeypatch.setattr(cli, "_need_gpu", lambda: None)
+    monkeypatch.setattr(cli.report, "environment", lambda commit: environment)
+    monkeypatch.setattr(timing, "copy_tb_s", lambda repeats: 4.2)
+    monkeypatch.setattr(cli, "_suite_jobs", lambda suite, config: jobs.get(suite, []))
+    return jobs
+
+
+def test_bench_writes_rows_tables_and_test_counts(fake_gpu: dict[str, list[common.Job]], tmp_path: Path) -> None:
+    fake_gpu["quantize"] = [common.Job("one", lambda: [quantize_row()])]
+    fake_gpu["gemm"] = [common.Job("two", lambda: [gemm_row()])]
+    tests = tmp_path / "tests.json"
+    tests.write_text('{"passed": 7, "failed": 0, "skipped": 1, "command": "pytest tests/gpu"}')
+    result = CliRunner().invoke(cli.app, ["--out-dir", str(tmp_path / "m"), "--tests-json", str(tests), "--quick"])
+    assert result.exit_code == 0, result.output
+    (path,) = (tmp_path / "m").glob("all-h200-*.json")
+    written = report.read(path)
+    assert [row["bench"] for row in written["rows"]] == ["quantize", "gemm"]
+    assert written["tests"]["passed"] == 7
+    assert written["command"] == "fp4gemm bench all --repeats 9 --quick"
+    assert "errors" not in written
+    assert "0.95x" in result.output
+
+
+def test_bench_keeps_the_other_rows_when_a_job_fails(fake_gpu: dict[str, list[common.Job]], tmp_path: Path) -> None:
+    def fail() -> list[report.Row]:
+        raise RuntimeError("launch failed [700]")
+
+    fake_gpu["gemm"] = [common.Job("bad", fail), common.Job("good", lambda: [gemm_row()])]
+    result = CliRunner().invoke(cli.app, ["gemm", "--out", str(tmp_path / "x.json")])
+    assert result.exit_code == 1
+    written = report.read(tmp_path / "x.json")
+    assert len(written["rows"]) == 1
+    assert written["errors"] == ["bad: RuntimeError: launch failed [700]"]
+    assert "launch failed [700]" in " ".join(result.output.split())
+
+
+def test_bench_refuses_bad_test_counts_before_it_measures(
+    fake_gpu: dict[str, list[common.Job]], tmp_path: Path
+) -> None:
+    def fail() -> list[report.Row]:
+        raise AssertionError("measured")
+
+    fake_gpu["gemm"] = [common.Job("job", fail)]
+    result = CliRunner().invoke(cli.app, ["gemm", "--tests-json", str(tmp_path / "absent.json")])
+    assert result.exit_code == 2
+    assert "absent.json" in "".join(result.output.split())
