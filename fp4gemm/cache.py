@@ -140,6 +140,7 @@ def get(spec: KernelSpec) -> Entry:
 
     Raises KernelMissing, CacheError, compile.CompileError or toolchain.ToolchainError.
     """
+    env.configure_logging()
     if entry := lookup(spec):
         return entry
     if env.settings().disable_jit:

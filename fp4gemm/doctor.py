@@ -23,7 +23,6 @@ Status = Literal["ok", "warn", "fail"]
 INSTALL = "pip install 'fp4gemm[cuda13]'"
 MINIMUM_DRIVER = "NVIDIA driver 580 or newer"
 LOW_SPACE = 1 << 30
-KERNEL_CAPABILITIES = {(9, 0): "sm_90a"}
 
 
 @dataclass(frozen=True)
@@ -209,9 +208,11 @@ def check_cache() -> list[Finding]:
 def _check_gpu(device: Device) -> Finding:
     name = f"GPU {device.index}"
     detail = f"{device.name}, compute capability {device.capability[0]}.{device.capability[1]}"
-    if device.capability in KERNEL_CAPABILITIES:
-        return Finding(name, "ok", f"{detail}: kernels for {KERNEL_CAPABILITIES[device.capability]}")
-    known = ", ".join(KERNEL_CAPABILITIES.values())
+    from fp4gemm.select import LAUNCHABLE
+
+    if device.capability in LAUNCHABLE:
+        return Finding(name, "ok", f"{detail}: kernels for {LAUNCHABLE[device.capability]}")
+    known = ", ".join(LAUNCHABLE.values())
     return Finding(name, "warn", f"{detail}: no kernels (there are for {known})", "keep tensors on the CPU: reference")
 
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 PREFIX = "FP4GEMM_"
@@ -40,6 +42,15 @@ def settings(environ: Mapping[str, str] | None = None) -> Settings:
         disable_jit=_choice(environ, "FP4GEMM_DISABLE_JIT", ("0", "1"), "0") == "1",
         log=_choice(environ, "FP4GEMM_LOG", _LEVELS, "warning"),
     )
+
+
+@cache
+def configure_logging() -> None:
+    """Give the ``fp4gemm`` logger the level of FP4GEMM_LOG, and a handler where the application has set none up."""
+    logger = logging.getLogger("fp4gemm")
+    logger.setLevel(settings().log.upper())
+    if not logger.hasHandlers():
+        logger.addHandler(logging.StreamHandler())
 
 
 def _path(environ: Mapping[str, str], name: str) -> Path | None:

@@ -10,7 +10,7 @@ from fp4gemm.formats import scale_columns
 from fp4gemm.spec import AmaxSpec, DequantizeSpec, GemmSpec, QuantizeSpec, sm90_gemms
 
 DTYPE_NAMES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
-_LAUNCHABLE = {(9, 0): "sm_90a"}
+LAUNCHABLE = {(9, 0): "sm_90a"}  # compute capability -> arch
 _COMPILED_ONLY = {(10, 0): "sm_100a", (12, 0): "sm_120a"}
 
 
@@ -18,7 +18,7 @@ _COMPILED_ONLY = {(10, 0): "sm_100a", (12, 0): "sm_120a"}
 def arch_of(device: int) -> str:
     """The arch whose kernels run on CUDA device ``device``. Raises NotImplementedError where there are none."""
     capability = torch.cuda.get_device_capability(device)
-    if arch := _LAUNCHABLE.get(capability):
+    if arch := LAUNCHABLE.get(capability):
         return arch
     name = torch.cuda.get_device_name(device)
     here = f"{name} has compute capability {capability[0]}.{capability[1]}"

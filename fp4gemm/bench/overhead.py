@@ -10,7 +10,8 @@ from collections.abc import Iterator
 import torch
 
 import fp4gemm
-from fp4gemm.bench.common import Config, Job, random_inputs
+from fp4gemm import launch, select
+from fp4gemm.bench.common import ARCH, Config, Job, random_inputs
 from fp4gemm.bench.timing import Call
 from fp4gemm.report import Row
 
@@ -45,8 +46,15 @@ def call_us(calls: dict[str, Call], batches: int) -> dict[str, tuple[float, floa
     }
 
 
+def _driver_launch() -> Call:
+    """One launch with nothing to do: the least that each kernel of a call costs on this host."""
+    launcher = launch.Launcher(select.dequantize_spec(ARCH, "bf16", "128x4", False), launch.DEQUANTIZE_ARGUMENTS)
+    stream = torch.cuda.current_stream().cuda_stream
+    return functools.partial(launcher, (1, 1, 1), stream, *(0,) * 16)  # an operand without units
+
+
 def jobs(config: Config) -> Iterator[Job]:
-    """gemm, quantize, quantize_gemm and, as the yardstick, torch.mm, at one small shape."""
+    """gemm, quantize, dequantize and quantize_gemm at one small shape; yardsticks: torch.mm and one bare launch."""
     yield Job("overhead", functools.partial(_rows, config))
 
 
@@ -61,9 +69,10 @@ def _rows(config: Config) -> list[Row]:
         "dequantize": functools.partial(fp4gemm.dequantize, a4, torch.bfloat16),
         "quantize_gemm": functools.partial(fp4gemm.quantize_gemm, x, b4),
         "torch_mm": functools.partial(torch.mm, x, wt, out=out),
+        "driver_launch": _driver_launch(),
     }
     us = call_us(calls, 10 if config.quick else 50)
-    mm = us.pop("torch_mm")[0]
+    yardsticks = {name: us.pop(name)[0] for name in ("torch_mm", "driver_launch")}
     return [
         {
             "bench": "overhead",
@@ -74,7 +83,7 @@ def _rows(config: Config) -> list[Row]:
             "mode": "eager",
             "us": wall,
             "process_us": process,
-            "vs_us": {"torch_mm": mm},
+            "vs_us": yardsticks,
         }
         for op, (wall, process) in us.items()
     ]

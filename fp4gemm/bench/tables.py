@@ -126,6 +126,7 @@ TABLES: dict[str, tuple[str, tuple[Column, ...]]] = {
             _US,
             ("process CPU, us", _number("process_us")),
             ("`torch.mm`, us", _versus("torch_mm")),
+            ("one bare launch, us", _versus("driver_launch")),
         ),
     ),
     "load": (

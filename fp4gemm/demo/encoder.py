@@ -34,14 +34,12 @@ class FP4Linear(nn.Module):
         self.register_buffer("bias", None if linear.bias is None else linear.bias.detach().clone())
 
     def forward(self, x: Tensor) -> Tensor:
-        y: Tensor = fp4gemm.quantize_gemm(x.reshape(-1, x.shape[-1]), self.weight, self.bias)
-        return y.reshape(*x.shape[:-1], y.shape[-1])
+        return fp4gemm.quantize_gemm(x, self.weight, self.bias)
 
     @property
     def nbytes(self) -> int:
         """Bytes of the weight: packed codes, block scales with their padding, outer scales."""
-        parts = (self.weight.data, self.weight.block_scale, self.weight.outer_scale)
-        return sum(part.numel() * part.element_size() for part in parts)
+        return self.weight.nbytes
 
 
 @dataclass(frozen=True)

@@ -63,12 +63,13 @@ def check_quantize(
 
 def check_gemm(a: FP4Tensor, b: FP4Tensor, bias: Tensor | None, out_dtype: torch.dtype) -> None:
     """Checks the operands a [M, K], b [N, K] and bias [N] of ``gemm``. Raises TypeError or ValueError."""
-    for name, operand in (("a", a), ("b", b)):
-        if not isinstance(operand, FP4Tensor):
-            raise TypeError(f"{name}: expected an FP4Tensor, got {type(operand).__name__}")
-    if a.k != b.k:
+    if not isinstance(a, FP4Tensor):
+        raise TypeError(f"a: expected an FP4Tensor, got {type(a).__name__}")
+    if not isinstance(b, FP4Tensor):
+        raise TypeError(f"b: expected an FP4Tensor, got {type(b).__name__}")
+    if a.shape[1] != b.shape[1]:
         raise ValueError(f"b: expected K = {a.k} (that of a, shape {a.shape}), got shape {b.shape}")
-    if a.device != b.device:
+    if a.data.device != b.data.device:
         raise ValueError(f"b: expected device {a.device} (that of a), got {b.device}")
     check_float("out_dtype", out_dtype)
     if bias is not None:

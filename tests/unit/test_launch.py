@@ -1,0 +1,143 @@
+"""Plans without a GPU: where operands' addresses stand in Params, found with stand-ins and a driver that is made up."""
+
+import ctypes
+import struct
+from types import SimpleNamespace
+
+import pytest
+
+from fp4gemm import launch
+from fp4gemm.launch import OPERANDS
+from fp4gemm.load import DriverError
+from fp4gemm.tensor_map import ALIGNMENT, SIZE, Request
+
+A, B, D, OUTER_A, OUTER_B, BIAS = (OPERANDS.index(name) for name in ("a", "b", "d", "outer_a", "outer_b", "bias"))
+STAND_INS = [launch._stand_in(i) for i in range(len(OPERANDS))]
+ADDRESS_WORD = 3  # of the made-up descriptors
+
+
+def request_bytes(operand: int) -> bytes:
+    """What make_params leaves for a 2-D tensor at an operand's stand-in address."""
+    head = struct.pack("<II4BIQ", 0xF4F4F4F4, 2, 9, 0, 3, 2, 0, STAND_INS[operand])
+    return (head + struct.pack("<5Q4Q5H5H", *(64, 32, 1, 1, 1), *(128, 0, 0, 0), *[1] * 10)).ljust(SIZE, b"\0")
+
+
+def params() -> bytearray:
+    """Params of 6 slots: descriptors of a and d, raw pointers around them, and numbers that are no pointers."""
+    data = bytearray(6 * ALIGNMENT)
+    data[64:192] = request_bytes(A)
+    data[256:384] = request_bytes(D)
+    struct.pack_into("<3Q", data, 8, STAND_INS[OUTER_B], 7, STAND_INS[BIAS])
+    struct.pack_into("<2Q", data, 200, STAND_INS[OUTER_A], STAND_INS[OUTER_B])
+    struct.pack_into("<Q", data, 228, STAND_INS[B])  # not on 8 bytes: no pointer
+    return data
+
+
+@pytest.fixture
+def driver(monkeypatch):
+    """A driver whose descriptors hold the address in word 3; ``encoded`` lists the requests it saw."""
+    encoded = []
+
+    def encode(self: Request, address: int) -> bytes:
+        encoded.append(self)
+        words = list(range(1000, 1016))
+        words[ADDRESS_WORD] = address
+        return struct.pack("<16Q", *words)
+
+    monkeypatch.setattr(Request, "encode", encode)
+    return encoded
+
+
+def test_stand_ins_are_distinct_aligned_and_no_allocation():
+    assert len(set(STAND_INS)) == len(OPERANDS) == 8
+    assert all(address % 128 == 0 for address in STAND_INS)
+    assert all(2**32 < address < 2**47 for address in STAND_INS)  # as a user's address, so the driver encodes it
+    # No stand-in is another one with a small offset: an address inside Params that moved is not mistaken for it.
+    assert all(abs(one - two) > 2**20 for one in STAND_INS for two in STAND_INS if one != two)
+    # Neither half is shared: a pointer that is cut to 32 bits cannot pass for another.
+    assert len({address & 0xFFFF_FFFF for address in STAND_INS}) == len(OPERANDS)
+
+
+def test_raw_pointers_are_found_outside_of_descriptors():
+    assert launch._raw_pointers(params()) == [(1, OUTER_B), (3, BIAS), (25, OUTER_A), (26, OUTER_B)]
+
+
+def test_raw_pointers_in_params_of_ragged_size():
+    assert launch._raw_pointers(params()[:24] + struct.pack("<Q", STAND_INS[D])[:4]) == [(1, OUTER_B)]
+
+
+def test_descriptors_are_encoded_in_place_and_their_address_is_found(driver):
+    data = params()
+    before = bytes(data)
+    assert launch._encode_descriptors(data) == [(8 + ADDRESS_WORD, A), (32 + ADDRESS_WORD, D)]
+    for offset, operand in ((64, A), (256, D)):
+        words = struct.unpack_from("<16Q", data, offset)
+        assert words[ADDRESS_WORD] == STAND_INS[operand]
+        assert words[0] == 1000
+        data[offset : offset + SIZE] = before[offset : offset + SIZE]
+    assert data == before  # nothing else changed
+    assert {request.address for request in driver} == {STAND_INS[A], STAND_INS[D]}
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        lambda address: [*range(16)],  # not there
+        lambda address: [address, address, *range(14)],  # twice
+        lambda address: [address >> 4, *range(15)],  # shifted
+        lambda address: [address & 0xFFFF_FFFF, address >> 32, *range(14)],  # in two halves
+    ],
+    ids=["absent", "twice", "shifted", "halves"],
+)
+def test_a_descriptor_that_holds_the_address_otherwise_is_an_error(monkeypatch, words):
+    monkeypatch.setattr(Request, "encode", lambda self, address: struct.pack("<16Q", *words(address)))
+    with pytest.raises(DriverError, match="do not hold the address as one 64-bit word"):
+        launch._encode_descriptors(params())
+
+
+def kernel(size: int, **meta: int) -> SimpleNamespace:
+    meta = {"threads": 384, "smem_bytes": 1000, "params_bytes": size, "grid_offset": size} | meta
+    return SimpleNamespace(meta=meta, entry_points={"gemm": "handle"}, spec=SimpleNamespace(name="fake"))
+
+
+@pytest.fixture
+def launches(monkeypatch):
+    """What reaches the driver: (handle, grid, threads, shared memory, stream, bytes of the argument)."""
+    seen = []
+
+    def launch_kernel(handle, grid, threads, smem, stream, pointers):
+        address = ctypes.c_void_p.from_address(pointers).value
+        seen.append((handle, grid, threads, smem, stream, ctypes.string_at(address, 6 * ALIGNMENT)))
+
+    monkeypatch.setattr(launch, "_launch", launch_kernel)
+    return seen
+
+
+def test_a_plan_writes_addresses_and_nothing_else(driver, launches, monkeypatch):
+    made = bytes(params()) + struct.pack("<3i", 132, 2, 1) + bytes(52)
+    monkeypatch.setattr(launch, "_make_params", lambda *arguments: made)
+    plan = launch.GemmPlan(kernel(len(params())), launch.GemmProblem(4, 8, 64, 64, 64, 8, True, False), 0)
+    for first in (0x1000, 0x9000):
+        addresses = [first + 256 * i for i in range(len(OPERANDS))]
+        plan(5, *addresses)
+        handle, grid, threads, smem, stream, data = launches[-1]
+        assert (handle, grid, threads, smem, stream) == ("handle", (132, 2, 1), 384, 1000, 5)
+        words = list(struct.unpack("<48Q", data))
+        where = {1: OUTER_B, 3: BIAS, 25: OUTER_A, 26: OUTER_B, 11: A, 35: D}
+        assert {word: words[word] for word in where} == {word: addresses[operand] for word, operand in where.items()}
+        assert words[2] == 7
+        assert not set(STAND_INS) & set(words)
+
+
+def test_a_launcher_packs_its_values(launches, monkeypatch):
+    size = launch.AMAX_ARGUMENTS.size
+    made = SimpleNamespace(meta={"threads": 256, "params_bytes": size}, entry_points={"amax": "handle"})
+    monkeypatch.setattr(launch, "load", lambda spec: made)
+    spec = SimpleNamespace(name="fake", entry_points=("amax",))
+    launch.Launcher(spec, launch.AMAX_ARGUMENTS)((9, 1, 1), 3, 1, 2, 3, 4, 5, 6)
+    handle, grid, threads, smem, stream, data = launches[0]
+    assert (handle, grid, threads, smem, stream) == ("handle", (9, 1, 1), 256, 0, 3)
+    assert launch.AMAX_ARGUMENTS.unpack(data[:size]) == (1, 2, 3, 4, 5, 6)
+    made.meta["params_bytes"] = size + 8
+    with pytest.raises(DriverError, match=f"fake: argument of {size + 8} bytes, packed {size}"):
+        launch.Launcher(spec, launch.AMAX_ARGUMENTS)

@@ -1,0 +1,309 @@
+"""The operators on CPU tensors: the reference's results, inside torch.compile and autograd too, and bad input."""
+
+import itertools
+
+import pytest
+import torch
+from torch._dynamo.testing import CompileCounterWithBackend
+
+import fp4gemm
+from fp4gemm import reference
+from fp4gemm.formats import SF_LAYOUTS
+
+M, N, K = 5, 7, 40  # nothing is a multiple of a block
+FLOATS = (torch.bfloat16, torch.float16, torch.float32)
+
+
+def values(*shape, dtype=torch.float32, seed=0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed + sum(shape))).to(dtype)
+
+
+def assert_same(got, expected):
+    assert (got.shape, got.sf_layout) == (expected.shape, expected.sf_layout)
+    for field in ("data", "block_scale", "outer_scale"):
+        one, other = (getattr(t, field) for t in (got, expected))
+        assert one.dtype == other.dtype
+        assert torch.equal(one.reshape(-1).view(torch.uint8), other.reshape(-1).view(torch.uint8)), field
+
+
+@pytest.fixture
+def x():
+    return values(M, K)
+
+
+@pytest.fixture
+def w():
+    return reference.quantize(values(N, K, seed=1))
+
+
+@pytest.fixture
+def bias():
+    return values(N, seed=2)
+
+
+# --- results ---
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        *({"sf_layout": name} for name in SF_LAYOUTS),
+        {"scaling": "per_tensor"},
+        {"scaling": "per_column", "convention": "torchao"},
+        {"scaling": "per_tensor", "block": (16, 16), "convention": "modelopt"},
+        {"outer_scale": torch.tensor(0.01)},
+        {"outer_scale": torch.tensor([0.01]), "block": (16, 16)},
+        {"outer_scale": torch.linspace(0.001, 0.1, M), "sf_layout": "linear"},
+        {"outer_scale": torch.linspace(0.001, 0.1, K), "scaling": "per_column"},
+        {"check_finite": True},
+    ],
+    ids=lambda options: "-".join(options) or "default",
+)
+def test_quantize_is_the_reference(x, dtype, options):
+    assert_same(fp4gemm.quantize(x.to(dtype), **options), reference.quantize(x.to(dtype), **options))
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_dequantize_is_the_reference(w, dtype):
+    for name in SF_LAYOUTS:
+        got = fp4gemm.dequantize(w.with_layout(name), dtype)
+        assert got.dtype == dtype
+        assert torch.equal(got, reference.dequantize(w, dtype))
+    assert torch.equal(fp4gemm.dequantize(w), reference.dequantize(w, torch.float32))
+
+
+@pytest.mark.parametrize("out_dtype", FLOATS)
+@pytest.mark.parametrize("bias_dtype", [None, *FLOATS])
+@pytest.mark.parametrize("layouts", list(itertools.product(("linear", "128x4"), repeat=2)))
+def test_gemm_is_the_reference(x, w, bias, out_dtype, bias_dtype, layouts):
+    a, b = (t.with_layout(name) for t, name in zip((reference.quantize(x), w), layouts, strict=True))
+    bias = None if bias_dtype is None else bias.to(bias_dtype)
+    got = fp4gemm.gemm(a, b, bias, out_dtype=out_dtype)
+    assert got.dtype == out_dtype
+    assert torch.equal(got, reference.gemm(a, b, bias, out_dtype))
+
+
+def test_gemm_gives_bf16_unless_told(x, w):
+    assert fp4gemm.gemm(reference.quantize(x), w).dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize("outer_scale", [None, torch.tensor(0.01), torch.linspace(0.001, 0.1, M)])
+def test_quantize_gemm_is_gemm_of_quantize(x, w, bias, dtype, outer_scale):
+    x = x.to(dtype)
+    expected = reference.gemm(reference.quantize(x, outer_scale=outer_scale), w, bias, dtype)
+    assert torch.equal(fp4gemm.quantize_gemm(x, w, bias, outer_scale=outer_scale), expected)
+    got = fp4gemm.quantize_gemm(x, w, bias, out_dtype=torch.float16, outer_scale=outer_scale)
+    assert torch.equal(got, reference.gemm(reference.quantize(x, outer_scale=outer_scale), w, bias, torch.float16))
+
+
+@pytest.mark.parametrize("leading", [(1, 6), (2, 3), (1, 2, 1, 3), (0, 3), (6, 1)])
+def test_leading_dimensions(w, bias, leading):
+    x = values(*leading, K)
+    expected = fp4gemm.quantize_gemm(x.reshape(-1, K), w, bias)
+    assert torch.equal(fp4gemm.quantize_gemm(x, w, bias), expected.reshape(*leading, N))
+
+
+@pytest.mark.parametrize(
+    "view",
+    [
+        lambda x: x.t().contiguous().t(),
+        lambda x: torch.stack((x, -x), dim=-1)[..., 0],
+        lambda x: torch.cat((x, x), dim=1)[:, :K],
+        lambda x: x[:1].expand(M, K),
+    ],
+    ids=["transposed", "every-second", "slice", "expanded"],
+)
+def test_strides_do_not_matter(x, w, view):
+    strided = view(x)
+    assert not strided.is_contiguous()
+    assert_same(fp4gemm.quantize(strided), fp4gemm.quantize(strided.contiguous()))
+    assert torch.equal(fp4gemm.quantize_gemm(strided, w), fp4gemm.quantize_gemm(strided.contiguous(), w))
+
+
+def test_zero_rows(w, x):
+    none = fp4gemm.quantize(x[:0])
+    assert none.shape == (0, K)
+    assert fp4gemm.dequantize(none).shape == (0, K)
+    assert fp4gemm.gemm(none, w).shape == fp4gemm.quantize_gemm(x[:0], w).shape == (0, N)
+    assert fp4gemm.gemm(w, none).shape == (N, 0)
+
+
+def test_k_of_zero_is_the_bias(x, w, bias):
+    a, b = (fp4gemm.quantize(t[:, :0]) for t in (x, values(N, K)))
+    assert torch.equal(fp4gemm.gemm(a, b, bias, out_dtype=torch.float32), bias.expand(M, N))
+    assert torch.equal(fp4gemm.quantize_gemm(x[:, :0], b, bias), bias.expand(M, N))
+    assert fp4gemm.quantize_gemm(x[:, :0], b).eq(0).all()
+
+
+def test_a_module_parameter_is_a_tensor(x, w):
+    parameter = torch.nn.Parameter(x, requires_grad=False)
+    assert torch.equal(fp4gemm.quantize_gemm(parameter, w), fp4gemm.quantize_gemm(x, w))
+
+
+def test_meta_tensors_give_shapes():
+    a, b = (fp4gemm.quantize(torch.empty(rows, K, device="meta")) for rows in (M, N))
+    assert (a.device.type, a.shape) == ("meta", (M, K))
+    assert fp4gemm.gemm(a, b).shape == (M, N)
+    assert fp4gemm.quantize_gemm(torch.empty(2, M, K, device="meta"), b).shape == (2, M, N)
+
+
+# --- inside torch ---
+
+
+def every_call(x, w, bias):
+    q = fp4gemm.quantize(x * 2, scaling="per_tensor")
+    d = fp4gemm.gemm(q, w, bias, out_dtype=torch.float32)
+    return d, fp4gemm.dequantize(q), fp4gemm.quantize_gemm(x, w, bias), fp4gemm.quantize(x, sf_layout="linear").data
+
+
+def test_compiles_whole_and_once_for_every_m(w, bias):
+    torch._dynamo.reset()
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(every_call, fullgraph=True, dynamic=True, backend=counter)
+    for rows in (M, 2, 33, 130):
+        x = values(rows, K)
+        for got, expected in zip(compiled(x, w, bias), every_call(x, w, bias), strict=True):
+            assert torch.equal(got, expected)
+    assert counter.frame_count == 1
+
+
+def test_compiled_graph_holds_the_operators(w, bias):
+    """The operators are opaque to a compiler: it must not see, and so not change, what is inside."""
+    torch._dynamo.reset()
+    counter = CompileCounterWithBackend("aot_eager")
+    torch.compile(every_call, fullgraph=True, backend=counter)(values(M, K), w, bias)
+    targets = {getattr(node.target, "_qualified_op_name", "") for node in counter.graphs[0].graph.nodes}
+    assert targets - {""} == {f"fp4gemm::{name}" for name in ("quantize", "dequantize", "gemm", "quantize_gemm")}
+
+
+@pytest.mark.parametrize(
+    "name, arguments",
+    [
+        ("quantize", lambda x, w, bias: (x, False, "128x4", "te_per_token", 1, None)),
+        ("quantize", lambda x, w, bias: (x, True, "linear", "te", 16, None)),
+        ("quantize", lambda x, w, bias: (x.t(), False, "8x4", "torchao", 1, torch.ones(K))),
+        ("dequantize", lambda x, w, bias: (*w, K, torch.bfloat16)),
+        ("gemm", lambda x, w, bias: (*w, *w, K, bias, torch.float32)),
+        ("quantize_gemm", lambda x, w, bias: (x, *w, bias, torch.float16, None)),
+        ("quantize_gemm", lambda x, w, bias: (x, *w, None, torch.float32, torch.tensor(0.1))),
+    ],
+)
+def test_opcheck(x, w, bias, name, arguments):
+    # Not test_schema: it compares every tensor with a copy, for which float8 lacks an operation.
+    checks = ("test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")
+    fields = (w.data, w.block_scale, w.outer_scale, w.sf_layout)
+    operator = getattr(torch.ops.fp4gemm, name).default
+    torch.library.opcheck(operator, arguments(x, fields, bias), test_utils=checks)
+
+
+@pytest.mark.parametrize(
+    "call",
+    [lambda x, w: fp4gemm.quantize_gemm(x, w), lambda x, w: fp4gemm.quantize(x).outer_scale],
+    ids=["quantize_gemm", "quantize"],
+)
+def test_no_gradient_is_dropped_in_silence(x, w, call):
+    x.requires_grad_()
+    result = call(x, w)
+    assert result.requires_grad
+    with pytest.raises(RuntimeError, match="no autograd formula was registered"):
+        result.sum().backward()
+    for mode in (torch.no_grad, torch.inference_mode):
+        with mode():
+            assert torch.equal(call(x, w), result)
+            assert not call(x, w).requires_grad
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda x, w, bias: fp4gemm.quantize_gemm(x, w, bias.requires_grad_()),
+        lambda x, w, bias: fp4gemm.gemm(w, w, bias.requires_grad_(), out_dtype=torch.float32),
+        lambda x, w, bias: fp4gemm.quantize(x, outer_scale=torch.ones(M, requires_grad=True)).outer_scale,
+        lambda x, w, bias: fp4gemm.quantize_gemm(x, w, outer_scale=torch.tensor(1.0, requires_grad=True)),
+        lambda x, w, bias: fp4gemm.dequantize(fp4gemm.quantize(x.requires_grad_())),
+        lambda x, w, bias: fp4gemm.gemm(fp4gemm.quantize(x.requires_grad_()), w),
+        lambda x, w, bias: fp4gemm.gemm(w, fp4gemm.quantize(x.requires_grad_())),
+        lambda x, w, bias: fp4gemm.quantize_gemm(x, fp4gemm.quantize(x.clone().requires_grad_())),
+    ],
+    ids=[
+        *("quantize_gemm-bias", "gemm-bias", "quantize-outer_scale", "quantize_gemm-outer_scale"),
+        *("dequantize-t", "gemm-a", "gemm-b", "quantize_gemm-w"),
+    ],
+)
+@pytest.mark.xfail(reason="ops._direct looks at x alone")
+def test_no_gradient_of_another_operand_is_dropped_in_silence(x, w, bias, call):
+    result = call(x, w, bias)
+    assert result.requires_grad
+    with pytest.raises(RuntimeError, match="no autograd formula was registered"):
+        result.sum().backward()
+
+
+# --- bad input ---
+
+
+@pytest.mark.parametrize(
+    "call, error, message",
+    [
+        (lambda x, w: fp4gemm.quantize(x.double()), TypeError, r"x.dtype: expected one of .*, got torch.float64"),
+        (lambda x, w: fp4gemm.quantize(x.int()), TypeError, r"x.dtype: expected one of .*, got torch.int32"),
+        (lambda x, w: fp4gemm.quantize([[1.0]]), TypeError, "x: expected a torch.Tensor, got list"),
+        (lambda x, w: fp4gemm.quantize(x[0]), ValueError, r"x: expected 2 dimensions \[M, K\], got shape \(40,\)"),
+        (lambda x, w: fp4gemm.quantize(x[None]), ValueError, r"x: expected 2 dimensions .*\(1, 5, 40\)"),
+        (lambda x, w: fp4gemm.quantize(x, scaling="row"), ValueError, "scaling: expected one of per_row.*got 'row'"),
+        (lambda x, w: fp4gemm.quantize(x, sf_layout="4x4"), ValueError, "sf_layout: expected one of linear"),
+        (
+            lambda x, w: fp4gemm.quantize(x, outer_scale=torch.tensor(1.0, device="meta")),
+            ValueError,
+            r"outer_scale: expected device cpu \(that of x\), got meta",
+        ),
+        (lambda x, w: fp4gemm.dequantize(w.data), TypeError, "t: expected an FP4Tensor, got Tensor"),
+        (lambda x, w: fp4gemm.dequantize(w, torch.float64), TypeError, "dtype: expected one of .*float64"),
+        (lambda x, w: fp4gemm.gemm(x, w), TypeError, "a: expected an FP4Tensor, got Tensor"),
+        (lambda x, w: fp4gemm.gemm(w, x), TypeError, "b: expected an FP4Tensor, got Tensor"),
+        (lambda x, w: fp4gemm.gemm(fp4gemm.quantize(x[:, :39]), w), ValueError, r"b: expected K = 39 .*\(7, 40\)"),
+        (lambda x, w: fp4gemm.gemm(w, w.to("meta")), ValueError, r"b: expected device cpu \(that of a\), got meta"),
+        (lambda x, w: fp4gemm.gemm(w, w, out_dtype=torch.float64), TypeError, "out_dtype: expected one of"),
+        (lambda x, w: fp4gemm.gemm(w, w, torch.ones(8)), ValueError, r"bias: expected shape \[7\] .*got \[8\]"),
+        (lambda x, w: fp4gemm.quantize_gemm(x, x), TypeError, "w: expected an FP4Tensor, got Tensor"),
+        (lambda x, w: fp4gemm.quantize_gemm([1.0], w), TypeError, "x: expected a torch.Tensor, got list"),
+        (lambda x, w: fp4gemm.quantize_gemm(x.double(), w), TypeError, "x.dtype: expected one of .*torch.float64"),
+        (lambda x, w: fp4gemm.quantize_gemm(x[0], w), ValueError, r"x: expected \[..., K\] with K = 40 .*\(40,\)"),
+        (lambda x, w: fp4gemm.quantize_gemm(x[:, :32], w), ValueError, r"with K = 40 .*got shape \(5, 32\)"),
+        (lambda x, w: fp4gemm.quantize_gemm(x, w.to("meta")), ValueError, r"w: expected device cpu .*got meta"),
+        (lambda x, w: fp4gemm.quantize_gemm(x.to("meta"), w), ValueError, r"w: expected device meta .*got cpu"),
+        (
+            lambda x, w: fp4gemm.quantize_gemm(x, w, torch.ones(N, device="meta")),
+            ValueError,
+            "bias: expected device cpu .*got meta",
+        ),
+        (lambda x, w: fp4gemm.quantize_gemm(x, w, torch.ones(N).double()), TypeError, "bias.dtype: expected one of"),
+        (lambda x, w: fp4gemm.quantize_gemm(x, w, torch.ones(1, N)), ValueError, r"bias: expected shape \[7\]"),
+        (lambda x, w: fp4gemm.quantize_gemm(x, w, out_dtype=torch.int8), TypeError, "out_dtype: expected one of"),
+        (
+            lambda x, w: fp4gemm.quantize_gemm(x[None], w, outer_scale=torch.ones(1, M)),
+            ValueError,
+            r"outer_scale: expected shape \[\], \[1\] or \[5\]",
+        ),
+    ],
+)
+def test_bad_input_names_the_argument(x, w, call, error, message):
+    with pytest.raises(error, match=message):
+        call(x, w)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_check_finite(x, value):
+    x[2, 3] = value
+    with pytest.raises(ValueError, match=r"x: expected finite values .*got 1 NaN or Inf"):
+        fp4gemm.quantize(x, check_finite=True)
+    assert_same(fp4gemm.quantize(x), reference.quantize(x))  # the documented result
+
+
+def test_bad_input_inside_a_compiled_function(x, w):
+    torch._dynamo.reset()
+    compiled = torch.compile(fp4gemm.quantize_gemm, backend="eager")
+    with pytest.raises(Exception, match="K = 40"):
+        compiled(x[:, :32], w)

@@ -1,0 +1,118 @@
+"""Selection: every problem gets a kernel that can be built, and that covers its rows."""
+
+import pytest
+import torch
+
+from fp4gemm import select
+from fp4gemm.formats import SF_LAYOUTS, scale_columns
+from fp4gemm.spec import ARCHS, DTYPES, KERNEL_SCALINGS, QuantizeSpec, check, default_variants
+
+# Around every power of two, where the number of threads or blocks changes, and some in between.
+KS = sorted({16, 17, 48, 1000, 12345, 99999, 100000, *(2**i + d for i in range(5, 17) for d in (-16, -1, 0, 1, 16))})
+
+
+def quantize_spec(k, dtype="bf16", sf_layout="128x4", scaling="per_row", arch="sm_90a"):
+    return select.quantize_spec(arch, dtype, k, scaling, "te_per_token", sf_layout, k % 16 == 0)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("sf_layout", sorted(SF_LAYOUTS))
+def test_quantizers_of_every_k(dtype, sf_layout):
+    for k in KS:
+        spec = quantize_spec(k, dtype, sf_layout)
+        assert check(spec) is None, k
+        assert (spec.dtype, spec.sf_layout, spec.vectorized) == (dtype, sf_layout, k % 16 == 0)
+        columns = -(-scale_columns(k) // 4) * 4  # with the padding, which the same threads zero
+        assert spec.resident == (spec.threads * spec.blocks >= columns), k
+        if spec.resident and spec.threads > 32:  # and no row has more threads than it can use
+            assert spec.threads // 2 * spec.blocks < columns, k
+        if sf_layout != "linear" and spec.threads <= 128:
+            assert spec.rows % 4 == 0  # a warp writes whole words of scales
+
+
+def test_long_rows_are_streamed_and_short_ones_are_not():
+    assert quantize_spec(16).resident
+    assert quantize_spec(2 * 1024 * 16, "fp32").resident
+    assert not quantize_spec(2 * 1024 * 16 + 1, "fp32").resident
+    assert quantize_spec(4 * 1024 * 16).resident
+    assert not quantize_spec(4 * 1024 * 16 + 1).resident
+
+
+@pytest.mark.parametrize("scaling", KERNEL_SCALINGS)
+def test_scaling_is_passed_on(scaling):
+    assert quantize_spec(4096, scaling=scaling).scaling == scaling
+
+
+def test_selected_kernels_are_among_the_default_variants():
+    """What ``fp4gemm build`` builds must be what calls then look for."""
+    selected = [
+        *(quantize_spec(8192, sf_layout=name, arch=arch) for arch in ARCHS for name in SF_LAYOUTS),
+        *(select.dequantize_spec("sm_90a", "bf16", name, outer=False) for name in SF_LAYOUTS),
+        select.amax_spec("sm_90a", "bf16", vectorized=True),
+        *(select.gemm_spec("sm_90a", m, 4096, "bf16", bias) for m in (1, 8192) for bias in (None, "bf16")),
+    ]
+    assert set(selected) - set(default_variants()) == set()
+
+
+@pytest.mark.parametrize("out_dtype", DTYPES)
+@pytest.mark.parametrize("bias", [None, *DTYPES])
+def test_gemms_of_every_size(out_dtype, bias):
+    for m in (1, 64, 129, 4096, 100000):
+        for n in (1, 8, 255, 4096, 100000):
+            spec = select.gemm_spec("sm_90a", m, n, out_dtype, bias)
+            assert check(spec) is None
+            assert (spec.out_dtype, spec.bias) == (out_dtype, bias)
+
+
+def test_large_tiles_where_they_fill_the_gpu():
+    def tile(m, n):
+        return select.gemm_spec("sm_90a", m, n, "bf16", None).tile[:2]
+
+    assert tile(8192, 8192) == tile(128 * 96, 256) == tile(128, 256 * 96) == (128, 256)
+    assert tile(1, 4096) == tile(128 * 95, 256) == (64, 128)
+
+
+@pytest.mark.parametrize("arch", ["sm_100a", "sm_120a"])
+def test_gemms_that_are_compiled_only_are_not_launched(arch):
+    with pytest.raises(NotImplementedError, match=f"no GEMM is launched on {arch}"):
+        select.gemm_spec(arch, 64, 64, "bf16", None)
+
+
+@pytest.fixture
+def gpu(monkeypatch):
+    """Makes up the GPU that torch sees."""
+
+    def of(capability):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+        monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA Made-Up")
+        return select.arch_of.__wrapped__(0)
+
+    return of
+
+
+def test_arch_of_a_hopper(gpu):
+    assert gpu((9, 0)) == "sm_90a"
+
+
+@pytest.mark.parametrize(
+    "capability, message",
+    [
+        ((8, 0), r"NVIDIA Made-Up has compute capability 8.0: fp4gemm has CUDA kernels for 9.0 .* use CPU tensors"),
+        ((10, 0), r"Made-Up has compute capability 10.0: fp4gemm compiles sm_100a kernels but does not launch them"),
+        ((12, 0), r"Made-Up has compute capability 12.0: fp4gemm compiles sm_120a kernels but does not launch them"),
+        ((10, 3), r"capability 10.3: fp4gemm has CUDA kernels for 9.0"),  # sm_100a code does not run there
+    ],
+)
+def test_arch_without_kernels(gpu, capability, message):
+    with pytest.raises(NotImplementedError, match=message):
+        gpu(capability)
+
+
+def test_prefetch_is_for_rows_read_whole(monkeypatch):
+    properties = type("Properties", (), {"multi_processor_count": 132})
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
+    assert select.prefetch_ctas(quantize_spec(4096), 4096, 0) % 132 == 0
+    assert select.prefetch_ctas(quantize_spec(4096), 4096, 0) > 0
+    for spec in (quantize_spec(4096, scaling="given"), quantize_spec(4100), quantize_spec(1 << 20)):
+        assert isinstance(spec, QuantizeSpec)
+        assert select.prefetch_ctas(spec, 4096, 0) == 0
