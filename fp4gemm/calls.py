@@ -67,6 +67,11 @@ def _dequantizer(device: int, dtype: torch.dtype, sf_layout: str, outer: bool) -
     return Launcher(spec, DEQUANTIZE_ARGUMENTS), spec.threads * spec.units
 
 
+@lru_cache(maxsize=4096)
+def _scale_shape(sf_layout: str, m: int, k: int) -> tuple[int, ...]:
+    return scale_layout(sf_layout).shape(m, k)
+
+
 def _vectorized(x: Tensor) -> bool:
     """Whether every row starts on 16 bytes and holds whole blocks, so that a block is whole 16-byte loads."""
     rows_aligned = x.shape[0] == 1 or x.stride(0) * x.element_size() % 16 == 0
@@ -80,7 +85,7 @@ def quantize(x: Tensor, per_tensor: bool, sf_layout: str, convention: str, outer
     device, (m, k) = x.device.index, x.shape
     layout, columns, stream = scale_layout(sf_layout), scale_columns(k), _stream(device)
     data = x.new_empty((m, columns * BLOCK // 2), dtype=torch.uint8)
-    block_scale = x.new_empty(layout.shape(m, k), dtype=torch.float8_e4m3fn)
+    block_scale = x.new_empty(_scale_shape(sf_layout, m, k), dtype=torch.float8_e4m3fn)
     outer = x.new_empty(() if per_tensor else (m,), dtype=torch.float32)
     scaling, scale_in, vectorized, x_stride = "per_row", 0, _vectorized(x), x.stride(0)
     if outer_scale is not None:

@@ -30,13 +30,18 @@ def _driver() -> Any:
 
 
 def _launch(handle: Any, grid: tuple[int, int, int], threads: int, smem: int, stream: int, pointers: int) -> None:
+    (status,) = _driver().cuLaunchKernel(handle, *grid, threads, 1, 1, smem, stream, pointers, 0)
+    if status:  # CUDA_SUCCESS is 0
+        _launch_again(status, handle, grid, threads, smem, stream, pointers)
+
+
+def _launch_again(status: Any, handle: Any, grid: tuple[int, int, int], threads: int, *rest: int) -> None:
     driver = _driver()
-    (status,) = driver.cuLaunchKernel(handle, *grid, threads, 1, 1, smem, stream, pointers, 0)
     if status == driver.CUresult.CUDA_ERROR_INVALID_CONTEXT:
         # A thread that never called the CUDA runtime has no current context; this binds torch's.
         torch.cuda.set_device(torch.cuda.current_device())
-        (status,) = driver.cuLaunchKernel(handle, *grid, threads, 1, 1, smem, stream, pointers, 0)
-    if status != 0:
+        (status,) = driver.cuLaunchKernel(handle, *grid, threads, 1, 1, *rest, 0)
+    if status:
         raise DriverError(f"kernel launch, grid {grid}, {threads} threads: {status.name}")
 
 

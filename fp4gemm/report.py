@@ -95,6 +95,7 @@ _QUANTIZE_FIELDS = ("M", "K", "dtype", "options", "mode", "us", "bytes", "vs_us"
 ROW_FIELDS: dict[str, tuple[str, ...]] = {
     "quantize": _QUANTIZE_FIELDS,
     "dequantize": _QUANTIZE_FIELDS,
+    "tiles": (*_QUANTIZE_FIELDS, "kernel"),
     "gemm": ("arch", "layout", "M", "N", "K", "a", "b", "epilogue", "mode", "kernel", "us", "vs_us", "rel_error"),
     "overhead": ("op", "M", "N", "K", "us", "process_us", "vs_us"),
     "load": ("kernel", "arch", "ms"),

@@ -1,4 +1,4 @@
-"""`fp4gemm bench`: quantize · gemm · overhead · load · compile · all."""
+"""`fp4gemm bench`: quantize · gemm · overhead · load · compile · tiles · all."""
 
 from __future__ import annotations
 
@@ -83,7 +83,8 @@ _add("gemm", ("gemm",), "gemm and quantize_gemm against cuBLAS bf16.")
 _add("overhead", ("overhead",), "CPU time of a warm Python call.")
 _add("load", ("load",), "Load of a cached kernel in a new process.")
 _add("compile", ("compile",), "What compiling the cached kernels took.")
-_add("all", ALL, "Everything, in one file.")
+_add("tiles", ("tiles",), "The per-row quantizer, however it can divide its work (minutes; not part of all).")
+_add("all", ALL, "Everything else, in one file.")
 
 
 def run(
@@ -142,7 +143,7 @@ def _read_tests(path: Path | None) -> report.TestCounts:
 
 
 def _suite_jobs(suite: str, config: Config) -> list[Job]:
-    from fp4gemm.bench import gemm, kernels, overhead, quantize
+    from fp4gemm.bench import gemm, kernels, overhead, quantize, tiles
 
     found: dict[str, Any] = {
         "quantize": quantize.jobs,
@@ -150,6 +151,7 @@ def _suite_jobs(suite: str, config: Config) -> list[Job]:
         "overhead": overhead.jobs,
         "load": kernels.load_jobs,
         "compile": kernels.compile_jobs,
+        "tiles": tiles.jobs,
     }
     return list(found[suite](config))
 

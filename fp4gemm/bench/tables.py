@@ -133,6 +133,16 @@ TABLES: dict[str, tuple[str, tuple[Column, ...]]] = {
         "Load of a cached kernel in a new process",
         (_KERNEL, ("ms", _number("ms")), ("slowest, ms", _number("max_ms"))),
     ),
+    "tiles": (
+        "Per-row quantizer by threads x blocks x rows of a CTA (M x K, bf16)",
+        (
+            _SHAPE,
+            _KERNEL,
+            ("fetched ahead, KB per SM", lambda row: str(row["options"]["prefetch_kb"])),
+            _US,
+            ("of copy bandwidth", _share_of_copy),
+        ),
+    ),
     "compile": (
         "Compilation",
         (
@@ -149,10 +159,10 @@ TABLES: dict[str, tuple[str, tuple[Column, ...]]] = {
 
 
 def _in_summary(row: Row) -> bool:
-    """The rows that README shows: CUDA-graph time in the default scale layout; how kernels compile is for the docs."""
+    """The rows that README shows: CUDA-graph time in the default scale layout; the rest is for the docs."""
     in_graph = row["bench"] == "overhead" or row.get("mode", "graph") == "graph"
     default_layout = row.get("options", {}).get("sf_layout", "128x4") == "128x4"
-    return bool(in_graph and default_layout and row["bench"] != "compile")
+    return bool(in_graph and default_layout and row["bench"] not in ("compile", "tiles"))
 
 
 def table(bench: str, rows: Sequence[Row], summary: bool = False) -> Table | None:

@@ -13,7 +13,8 @@ import torch
 from typer.testing import CliRunner
 
 from fp4gemm import report
-from fp4gemm.bench import cli, common, gemm, kernels, overhead, quantize, tables, timing
+from fp4gemm.bench import cli, common, gemm, kernels, overhead, quantize, tables, tiles, timing
+from fp4gemm.formats import BLOCK
 
 
 def quantize_row(**changes: Any) -> dict[str, Any]:
@@ -154,6 +155,21 @@ def test_gemm_suite(monkeypatch: pytest.MonkeyPatch) -> None:
     assert all(0 < row["rel_error"] < 4e-3 for row in rows)  # the cast to bf16
     assert {row["ratio"] for row in rows} == {0.5}
     assert all(row["kernel"].startswith("gemm_sm90_") for row in rows)
+
+
+@pytest.mark.usefixtures("on_cpu")
+def test_tiles_suite_launches_what_it_names(monkeypatch: pytest.MonkeyPatch) -> None:
+    launched: list[tuple[int, int]] = []
+    monkeypatch.setattr(tiles, "SHAPES", ((256, 2048),))
+    monkeypatch.setattr(tiles, "_sms", lambda: 10)
+    monkeypatch.setattr(tiles, "_launcher", lambda spec: lambda grid, *rest: launched.append((grid[0], rest[-1])))
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: types.SimpleNamespace(cuda_stream=0))
+    rows = rows_of(tiles.jobs(common.Config()))
+    assert {row["options"]["sf_layout"] for row in rows} == {"linear", "128x4"}
+    assert {row["options"]["prefetch_kb"] for row in rows} == set(tiles.PREFETCH_KB)
+    assert all(BLOCK * spec.threads * spec.blocks == 2048 for spec in tiles.candidates(2048, "linear"))
+    assert {grid for grid, _ in launched} == {256 // spec.rows for spec in tiles.candidates(2048, "linear")}
+    assert {ahead for grid, ahead in launched if grid == 256} == {0, 80, 160, 320}  # 10 SMs, rows of 4 KB
 
 
 @pytest.mark.usefixtures("on_cpu")

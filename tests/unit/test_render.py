@@ -72,7 +72,7 @@ def nodes_of_arguments(text):
     vectors = [
         ("Row" if stride.startswith("{{}, ") else "Col", element)
         for element, stride in re.findall(
-            r"{static_cast<([\w:]+) const\*>\([\w.]+\), \1\(0\), ({[^}]*{?}[^}]*})}", text
+            r"{static_cast<([\w:]+) const\*>\([\w.]+\), \1\(0\), ({[^}]*{}[^}]*, 0})}", text
         )
     ]
     operations = text.count(", {}}")
