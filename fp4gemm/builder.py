@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from fp4gemm.spec import KernelSpec
 
 GB = 1 << 30
-GEMM_BYTES = 5 * GB
+GEMM_BYTES = 6 * GB
 OTHER_BYTES = 1 * GB
 
 

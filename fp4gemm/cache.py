@@ -78,7 +78,7 @@ def key(spec: KernelSpec) -> str:
 
 
 def _key(spec: KernelSpec, source: str) -> str:
-    versions = [toolchain.nvrtc_version(), _cutlass_version() if spec.uses_cutlass else ""]
+    versions = [toolchain.nvrtc_version(), toolchain.header_versions() if spec.uses_cutlass else ""]
     return hashlib.sha256("\0".join([source, *versions]).encode()).hexdigest()
 
 
@@ -108,12 +108,17 @@ def lookup(spec: KernelSpec) -> Entry | None:
     return next((entry for entry in entries if entry and entry.meta["source_key"] == source), None)
 
 
+_NEEDED = {"source_key", "entry_points", "threads", "smem_bytes", "params_bytes"}  # by lookup, load and launch
+
+
 def _read(place: Path) -> Entry | None:
     """An entry, or None where there is none; a broken one is moved aside with a warning."""
     try:
         meta = json.loads((place / "meta.json").read_text())
         if (size := (place / "kernel.cubin").stat().st_size) != meta["cubin_bytes"]:
             raise ValueError(f"kernel.cubin has {size} bytes, expected {meta['cubin_bytes']}")
+        if missing := _NEEDED - meta.keys():
+            raise ValueError(f"meta.json lacks {', '.join(sorted(missing))}")
         return Entry(place, meta)
     except (FileNotFoundError, NotADirectoryError):
         if not place.exists():
@@ -127,10 +132,12 @@ def _read(place: Path) -> Entry | None:
 
 def discard(place: Path, problem: str) -> None:
     """Move a broken entry aside, so that it is built again and can still be looked at."""
-    aside = Path(tempfile.mkdtemp(prefix=f".broken-{place.name}-", dir=place.parent))
+    with _explained("move a broken entry aside in"):
+        aside = Path(tempfile.mkdtemp(prefix=f".broken-{place.name}-", dir=place.parent))
     try:
         place.rename(aside / place.name)
     except OSError:
+        aside.rmdir()
         return  # another process was quicker
     warnings.warn(f"fp4gemm cache entry {place} is broken ({problem}); moved to {aside} and built again", stacklevel=4)
 

@@ -75,16 +75,20 @@ def list_(arch: ArchOption = None) -> None:
 def build(
     names: Annotated[list[str] | None, typer.Argument(help="Kernel names, as `fp4gemm list` shows them.")] = None,
     everything: Annotated[bool, typer.Option("--all", help="Build every default variant.")] = False,
+    k: Annotated[
+        list[int] | None, typer.Option("--k", min=1, help="Also what bf16 tensors of K columns need; may be repeated.")
+    ] = None,
     arch: ArchOption = None,
     jobs: Annotated[int | None, typer.Option(min=1, help="Processes at once; memory may allow fewer.")] = None,
 ) -> None:
     """Compile kernels into the cache; what is cached already is skipped. Needs no GPU."""
-    if bool(names) == everything:
-        raise typer.BadParameter("name kernels to build, or give --all (not both)")
+    if (names and everything) or not (names or everything or k):
+        raise typer.BadParameter("name kernels to build, or give --all (not both), or --k")
     with _plain_errors():
         from fp4gemm import cache
 
-        specs = _select(_variants(arch), names)
+        specs = _select(_variants(arch), names) if names or everything else []
+        specs = list(dict.fromkeys([*specs, *_for_columns(k or (), arch)]))
         missing = [spec for spec in specs if cache.lookup(spec) is None]
     console = _console()
     console.print(f"kernels: {len(specs)}, cached: {len(specs) - len(missing)}, to build: {len(missing)}")
@@ -170,6 +174,12 @@ def _variants(archs: Sequence[str] | None) -> list[Any]:
     if unknown:
         raise ValueError(f"--arch: got {', '.join(unknown)}, expected one of {', '.join(spec.ARCHS)}")
     return list(spec.default_variants(tuple(archs) if archs else spec.ARCHS))
+
+
+def _for_columns(ks: Sequence[int], archs: Sequence[str] | None) -> list[Any]:
+    from fp4gemm import select, spec
+
+    return [each for k in ks for arch in archs or spec.ARCHS for each in select.bf16_specs(arch, k)]
 
 
 def _select(specs: Sequence[Any], names: Sequence[str] | None) -> list[Any]:

@@ -69,7 +69,10 @@ def compile_source(source: str, name: str, arch: str, *, cutlass: bool) -> Compi
 
 
 def _nvrtc(source: str, name: str, arguments: list[str]) -> tuple[bytes | None, str]:
-    from cuda.bindings import nvrtc
+    try:
+        from cuda.bindings import nvrtc
+    except ImportError as error:
+        raise ToolchainError(f"NVRTC cannot be used ({error}): {toolchain.INSTALL}") from error
 
     def check(status: nvrtc.nvrtcResult) -> None:
         if status != nvrtc.nvrtcResult.NVRTC_SUCCESS:

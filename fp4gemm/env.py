@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from typing import TypeVar
 
 PREFIX = "FP4GEMM_"
 VARIABLES = {
@@ -15,8 +16,9 @@ VARIABLES = {
     "FP4GEMM_CUTLASS_PATH": "CUTLASS checkout or its include folder (default: the nvidia-cutlass wheel)",
     "FP4GEMM_CUDA_HOME": "CUDA toolkit whose headers to use (default: the nvidia-cuda-* wheels, then CUDA_HOME)",
     "FP4GEMM_DISABLE_JIT": "1: a kernel that is not in the cache is an error (default 0)",
-    "FP4GEMM_LOG": "logging level: debug, info, warning, error (default warning)",
+    "FP4GEMM_LOG": "logging level: debug, info, warning, error (default: as the application sets it)",
 }
+_D = TypeVar("_D", str, None)
 _LEVELS = ("debug", "info", "warning", "error")
 
 
@@ -26,7 +28,7 @@ class Settings:
     cutlass_path: Path | None
     cuda_home: Path | None
     disable_jit: bool
-    log: str
+    log: str | None
 
 
 def settings(environ: Mapping[str, str] | None = None) -> Settings:
@@ -40,15 +42,21 @@ def settings(environ: Mapping[str, str] | None = None) -> Settings:
         cutlass_path=_path(environ, "FP4GEMM_CUTLASS_PATH"),
         cuda_home=_path(environ, "FP4GEMM_CUDA_HOME"),
         disable_jit=_choice(environ, "FP4GEMM_DISABLE_JIT", ("0", "1"), "0") == "1",
-        log=_choice(environ, "FP4GEMM_LOG", _LEVELS, "warning"),
+        log=_choice(environ, "FP4GEMM_LOG", _LEVELS, None),
     )
 
 
 @cache
 def configure_logging() -> None:
-    """Give the ``fp4gemm`` logger the level of FP4GEMM_LOG, and a handler where the application has set none up."""
+    """Give the ``fp4gemm`` logger the level of FP4GEMM_LOG, and a handler where the application has set none up.
+
+    Without the variable, logging stays as the application has it.
+    """
+    level = settings().log
+    if level is None:
+        return
     logger = logging.getLogger("fp4gemm")
-    logger.setLevel(settings().log.upper())
+    logger.setLevel(level.upper())
     if not logger.hasHandlers():
         logger.addHandler(logging.StreamHandler())
 
@@ -58,8 +66,10 @@ def _path(environ: Mapping[str, str], name: str) -> Path | None:
     return Path(value).expanduser() if value else None
 
 
-def _choice(environ: Mapping[str, str], name: str, choices: tuple[str, ...], default: str) -> str:
-    value = environ.get(name) or default
+def _choice(environ: Mapping[str, str], name: str, choices: tuple[str, ...], default: _D) -> str | _D:
+    value = environ.get(name)
+    if not value:
+        return default
     if value not in choices:
         raise ValueError(f"environment variable {name}: got {value!r}, expected one of {', '.join(choices)}")
     return value

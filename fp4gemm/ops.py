@@ -58,7 +58,7 @@ def quantize(
     )
     if check_finite:
         check_finite_values(x, args.outer_scale)
-    implementation = _quantize if _direct(x) else torch.ops.fp4gemm.quantize
+    implementation = _quantize if _direct(x, args.outer_scale) else torch.ops.fp4gemm.quantize
     data, block_scale, outer = implementation(
         args.source, args.per_tensor, sf_layout, args.convention, args.block[0], args.outer_scale
     )
@@ -74,7 +74,7 @@ def dequantize(t: FP4Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
     if not isinstance(t, FP4Tensor):
         raise TypeError(f"t: expected an FP4Tensor, got {type(t).__name__}")
     check_float("dtype", dtype)
-    implementation = _dequantize if _direct(t.data) else torch.ops.fp4gemm.dequantize
+    implementation = _dequantize if _direct(t.data, t.outer_scale) else torch.ops.fp4gemm.dequantize
     result: Tensor = implementation(t.data, t.block_scale, t.outer_scale, t.sf_layout, t.k, dtype)
     return result
 
@@ -90,7 +90,7 @@ def gemm(a: FP4Tensor, b: FP4Tensor, bias: Tensor | None = None, *, out_dtype: t
         NotImplementedError: the operands are on a CUDA device for which there is no kernel.
     """
     check_gemm(a, b, bias, out_dtype)
-    implementation = _gemm if _direct(a.data) else torch.ops.fp4gemm.gemm
+    implementation = _gemm if _direct(a.data, a.outer_scale, b.outer_scale, bias) else torch.ops.fp4gemm.gemm
     result: Tensor = implementation(
         a.data, a.block_scale, a.outer_scale, a.sf_layout, b.data, b.block_scale, b.outer_scale, b.sf_layout,
         a.k, bias, out_dtype,
@@ -114,19 +114,20 @@ def quantize_gemm(
     check_quantize_gemm(x, w, bias, out_dtype)
     rows = x if x.dim() == 2 else x.flatten(0, -2)
     args = check_quantize(rows, sf_layout=_ACTIVATION_LAYOUT, outer_scale=outer_scale)
-    implementation = _quantize_gemm if _direct(x) else torch.ops.fp4gemm.quantize_gemm
+    direct = _direct(x, w.outer_scale, bias, args.outer_scale)
+    implementation = _quantize_gemm if direct else torch.ops.fp4gemm.quantize_gemm
     result: Tensor = implementation(
         rows, w.data, w.block_scale, w.outer_scale, w.sf_layout, bias, out_dtype or x.dtype, args.outer_scale
     )
     return result if x.dim() == 2 else result.view(*x.shape[:-1], w.rows)
 
 
-def _direct(x: Tensor) -> bool:
+def _direct(x: Tensor, *others: Tensor | None) -> bool:
     """Whether nothing traces, wraps or differentiates this call, so that the dispatcher would only add time."""
     return (
         type(x) in _PLAIN
         and not torch.compiler.is_compiling()
-        and not (x.requires_grad and torch.is_grad_enabled())
+        and not (torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, *others)))
         and torch._C._len_torch_dispatch_stack() == 0
     )
 

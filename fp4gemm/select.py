@@ -6,8 +6,8 @@ from functools import cache
 
 import torch
 
-from fp4gemm.formats import scale_columns
-from fp4gemm.spec import AmaxSpec, DequantizeSpec, GemmSpec, QuantizeSpec, sm90_gemms
+from fp4gemm.formats import BLOCK, SF_LAYOUTS, scale_columns
+from fp4gemm.spec import AmaxSpec, DequantizeSpec, GemmSpec, KernelSpec, QuantizeSpec, sm90_gemms
 
 DTYPE_NAMES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
 LAUNCHABLE = {(9, 0): "sm_90a"}  # compute capability -> arch
@@ -58,6 +58,19 @@ def prefetch_ctas(spec: QuantizeSpec, k: int, device: int) -> int:
     cta_bytes = spec.rows * k * (4 if spec.dtype == "fp32" else 2)
     sms: int = torch.cuda.get_device_properties(device).multi_processor_count
     return sms * max(1, round(_PREFETCH_BYTES / cta_bytes))
+
+
+def bf16_specs(arch: str, k: int) -> list[KernelSpec]:
+    """Every kernel but the GEMMs that bf16 tensors of ``k`` columns can ask for: what to build before serving."""
+    quantizers = [
+        quantize_spec(arch, "bf16", k, scaling, convention, sf_layout, vectorized=k % BLOCK == 0)
+        for scaling, convention in (("per_row", "te_per_token"), ("per_tensor", "te"), ("given", "te_per_token"))
+        for sf_layout in SF_LAYOUTS
+    ]
+    dequantizers = [
+        dequantize_spec(arch, "bf16", sf_layout, outer) for sf_layout in SF_LAYOUTS for outer in (True, False)
+    ]
+    return [*quantizers, amax_spec(arch, "bf16", k % BLOCK == 0), *dequantizers]
 
 
 def amax_spec(arch: str, dtype: str, vectorized: bool) -> AmaxSpec:

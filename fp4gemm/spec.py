@@ -18,6 +18,10 @@ def _short(arch: str) -> str:
     return arch.replace("_", "").rstrip("a")
 
 
+def _thread_problem(threads: int) -> str | None:
+    return None if threads in range(32, 1025, 32) else f"threads: got {threads}, expected whole warps, 32 to 1024"
+
+
 @dataclass(frozen=True)
 class QuantizeSpec:
     """Row-wise quantizer. ``scaling``: ``per_row`` reduces the row amax itself, ``per_tensor`` reads an amax, ``given``
@@ -52,6 +56,8 @@ class QuantizeSpec:
             return f"threads x rows: got {self.threads} x {self.rows}, expected whole warps and at most 1024 in all"
         if not 1 <= self.blocks <= 8:
             return f"blocks: got {self.blocks}, expected 1 to 8 (they live in registers)"
+        if self.rows not in (1, 2, 4, 8):
+            return f"rows: got {self.rows}, expected 1, 2, 4 or 8 (they share a tile of the scale layout)"
         return _unknown("scaling", self.scaling, KERNEL_SCALINGS) or _unknown(
             "convention", self.convention, CONVENTIONS
         )
@@ -75,9 +81,7 @@ class AmaxSpec:
         return f"amax_{_short(self.arch)}_{self.dtype}_{self.threads}" + ("" if self.vectorized else "_scalar")
 
     def why_not(self) -> str | None:
-        return (
-            None if self.threads in range(32, 1025, 32) else f"threads: got {self.threads}, expected a multiple of 32"
-        )
+        return _thread_problem(self.threads)
 
 
 @dataclass(frozen=True)
@@ -101,9 +105,9 @@ class DequantizeSpec:
         return f"dequantize_{_short(self.arch)}_{self.dtype}_{self.sf_layout}_{outer}_{self.threads}x{self.units}"
 
     def why_not(self) -> str | None:
-        return (
-            None if self.threads in range(32, 1025, 32) else f"threads: got {self.threads}, expected a multiple of 32"
-        )
+        if self.units < 1:
+            return f"units: got {self.units}, expected at least 1"
+        return _thread_problem(self.threads)
 
 
 # Tile rules of CUTLASS's collectives for each arch: (schedule, M of the tile) that exist.
@@ -149,8 +153,8 @@ class GemmSpec:
             return f"tile M of {self.schedule} on {self.arch}: got {self.tile[0]}, expected {schedules[self.schedule]}"
         if self.arch == "sm_120a" and self.cluster != (1, 1):
             return f"cluster on sm_120a: got {self.cluster}, expected (1, 1)"
-        if any(n not in (1, 2, 4) for n in self.cluster):
-            return f"cluster: got {self.cluster}, expected 1, 2 or 4 each way"
+        if any(n not in (1, 2, 4) for n in self.cluster) or self.cluster[0] * self.cluster[1] > 8:
+            return f"cluster: got {self.cluster}, expected 1, 2 or 4 each way, at most 8 CTAs"
         return None if self.bias is None else _unknown("bias", self.bias, DTYPES)
 
 
@@ -187,7 +191,7 @@ def _default_gemms(arch: str) -> list[KernelSpec]:
 
 
 def default_variants(archs: Iterable[str] = ARCHS) -> list[KernelSpec]:
-    """The kernels that a bf16 model needs, for each arch: what ``generated/`` shows and ``fp4gemm build`` builds."""
+    """For each arch a bf16 kernel of each kind, and the GEMMs: what ``generated/`` shows, ``build --all`` builds."""
     specs: list[KernelSpec] = []
     for arch in archs:
         specs += [

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib.metadata
 import importlib.util
 import os
@@ -12,7 +13,7 @@ from pathlib import Path
 
 from fp4gemm import env
 
-_INSTALL = "pip install 'fp4gemm[cuda13]'"
+INSTALL = "pip install 'fp4gemm[cuda13]'"
 
 
 class ToolchainError(RuntimeError):
@@ -34,7 +35,7 @@ def cutlass_include() -> Path:
         if (folder / "cutlass/version.h").is_file():
             return folder
     where = f"FP4GEMM_CUTLASS_PATH={chosen} has no include/cutlass/version.h" if chosen else "CUTLASS is not installed"
-    raise ToolchainError(f"{where}: {_INSTALL}, or set FP4GEMM_CUTLASS_PATH to a CUTLASS checkout")
+    raise ToolchainError(f"{where}: {INSTALL}, or set FP4GEMM_CUTLASS_PATH to a CUTLASS checkout")
 
 
 @cache
@@ -42,6 +43,32 @@ def cutlass_version(include: Path) -> str:
     text = (include / "cutlass/version.h").read_text()
     parts = [re.search(rf"#define CUTLASS_{part}\s+(\d+)", text) for part in ("MAJOR", "MINOR", "PATCH")]
     return ".".join(part.group(1) if part else "?" for part in parts)
+
+
+def header_versions() -> str:
+    """What identifies the headers under a CUTLASS kernel: versions of CUTLASS, CUDA and CCCL.
+
+    For a CUTLASS that the user brings, which may be edited, also the size and time of every header. Raises
+    ToolchainError.
+    """
+    cutlass = cutlass_include()
+    edited = _tree_stamp(cutlass) if env.settings().cutlass_path else ""
+    return " ".join((cutlass_version(cutlass), *_cuda_versions(cuda_includes()), edited))
+
+
+@cache
+def _cuda_versions(includes: tuple[Path, ...]) -> tuple[str, ...]:
+    files = (("cuda.h", "CUDA_VERSION"), ("cuda/std/__cccl/version.h", "CCCL_VERSION"))
+    found = [(folder / file, macro) for file, macro in files for folder in includes if (folder / file).is_file()]
+    matches = [re.search(rf"#\s*define {macro} (\d+)", path.read_text()) for path, macro in found]
+    return tuple(match.group(1) for match in matches if match)
+
+
+@cache
+def _tree_stamp(include: Path) -> str:
+    stats = ((path, path.stat()) for path in sorted(include.rglob("*.[hi]*")) if path.is_file())
+    text = "\n".join(f"{path.relative_to(include)} {stat.st_size} {stat.st_mtime_ns}" for path, stat in stats)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def cuda_includes() -> tuple[Path, ...]:
@@ -53,7 +80,7 @@ def cuda_includes() -> tuple[Path, ...]:
         if (include / "cuda_fp16.h").is_file() and cccl is not None:
             return tuple(dict.fromkeys((cccl, include)))
     where = f"FP4GEMM_CUDA_HOME={chosen}" if chosen else "the installed wheels and CUDA_HOME"
-    raise ToolchainError(f"no CUDA headers with CCCL in {where}: {_INSTALL}, or set FP4GEMM_CUDA_HOME to a toolkit")
+    raise ToolchainError(f"no CUDA headers with CCCL in {where}: {INSTALL}, or set FP4GEMM_CUDA_HOME to a toolkit")
 
 
 def find_headers() -> Headers:
@@ -74,9 +101,9 @@ def nvrtc_version() -> str:
 
         status, major, minor = nvrtc.nvrtcVersion()
     except (ImportError, RuntimeError) as error:
-        raise ToolchainError(f"NVRTC was not found ({error}): {_INSTALL}") from error
+        raise ToolchainError(f"NVRTC was not found ({error}): {INSTALL}") from error
     if status != nvrtc.nvrtcResult.NVRTC_SUCCESS:
-        raise ToolchainError(f"NVRTC does not answer ({status.name}): {_INSTALL}")
+        raise ToolchainError(f"NVRTC does not answer ({status.name}): {INSTALL}")
     return f"{major}.{minor}"
 
 

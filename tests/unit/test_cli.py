@@ -9,6 +9,7 @@ import pytest
 from typer.testing import CliRunner
 
 from fp4gemm import cache, cli, render, spec
+from fp4gemm.formats import SF_LAYOUTS
 
 SMALL = spec.AmaxSpec("sm_90a", "bf16")  # a tenth of a second of NVRTC, no CUTLASS
 
@@ -88,6 +89,19 @@ def test_build_compiles_once():
 @pytest.mark.parametrize("arguments", [[], ["--all", SMALL.name]])
 def test_build_wants_names_or_all(arguments):
     call("build", *arguments, code=2)
+
+
+def test_build_for_k_builds_what_select_picks(monkeypatch):
+    from fp4gemm import builder, select
+
+    asked = []
+    monkeypatch.setattr(builder, "build_all", lambda specs, jobs: asked.extend(specs) or iter(()))
+    call("build", "--k", "4096", "--arch", "sm_90a")
+    assert asked == select.bf16_specs("sm_90a", 4096)
+    picked = {
+        select.quantize_spec("sm_90a", "bf16", 4096, "per_row", "te_per_token", name, True) for name in SF_LAYOUTS
+    }
+    assert picked < set(asked)
 
 
 def test_build_refuses_unknown_names():

@@ -117,7 +117,6 @@ def test_no_nvrtc(monkeypatch):
         toolchain.nvrtc_version.__wrapped__()
 
 
-@pytest.mark.xfail(raises=ImportError, reason="compile._nvrtc imports cuda.bindings without turning its error")
 def test_nvrtc_wheel_without_cuda_bindings(monkeypatch):
     without(monkeypatch, "cuda.bindings", "cuda.bindings.nvrtc")
     with pytest.raises(ToolchainError, match=INSTALL):

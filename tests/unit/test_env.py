@@ -10,7 +10,7 @@ from fp4gemm.env import Settings
 
 
 def test_defaults():
-    assert env.settings({}) == Settings(Path.home() / ".cache/fp4gemm", None, None, False, "warning")
+    assert env.settings({}) == Settings(Path.home() / ".cache/fp4gemm", None, None, False, None)
 
 
 def test_every_variable_has_its_setting():

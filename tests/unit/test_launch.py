@@ -2,6 +2,7 @@
 
 import ctypes
 import struct
+from contextlib import nullcontext
 from types import SimpleNamespace
 
 import pytest
@@ -141,3 +142,30 @@ def test_a_launcher_packs_its_values(launches, monkeypatch):
     made.meta["params_bytes"] = size + 8
     with pytest.raises(DriverError, match=f"fake: argument of {size + 8} bytes, packed {size}"):
         launch.Launcher(spec, launch.AMAX_ARGUMENTS)
+
+
+@pytest.mark.parametrize(
+    "statuses, bound, error",
+    [
+        (["CUDA_SUCCESS"], 0, None),
+        (["CUDA_ERROR_INVALID_CONTEXT", "CUDA_SUCCESS"], 1, None),
+        (["CUDA_ERROR_INVALID_CONTEXT"] * 2, 1, "CUDA_ERROR_INVALID_CONTEXT"),
+        (["CUDA_ERROR_INVALID_VALUE"], 0, "CUDA_ERROR_INVALID_VALUE"),
+    ],
+)
+def test_a_thread_without_a_context_gets_one(monkeypatch, statuses, bound, error):
+    driver = pytest.importorskip("cuda.bindings.driver")
+    answers, calls, devices = iter(statuses), [], []
+
+    def launch_kernel(*arguments):
+        calls.append(arguments)
+        return (getattr(driver.CUresult, next(answers)),)
+
+    fake = SimpleNamespace(cuLaunchKernel=launch_kernel, CUresult=driver.CUresult)
+    monkeypatch.setattr(launch, "_driver", lambda: fake)
+    monkeypatch.setattr(launch.torch.cuda, "current_device", lambda: 3)
+    monkeypatch.setattr(launch.torch.cuda, "set_device", devices.append)
+    with pytest.raises(DriverError, match=rf"grid \(9, 1, 1\), 64 threads: {error}") if error else nullcontext():
+        launch._launch("handle", (9, 1, 1), 64, 1024, 5, 0x1000)
+    assert calls == [("handle", 9, 1, 1, 64, 1, 1, 1024, 5, 0x1000, 0)] * len(statuses)
+    assert devices == [3] * bound

@@ -233,7 +233,6 @@ def test_no_gradient_is_dropped_in_silence(x, w, call):
         *("dequantize-t", "gemm-a", "gemm-b", "quantize_gemm-w"),
     ],
 )
-@pytest.mark.xfail(reason="ops._direct looks at x alone")
 def test_no_gradient_of_another_operand_is_dropped_in_silence(x, w, bias, call):
     result = call(x, w, bias)
     assert result.requires_grad

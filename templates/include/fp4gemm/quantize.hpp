@@ -38,6 +38,7 @@ struct QuantizeConfig {
   static constexpr bool kResident = kResident_;     // kThreads * kBlocks covers the row
   static constexpr int kCta = kThreads * kRows;
   static_assert(kThreads % 32 == 0 && kCta <= 1024, "a row is a whole number of warps of one CTA");
+  static_assert(kThreads == 32 || kRows <= 8, "a barrier for each row");
 };
 
 template <class Element, bool kVectorized>
@@ -295,6 +296,7 @@ template <class Config> class RowQuantizer {
   }
 };
 
+// Packed by fp4gemm/launch.py (AMAX_ARGUMENTS): keep both alike.
 // amax = max(|x|) without NaN over all rows; *amax must be 0 at launch. Non-negative floats order as their bits do.
 struct AmaxArguments {
   void const* x;
