@@ -6,7 +6,6 @@ not exist. A document is checked before it is written, so a half-filled row cann
 
 from __future__ import annotations
 
-import importlib.metadata
 import json
 import math
 import os
@@ -354,10 +353,11 @@ def versions() -> dict[str, str]:
     """Versions of what the figures depend on."""
     import torch
 
+    import fp4gemm
     from fp4gemm import toolchain
 
     return {
-        "fp4gemm": _try_version(lambda: importlib.metadata.version("fp4gemm")),
+        "fp4gemm": fp4gemm.__version__,
         "torch": torch.__version__,
         "nvrtc": _try_version(lambda: str(toolchain.nvrtc_version())),
         "cutlass": _try_version(lambda: str(toolchain.find_headers().cutlass_version)),
