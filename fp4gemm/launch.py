@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from fp4gemm.load import DriverError, Kernel, check, load
+from fp4gemm.load import DriverError, Kernel, bind_context, check, load
 from fp4gemm.spec import GemmSpec, KernelSpec
 from fp4gemm.tensor_map import SIZE, find_requests
 
@@ -38,8 +38,7 @@ def _launch(handle: Any, grid: tuple[int, int, int], threads: int, smem: int, st
 def _launch_again(status: Any, handle: Any, grid: tuple[int, int, int], threads: int, *rest: int) -> None:
     driver = _driver()
     if status == driver.CUresult.CUDA_ERROR_INVALID_CONTEXT:
-        # A thread that never called the CUDA runtime has no current context; this binds torch's.
-        torch.cuda.set_device(torch.cuda.current_device())
+        bind_context(torch.cuda.current_device())
         (status,) = driver.cuLaunchKernel(handle, *grid, threads, 1, 1, *rest, 0)
     if status:
         raise DriverError(f"kernel launch, grid {grid}, {threads} threads: {status.name}")
@@ -122,34 +121,53 @@ def gemm_plan(spec: GemmSpec, problem: GemmProblem, device: int) -> GemmPlan:
     return GemmPlan(load(spec), problem, device)
 
 
-def _make_params(kernel: Kernel, problem: GemmProblem, device: int) -> bytes:
-    """Run the kernel's ``make_params`` on the device with stand-in addresses; returns the bytes of its Launch struct.
+class _ParamsMaker:
+    """Runs ``make_params`` on one device.
 
-    It has a stream of its own and relaxed capture mode, so a plan can be made while another stream is being captured.
+    It has a stream and a buffer of its own, and runs in relaxed capture mode, so a plan can be made while another stream
+    is being captured, and making one waits for nothing else.
     """
+
+    _BUFFER_BYTES = 16 << 10
+
+    def __init__(self, device: int) -> None:
+        driver = _driver()
+        self._stream = check(driver.cuStreamCreate(driver.CUstream_flags.CU_STREAM_NON_BLOCKING), "create a stream")
+        self._buffer = check(driver.cuMemAlloc(self._BUFFER_BYTES), "allocate Params")
+        self._sms = torch.cuda.get_device_properties(device).multi_processor_count
+        self._lock = threading.Lock()
+
+    def __call__(self, kernel: Kernel, problem: GemmProblem) -> bytes:
+        """The bytes of the kernel's Launch struct, with stand-in addresses."""
+        driver, size = _driver(), kernel.meta["launch_bytes"]
+        if size > self._BUFFER_BYTES:
+            raise DriverError(f"{kernel.spec.name}: Params of {size} bytes, expected at most {self._BUFFER_BYTES}")
+        m, n, k, lda, ldb, ldd, per_row_a, per_row_b = astuple(problem)
+        addresses = [_stand_in(i) for i in range(len(OPERANDS))]
+        arguments, host = ctypes.create_string_buffer(GEMM_ARGUMENTS.size), ctypes.create_string_buffer(size)
+        GEMM_ARGUMENTS.pack_into(arguments, 0, *addresses, lda, ldb, ldd, m, n, k, self._sms, per_row_a, per_row_b)
+        pointer = ctypes.c_uint64(int(self._buffer))
+        pointers = (ctypes.c_void_p * 2)(ctypes.addressof(arguments), ctypes.addressof(pointer))
+        with self._lock:
+            entry, stream = kernel.entry_points["make_params"], self._stream
+            _launch(entry, (1, 1, 1), 1, 0, int(stream), ctypes.addressof(pointers))
+            check(driver.cuMemcpyDtoHAsync(ctypes.addressof(host), self._buffer, size, stream), "copy Params")
+            check(driver.cuStreamSynchronize(stream), f"run make_params of {kernel.spec.name}")
+        return host.raw
+
+
+_params_maker = lru_cache(maxsize=None)(_ParamsMaker)
+
+
+def _make_params(kernel: Kernel, problem: GemmProblem, device: int) -> bytes:
     driver = _driver()
-    m, n, k, lda, ldb, ldd, per_row_a, per_row_b = astuple(problem)
-    sms = torch.cuda.get_device_properties(device).multi_processor_count
-    addresses = [_stand_in(i) for i in range(len(OPERANDS))]
-    arguments = ctypes.create_string_buffer(GEMM_ARGUMENTS.size)
-    GEMM_ARGUMENTS.pack_into(arguments, 0, *addresses, lda, ldb, ldd, m, n, k, sms, per_row_a, per_row_b)
-    size = kernel.meta["launch_bytes"]
-    host = ctypes.create_string_buffer(size)
+    bind_context(device)
     (status, mode) = driver.cuThreadExchangeStreamCaptureMode(driver.CUstreamCaptureMode.CU_STREAM_CAPTURE_MODE_RELAXED)
     check((status,), "relax the capture mode")
     try:
-        stream = check(driver.cuStreamCreate(driver.CUstream_flags.CU_STREAM_NON_BLOCKING), "create a stream")
-        scratch = check(driver.cuMemAlloc(size), "allocate Params")
-        pointer = ctypes.c_uint64(int(scratch))
-        pointers = (ctypes.c_void_p * 2)(ctypes.addressof(arguments), ctypes.addressof(pointer))
-        _launch(kernel.entry_points["make_params"], (1, 1, 1), 1, 0, int(stream), ctypes.addressof(pointers))
-        check(driver.cuMemcpyDtoHAsync(ctypes.addressof(host), scratch, size, stream), "copy Params")
-        check(driver.cuStreamSynchronize(stream), f"run make_params of {kernel.spec.name}")
-        check(driver.cuMemFree(scratch), "free Params")
-        check(driver.cuStreamDestroy(stream), "destroy a stream")
+        return _params_maker(device)(kernel, problem)
     finally:
         driver.cuThreadExchangeStreamCaptureMode(mode)
-    return host.raw
 
 
 def _split(kernel: Kernel, launch_bytes: bytes) -> tuple[bytearray, tuple[int, int, int]]:

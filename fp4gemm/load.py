@@ -25,6 +25,22 @@ def check(result: tuple[Any, ...], what: str) -> Any:
     return values[0] if len(values) == 1 else values
 
 
+def bind_context(device: int) -> None:
+    """Make torch's context of ``device`` current in this thread; one that never called the CUDA runtime has none."""
+    from cuda.bindings import driver
+
+    check(driver.cuCtxSetCurrent(_primary_context(device)), "cuCtxSetCurrent")
+
+
+@functools.cache
+def _primary_context(device: int) -> Any:
+    from cuda.bindings import driver
+
+    return check(
+        driver.cuDevicePrimaryCtxRetain(check(driver.cuDeviceGet(device), "cuDeviceGet")), "retain the context"
+    )
+
+
 @dataclass(frozen=True, eq=False)
 class Kernel:
     """Entry points by name, as handles that serve every device, and what a launch needs to know."""

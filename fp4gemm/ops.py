@@ -127,9 +127,16 @@ def _direct(x: Tensor, *others: Tensor | None) -> bool:
     return (
         type(x) in _PLAIN
         and not torch.compiler.is_compiling()
-        and not (torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, *others)))
+        and not (torch.is_grad_enabled() and _require_grad(x, *others))
         and torch._C._len_torch_dispatch_stack() == 0
     )
+
+
+def _require_grad(*tensors: Tensor | None) -> bool:
+    for t in tensors:  # noqa: SIM110 - a generator costs more than the checks
+        if t is not None and t.requires_grad:
+            return True
+    return False
 
 
 def _on_kernels(x: Tensor) -> bool:

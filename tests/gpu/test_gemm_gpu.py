@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from concurrent.futures import ThreadPoolExecutor
 
 import gpu_cases as cases
 import pytest
@@ -227,3 +228,22 @@ def test_bad_operands_raise(device: torch.device, request: pytest.FixtureRequest
         fp4gemm.gemm(a, b.to("cpu"))
     with pytest.raises(ValueError, match="device"):
         fp4gemm.gemm(a, b, torch.zeros(16))
+
+
+def test_two_devices(cuda: torch.device) -> None:
+    """The current device stays 0 while operands are on 1, and one library and one cache serve both."""
+    if torch.cuda.device_count() < 2:
+        pytest.skip(f"needs two CUDA devices, found {torch.cuda.device_count()}")
+    a, b = cases.exact_operand(140, 144, "128x4", "per_row", 1), cases.exact_operand(264, 144, "8x4", "per_row", 2)
+    for index in (1, 0, 1):
+        check_exact(a, b, None, torch.bfloat16, torch.device("cuda", index), f"device {index}")
+        assert torch.cuda.current_device() == 0
+
+
+def test_a_thread_that_never_used_cuda(cuda: torch.device) -> None:
+    """It has no current context; the launch binds one."""
+    a, b = cases.exact_operand(40, 64, "128x4", "per_row", 1), cases.exact_operand(24, 64, "128x4", "per_row", 2)
+    a_device, b_device = a.to(cuda), b.to(cuda)
+    with ThreadPoolExecutor(1) as pool:
+        got = pool.submit(fp4gemm.gemm, a_device, b_device).result()
+    cases.assert_same_bits(got.cpu() + 0.0, reference.gemm(a, b) + 0.0, "another thread")

@@ -164,7 +164,7 @@ def test_a_thread_without_a_context_gets_one(monkeypatch, statuses, bound, error
     fake = SimpleNamespace(cuLaunchKernel=launch_kernel, CUresult=driver.CUresult)
     monkeypatch.setattr(launch, "_driver", lambda: fake)
     monkeypatch.setattr(launch.torch.cuda, "current_device", lambda: 3)
-    monkeypatch.setattr(launch.torch.cuda, "set_device", devices.append)
+    monkeypatch.setattr(launch, "bind_context", devices.append)
     with pytest.raises(DriverError, match=rf"grid \(9, 1, 1\), 64 threads: {error}") if error else nullcontext():
         launch._launch("handle", (9, 1, 1), 64, 1024, 5, 0x1000)
     assert calls == [("handle", 9, 1, 1, 64, 1, 1, 1024, 5, 0x1000, 0)] * len(statuses)
