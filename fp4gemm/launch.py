@@ -124,8 +124,8 @@ def gemm_plan(spec: GemmSpec, problem: GemmProblem, device: int) -> GemmPlan:
 class _ParamsMaker:
     """Runs ``make_params`` on one device.
 
-    It has a stream and a buffer of its own, and runs in relaxed capture mode, so a plan can be made while another stream
-    is being captured, and making one waits for nothing else.
+    It has a stream and a buffer of its own, and runs in relaxed capture mode, so a plan can be made while another
+    stream is being captured, and making one waits for nothing else.
     """
 
     _BUFFER_BYTES = 16 << 10
