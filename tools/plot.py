@@ -25,6 +25,7 @@ from fp4gemm import report  # noqa: E402
 
 Row = dict[str, Any]
 _OURS, _PEER = "#76b900", "#9aa0a6"
+_LARGE_M = 1024  # below, time is a launch and bandwidth says nothing
 
 
 def _graph_rows(rows: Sequence[Row], bench: str) -> list[Row]:
@@ -53,8 +54,9 @@ def _bars(
 
 
 def plot_quantize(document: dict[str, Any], path: Path) -> bool:
-    """Bandwidth of every quantizer and dequantizer row beside a copy of the same bytes. False: no such rows."""
+    """Bandwidth of quantizers and dequantizers beside a copy of the same bytes, large M. False: no such rows."""
     rows = _graph_rows(document["rows"], "quantize") + _graph_rows(document["rows"], "dequantize")
+    rows = [row for row in rows if row["M"] >= _LARGE_M]
     if not rows:
         return False
     labels = [

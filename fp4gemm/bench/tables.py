@@ -165,10 +165,21 @@ def _in_summary(row: Row) -> bool:
     return bool(in_graph and default_layout and row["bench"] not in ("compile", "tiles"))
 
 
+def _best_tiles(rows: Sequence[Row]) -> list[Row]:
+    """Of every kernel at every shape the distance that was quickest, quickest kernels first."""
+    groups: dict[tuple[object, ...], list[Row]] = {}
+    for row in sorted(rows, key=lambda row: float(row["us"])):
+        best = groups.setdefault((row["M"], row["K"], row["options"]["sf_layout"]), [])
+        if all(row["kernel"] != other["kernel"] for other in best):
+            best.append(row)
+    return [row for best in groups.values() for row in best]
+
+
 def table(bench: str, rows: Sequence[Row], summary: bool = False) -> Table | None:
     """The table of one bench's rows; None when there are none. `summary` keeps the rows that README shows."""
     title, columns = TABLES[bench]
     kept = [row for row in rows if row["bench"] == bench and (not summary or _in_summary(row))]
+    kept = _best_tiles(kept) if bench == "tiles" else kept
     if not kept:
         return None
     cells = tuple(tuple(cell(row) for _, cell in columns) for row in kept)

@@ -64,6 +64,20 @@ def test_every_row_kind_of_the_bench_has_a_table() -> None:
     assert tables.table("quantize", [quantize_row(mode="eager")], summary=True) is None
 
 
+def test_tiles_table_keeps_the_best_distance_of_each_kernel() -> None:
+    def row(kernel: str, kb: int, us: float) -> report.Row:
+        return quantize_row(bench="tiles", kernel=kernel, us=us, options={"sf_layout": "linear", "prefetch_kb": kb})
+
+    table = tables.table(
+        "tiles", [row("slow", 0, 9.0), row("quick", 0, 5.0), row("quick", 64, 4.0), row("slow", 64, 9.5)]
+    )
+    assert table is not None
+    assert [(cells[1], cells[2], cells[3]) for cells in table.rows] == [
+        ("`quick`", "64", "4.00"),
+        ("`slow`", "0", "9.00"),
+    ]
+
+
 @pytest.mark.parametrize(
     "value, text",
     [(0, "0"), (1234.56, "1,235"), (12.34, "12.3"), (1.234, "1.23"), (0.1234, "0.123"), (2e-5, "2.0e-05")],
