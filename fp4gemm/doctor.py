@@ -15,12 +15,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from fp4gemm.toolchain import INSTALL
+
 if TYPE_CHECKING:
     from rich.console import Console
 
 Status = Literal["ok", "warn", "fail"]
 
-INSTALL = "pip install 'fp4gemm[cuda13]'"
 MINIMUM_DRIVER = "NVIDIA driver 580 or newer"
 LOW_SPACE = 1 << 30
 
