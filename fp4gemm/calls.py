@@ -8,16 +8,17 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fp4gemm import select
-from fp4gemm.formats import BLOCK, scale_columns, scale_layout
+from fp4gemm import engine, select
+from fp4gemm.engine import Activations, Output, Weight
+from fp4gemm.formats import BLOCK, PACKED_BLOCK, packed_shape, padded_k, scale_columns, scale_layout
 from fp4gemm.launch import (
     AMAX_ARGUMENTS,
     DEQUANTIZE_ARGUMENTS,
+    PACK_ARGUMENTS,
     QUANTIZE_ARGUMENTS,
-    GemmProblem,
     Launcher,
-    gemm_plan,
 )
+from fp4gemm.tensor import FP4Tensor
 
 _UNITS = 2**32  # half blocks that a dequantizer counts
 
@@ -78,6 +79,14 @@ def _vectorized(x: Tensor) -> bool:
     return x.shape[1] % BLOCK == 0 and x.data_ptr() % 16 == 0 and rows_aligned
 
 
+def _tensor_amax(x: Tensor, vectorized: bool, stream: int) -> Tensor:
+    """max(|x|), float32 []."""
+    amax, (m, k) = x.new_zeros((), dtype=torch.float32), x.shape
+    launch = _amax(x.device.index, x.dtype, vectorized)
+    launch((min(m, 1024), 1, 1), stream, x.data_ptr(), amax.data_ptr(), x.stride(0), m, k, scale_columns(k))
+    return amax
+
+
 def quantize(x: Tensor, per_tensor: bool, sf_layout: str, convention: str, outer_scale: Tensor | None) -> Packed:
     """Row-wise NVFP4 of x [M, K], M and K positive; see ``ops.quantize``."""
     if x.stride(1) != 1:
@@ -91,18 +100,106 @@ def quantize(x: Tensor, per_tensor: bool, sf_layout: str, convention: str, outer
     if outer_scale is not None:
         scaling, scale_in = "given", outer_scale.data_ptr()
     elif per_tensor:
-        amax = x.new_zeros((), dtype=torch.float32)
-        scaling, scale_in = "per_tensor", amax.data_ptr()
-        grid = (min(m, 1024), 1, 1)
-        _amax(device, x.dtype, vectorized)(grid, stream, x.data_ptr(), scale_in, x_stride, m, k, columns)
+        scaling, amax = "per_tensor", _tensor_amax(x, vectorized, stream)
+        scale_in = amax.data_ptr()
     quantizer = _quantizer(device, x.dtype, k, scaling, convention, sf_layout, vectorized)
     padded_rows = -(-m // layout.row_tile) * layout.row_tile
     quantizer.launch(
         (-(-padded_rows // quantizer.rows), quantizer.steps, 1), stream,
         x.data_ptr(), data.data_ptr(), block_scale.data_ptr(), outer.data_ptr(), scale_in,
-        x_stride, m, padded_rows, k, columns, int(scaling == "given" and not per_tensor), quantizer.prefetch,
+        x_stride, 0, m, padded_rows, k, columns, int(scaling == "given" and not per_tensor), quantizer.prefetch,
     )  # fmt: skip
     return Packed(data, block_scale, outer, sf_layout)
+
+
+class _ValuesQuantizer:
+    """The launcher of a quantizer that writes values, and all arguments but addresses and strides."""
+
+    def __init__(
+        self, device: int, dtype: torch.dtype, m: int, k: int, scaling: str, convention: str,
+        vectorized: bool, scale_in_stride: int,
+    ) -> None:  # fmt: skip
+        arch, name = select.arch_of(device), select.DTYPE_NAMES[dtype]
+        spec, share = select.values_spec(arch, name, m, k, scaling, convention, vectorized)
+        self.launch = Launcher(spec, QUANTIZE_ARGUMENTS, waits=True)
+        self.grid = (-(-m // spec.rows), min(share, 65535), 1)
+        self.stride = -(-k // 8) * 8  # whole 16 bytes, as TMA wants rows
+        prefetch = select.prefetch_ctas(spec, k, device) if share == 1 else 0
+        self.sizes = (m, m, k, scale_columns(k), scale_in_stride, prefetch)
+
+
+_values_quantizer = lru_cache(maxsize=4096)(_ValuesQuantizer)
+
+
+def quantize_values(x: Tensor, per_tensor: bool, convention: str, outer_scale: Tensor | None) -> tuple[Tensor, Tensor]:
+    """What ``quantize`` makes of x [M, K], M and K positive, as values: (code * block scale, outer scales).
+
+    The values are exact bf16 [M, ceil8(K)], zeros past K; ``outer_scale`` None, [] or [M] as in ``quantize``, whose
+    outer scales ([] or [M]) the second tensor has. For a GEMM that follows: the kernel takes part in programmatic
+    dependent launch.
+    """
+    if x.stride(1) != 1:
+        x = x.contiguous()
+    device, (m, k) = x.device.index, x.shape
+    stream, vectorized, scaling, scale_in = _stream(device), _vectorized(x), "per_row", 0
+    if outer_scale is not None:
+        scaling, scale_in = "given", outer_scale.data_ptr()
+    elif per_tensor:
+        scaling, amax = "per_tensor", _tensor_amax(x, vectorized, stream)
+        scale_in = amax.data_ptr()
+    quantizer = _values_quantizer(
+        device, x.dtype, m, k, scaling, convention, vectorized, int(scaling == "given" and not per_tensor)
+    )
+    values = x.new_empty((m, quantizer.stride), dtype=torch.bfloat16)
+    outer = x.new_empty(() if per_tensor else (m,), dtype=torch.float32)
+    quantizer.launch(
+        quantizer.grid, stream, x.data_ptr(), values.data_ptr(), 0, outer.data_ptr(), scale_in,
+        x.stride(0), quantizer.stride, *quantizer.sizes,
+    )  # fmt: skip
+    return values, outer
+
+
+@lru_cache(maxsize=16)
+def _packer(device: int, sf_layout: str, direction: str) -> tuple[Launcher, int]:
+    """Launcher and blocks of a CTA."""
+    spec = select.pack_spec(select.arch_of(device), sf_layout, direction)
+    return Launcher(spec, PACK_ARGUMENTS), spec.threads // 128
+
+
+def _aligned(t: Tensor, size: int) -> Tensor:
+    return t if t.data_ptr() % size == 0 else t.clone()
+
+
+def _launch_packer(
+    direction: str, data: Tensor, block_scale: Tensor, packed: Tensor, sf_layout: str, k: int, padded_rows: int
+) -> None:
+    device, blocks = data.device.index, packed.shape[1]
+    units = -(-padded_rows // PACKED_BLOCK) * blocks
+    if units >= 2**31:
+        raise ValueError(f"tensor of {data.shape[0]} x {k} values: expected fewer than 2**31 blocks of 64 x 64")
+    launch, at_once = _packer(device, sf_layout, direction)
+    launch(
+        (-(-units // at_once), 1, 1), _stream(device), data.data_ptr(), block_scale.data_ptr(), packed.data_ptr(),
+        data.shape[0], padded_rows, scale_columns(k), blocks,
+    )  # fmt: skip
+
+
+def prepack(data: Tensor, block_scale: Tensor, sf_layout: str, k: int) -> Tensor:
+    """The prepacked form, uint8 [ceil(N/64), ceil(K/64), 2304], of a non-empty weight; see ``ops.prepack``."""
+    n = data.shape[0]
+    packed = data.new_empty(packed_shape(n, k))
+    _launch_packer("pack", _aligned(data, 8), block_scale, packed, sf_layout, k, n)
+    return packed
+
+
+def unpack(packed: Tensor, sf_layout: str, n: int, k: int) -> tuple[Tensor, Tensor]:
+    """Codes and block scales of a non-empty prepacked weight; see ``ops.unpack``."""
+    layout = scale_layout(sf_layout)
+    data = packed.new_empty((n, padded_k(k) // 2))
+    block_scale = packed.new_empty(_scale_shape(sf_layout, n, k), dtype=torch.float8_e4m3fn)
+    padded_rows = -(-n // layout.row_tile) * layout.row_tile
+    _launch_packer("unpack", data, block_scale, _aligned(packed, 16), sf_layout, k, padded_rows)
+    return data, block_scale
 
 
 def _in_words(t: Packed) -> Packed:
@@ -110,80 +207,61 @@ def _in_words(t: Packed) -> Packed:
     return t if t.data.data_ptr() % 4 == 0 else t._replace(data=t.data.clone())
 
 
-def _division(rows: int, padded_k: int, outer_per_row: bool, step: int) -> tuple[int, int, int, int]:
-    """The last four fields of an operand of DEQUANTIZE_ARGUMENTS: half blocks, columns, outer stride, CTAs."""
+def _launch_dequantizer(t: Packed, rows: int, padded_k: int, out: Tensor, outer: bool) -> None:
+    device = t.data.device.index
+    launch, step = _dequantizer(device, out.dtype, t.sf_layout, outer)
     columns = padded_k // BLOCK
     units = rows * columns * 2
     if units >= _UNITS:
         raise ValueError(f"tensor of {rows} x {padded_k} values: expected fewer than 2**35 in one call")
-    return units, columns, int(outer_per_row), -(-units // step)
-
-
-_NO_OPERAND = (0,) * 8
+    launch(
+        (-(-units // step), 1, 1), _stream(device), t.data.data_ptr(), t.block_scale.data_ptr(),
+        t.outer_scale.data_ptr() if outer else 0, out.data_ptr(), units, columns, int(t.outer_scale.dim() == 1),
+    )  # fmt: skip
 
 
 def dequantize(t: Packed, k: int, dtype: torch.dtype) -> Tensor:
     """Values [M, K] of a non-empty tensor; see ``ops.dequantize``."""
     t = _in_words(t)
-    device, (m, half_k) = t.data.device.index, t.data.shape
+    m, half_k = t.data.shape
     out = t.data.new_empty((m, 2 * half_k), dtype=dtype)
-    launch, step = _dequantizer(device, dtype, t.sf_layout, True)
-    division = _division(m, 2 * half_k, t.outer_scale.dim() == 1, step)
-    pointers = (t.data.data_ptr(), t.block_scale.data_ptr(), t.outer_scale.data_ptr(), out.data_ptr())
-    launch((division[-1], 1, 1), _stream(device), *pointers, *division, *_NO_OPERAND)
+    _launch_dequantizer(t, m, 2 * half_k, out, outer=True)
     return out if 2 * half_k == k else out[:, :k].contiguous()
 
 
-class _Gemm:
-    """Everything about a GEMM that its operands' addresses do not change. K is padded to whole blocks."""
-
-    def __init__(
-        self, device: int, m: int, n: int, k: int, per_row: tuple[bool, bool],
-        layouts: tuple[str, str], out_dtype: torch.dtype, bias_dtype: torch.dtype | None,
-    ) -> None:  # fmt: skip
-        bias = None if bias_dtype is None else select.DTYPE_NAMES[bias_dtype]
-        spec = select.gemm_spec(select.arch_of(device), m, n, select.DTYPE_NAMES[out_dtype], bias)
-        # TMA stores rows of whole 16 bytes.
-        self.ldd = -(-n * out_dtype.itemsize // 16) * 16 // out_dtype.itemsize
-        self.plan = gemm_plan(spec, GemmProblem(m, n, k, k, k, self.ldd, *per_row), device)
-        self.device, self.m, self.n, self.k, self.out_dtype = device, m, n, k, out_dtype
-        (self.launch_a, step), (self.launch_b, _) = (
-            _dequantizer(device, torch.bfloat16, layout, False) for layout in layouts
-        )
-        self.division_a, self.division_b = (_division(rows, k, False, step) for rows in (m, n))
-        self.grid_a, self.grid_b = (self.division_a[-1], 1, 1), (self.division_b[-1], 1, 1)
-        self.one_launch = layouts[0] == layouts[1]
-        self.grid = (self.division_a[-1] + self.division_b[-1], 1, 1)
-
-    def __call__(self, a: Packed, b: Packed, bias: Tensor | None) -> Tensor:
-        values = a.data.new_empty((self.m + self.n, self.k), dtype=torch.bfloat16)
-        d = a.data.new_empty((self.m, self.ldd), dtype=self.out_dtype)
-        stream, a_values = _stream(self.device), values.data_ptr()
-        b_values = a_values + 2 * self.m * self.k
-        operand_a = (a.data.data_ptr(), a.block_scale.data_ptr(), 0, a_values, *self.division_a)
-        operand_b = (b.data.data_ptr(), b.block_scale.data_ptr(), 0, b_values, *self.division_b)
-        if self.one_launch:
-            self.launch_a(self.grid, stream, *operand_a, *operand_b)
-        else:
-            self.launch_a(self.grid_a, stream, *operand_a, *_NO_OPERAND)
-            self.launch_b(self.grid_b, stream, *operand_b, *_NO_OPERAND)
-        self.plan(
-            stream, a_values, b_values, 0, 0, d.data_ptr(),
-            a.outer_scale.data_ptr(), b.outer_scale.data_ptr(), 0 if bias is None else bias.data_ptr(),
-        )  # fmt: skip
-        return d if self.ldd == self.n else d[:, : self.n].contiguous()
+def _activations(a: FP4Tensor | Tensor) -> Activations:
+    """NVFP4 activations, not prepacked, as values: code * block scale in bf16 [M, ceil16(K)], zeros past K."""
+    if isinstance(a, Tensor):
+        return Activations(a, None)
+    t = _in_words(Packed(a.data, a.block_scale, a.outer_scale, a.sf_layout))
+    values = t.data.new_empty((a.rows, padded_k(a.k)), dtype=torch.bfloat16)
+    _launch_dequantizer(t, a.rows, values.shape[1], values, outer=False)
+    return Activations(values, a.outer_scale)
 
 
-_gemm = lru_cache(maxsize=4096)(_Gemm)
+def _weight(b: FP4Tensor) -> Weight:
+    """A weight that is not prepacked is, for this call."""
+    data = _aligned(b.data, 16) if b.prepacked else prepack(b.data, b.block_scale, b.sf_layout, b.k)
+    return Weight(data, b.outer_scale, *b.shape)
 
 
-def gemm(a: Packed, b: Packed, bias: Tensor | None, out_dtype: torch.dtype) -> Tensor:
-    """A . B^T of non-empty operands; see ``ops.gemm``."""
-    m, half_k = a.data.shape
-    if bias is not None:
-        bias = bias.contiguous()
-    call = _gemm(
-        a.data.device.index, m, b.data.shape[0], 2 * half_k, (a.outer_scale.dim() == 1, b.outer_scale.dim() == 1),
-        (a.sf_layout, b.sf_layout), out_dtype, None if bias is None else bias.dtype,
-    )  # fmt: skip
-    return call(_in_words(a), _in_words(b), bias)
+def gemm(a: FP4Tensor | Tensor, b: FP4Tensor, bias: Tensor | None, out: Output) -> None:
+    """A . B^T of non-empty operands into ``out``; see ``ops.gemm``."""
+    weight = _weight(b)
+    engine.gemm(_activations(a), weight, None if bias is None else bias.contiguous(), out)
+
+
+def quantize_gemm(
+    x: Tensor,
+    w: FP4Tensor,
+    bias: Tensor | None,
+    per_tensor: bool,
+    convention: str,
+    outer_scale: Tensor | None,
+    d: Tensor,
+) -> None:
+    """The values of x, quantized, times a weight, non-empty both, into ``d``; see ``ops.quantize_gemm``."""
+    weight = _weight(w)
+    values, outer = quantize_values(x, per_tensor, convention, outer_scale)
+    bias = None if bias is None else bias.contiguous()
+    engine.gemm(Activations(values, outer), weight, bias, Output(d, None, 0.0), dependent=True)

@@ -1,4 +1,4 @@
-"""The `fp4gemm` command: generate · list · build · doctor · demo · bench.
+"""The `fp4gemm` command: generate · list · build · doctor · demo · tune · bench.
 
 Each subcommand imports what it needs when it runs: `--help` stays quick and a missing extra stops one subcommand only.
 """
@@ -127,6 +127,35 @@ def demo(
         demonstration.run(out=out, model=model, device=device, dtype=dtype, console=_console())
 
 
+@app.command()
+def tune(
+    shape: Annotated[list[str], typer.Option("--shape", help="Weight NxK, 8192x4096 say; may be repeated.")],
+    m: Annotated[
+        list[int] | None, typer.Option("--m", min=1, help="Tokens; may be repeated (default: 1 to 8192).")
+    ] = None,
+    out: Annotated[Path | None, typer.Option(help="Table to update (default: the one in the cache folder).")] = None,
+) -> None:
+    """Measure which kernel multiplies your shapes fastest on this GPU, and remember it."""
+    with _plain_errors():
+        from fp4gemm import select, table
+        from fp4gemm import tune as tuning
+
+        shapes = [_shape(text) for text in shape]
+        gpu = _gpu_name()
+        select.arch_of(0)
+        path = out or table.tuned_path(gpu)
+        rows = list(table.read(path)) if path.exists() else []
+        console = _console()
+        found = []
+        for choice, us in tuning.tune(shapes, m or tuning.SIZES):
+            found.append(choice)
+            best, *others = sorted(us.items(), key=lambda item: item[1])
+            second = f", next {others[0][0]} {others[0][1]:.1f}" if others else ""
+            console.print(f"{choice.m}x{choice.n}x{choice.k}: {best[0]} {best[1]:.1f} us{second}")
+            table.write(path, tuning.merge(rows, found), gpu=gpu)
+    console.print(f"{len(found)} products measured: {path}")
+
+
 # `bench` is an application of its own with heavier imports: everything after the word is handed to it unread.
 @app.command(
     context_settings={"allow_extra_args": True, "ignore_unknown_options": True},
@@ -137,6 +166,22 @@ def bench(context: typer.Context) -> None:
     with _plain_errors(extra="bench"):
         module = importlib.import_module("fp4gemm.bench.cli")
     module.app(args=context.args, prog_name="fp4gemm bench")
+
+
+def _shape(text: str) -> tuple[int, int]:
+    n, _, k = text.partition("x")
+    if not (n.isdecimal() and k.isdecimal() and int(n) and int(k)):
+        raise ValueError(f"--shape: got {text!r}, expected NxK, as in 8192x4096")
+    return int(n), int(k)
+
+
+def _gpu_name() -> str:
+    """Raises ValueError where there is no GPU."""
+    import torch
+
+    if not torch.cuda.is_available():
+        raise ValueError("no CUDA device: torch sees no GPU here; `fp4gemm doctor` says why")
+    return torch.cuda.get_device_name()
 
 
 def _console() -> Console:

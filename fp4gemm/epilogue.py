@@ -45,6 +45,31 @@ class Vector:
 
 
 @dataclass(frozen=True)
+class Scalar:
+    """One value for all elements, a C++ expression of type ``element`` that Params holds."""
+
+    value: str
+    element: str = "float"
+
+    def type(self, out: str) -> str:
+        return f"Sm90ScalarBroadcast<{self.element}>"
+
+    def arguments(self) -> str:
+        return f"{{{{{self.value}}}}}"
+
+
+@dataclass(frozen=True)
+class Source:
+    """The source matrix C."""
+
+    def type(self, out: str) -> str:
+        return "Sm90SrcFetch<ElementC>"
+
+    def arguments(self) -> str:
+        return "{}"
+
+
+@dataclass(frozen=True)
 class Compute:
     """A binary fp32 operation; ``out`` is the element it leaves in, rounded to nearest even."""
 
@@ -81,4 +106,22 @@ def rescale(bias: str | None) -> Epilogue:
     tree: Node = Compute("multiplies", outer_a, Compute("multiplies", outer_b, Accumulator()))
     if bias is not None:
         tree = Compute("plus", tree, Vector("n", "args.bias", CUTLASS_ELEMENT[bias]))
+    return Epilogue(tree)
+
+
+def packed_rescale(bias: str | None, source: bool) -> Epilogue:
+    """``D = cast(outer_a[i] * (outer_b[j] * (128 * acc)) [+ bias[j]] [+ beta * C])`` of a prepacked weight.
+
+    Weight rows j run along the MMA's M there, tokens i along its N. beta is a double in Params, because the host
+    patches words of 8 bytes; the tree rounds it to fp32.
+    """
+    outer_b = Vector("m", "args.outer_b", "float", "args.outer_b_per_row != 0")
+    outer_a = Vector("n", "args.outer_a", "float", "args.outer_a_per_row != 0")
+    product = Compute("multiplies", Scalar("fp4gemm::kPackedUnit"), Accumulator())
+    tree: Node = Compute("multiplies", outer_a, Compute("multiplies", outer_b, product))
+    if bias is not None:
+        tree = Compute("plus", tree, Vector("m", "args.bias", CUTLASS_ELEMENT[bias]))
+    if source:
+        beta = Scalar("__longlong_as_double(reinterpret_cast<int64_t>(args.sfb))", "double")
+        tree = Compute("plus", tree, Compute("multiplies", beta, Source()))
     return Epilogue(tree)

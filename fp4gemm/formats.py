@@ -30,6 +30,12 @@ E4M3_MIN = 2.0**-9
 SCALINGS = ("per_row", "per_tensor", "per_column")
 CONVENTIONS = ("te_per_token", "te", "torchao", "modelopt")
 
+PREPACKED_FORMS = ("sm90",)
+PACKED_BLOCK = 64
+"""Rows and columns of a block of the prepacked form "sm90" (templates/include/fp4gemm/packed.hpp)."""
+PACKED_CODE_BYTES = 2048
+PACKED_BLOCK_BYTES = PACKED_CODE_BYTES + 256
+
 Index = TypeVar("Index", int, Tensor)
 
 
@@ -41,6 +47,11 @@ def scale_columns(k: int) -> int:
 def padded_k(k: int) -> int:
     """``k`` rounded up to whole blocks: the number of 4-bit codes stored for a row."""
     return scale_columns(k) * BLOCK
+
+
+def packed_shape(rows: int, k: int) -> tuple[int, int, int]:
+    """Shape of the uint8 data of a (rows, k) tensor in the prepacked form: whole blocks of 64 x 64, 2304 bytes each."""
+    return -(-rows // PACKED_BLOCK), -(-k // PACKED_BLOCK), PACKED_BLOCK_BYTES
 
 
 def pack_e2m1(codes: Tensor) -> Tensor:

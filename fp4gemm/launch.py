@@ -5,6 +5,9 @@ from __future__ import annotations
 import ctypes
 import struct
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import astuple, dataclass
 from functools import cache, lru_cache
 from typing import Any
@@ -12,13 +15,14 @@ from typing import Any
 import torch
 
 from fp4gemm.load import DriverError, Kernel, bind_context, check, load
-from fp4gemm.spec import GemmSpec, KernelSpec
-from fp4gemm.tensor_map import SIZE, find_requests
+from fp4gemm.spec import GemmSpec, KernelSpec, PackedGemmSpec
+from fp4gemm.tensor_map import SIZE, address_word, find_requests
 
-# The structs of templates/include/fp4gemm/{quantize,dequantize,gemm}.hpp: keep both alike.
-QUANTIZE_ARGUMENTS = struct.Struct("<5Q3q4i")
+# The structs of templates/include/fp4gemm/{quantize,dequantize,pack,gemm}.hpp: keep both alike.
+QUANTIZE_ARGUMENTS = struct.Struct("<5Q4q4i")
 AMAX_ARGUMENTS = struct.Struct("<2Q2q2i")
-DEQUANTIZE_ARGUMENTS = struct.Struct("<4QI3i4QI3i")
+DEQUANTIZE_ARGUMENTS = struct.Struct("<4QI2i4x")
+PACK_ARGUMENTS = struct.Struct("<3Q2q2i")
 GEMM_ARGUMENTS = struct.Struct("<8Q3q6i")
 
 
@@ -29,42 +33,92 @@ def _driver() -> Any:
     return driver
 
 
-def _launch(handle: Any, grid: tuple[int, int, int], threads: int, smem: int, stream: int, pointers: int) -> None:
-    (status,) = _driver().cuLaunchKernel(handle, *grid, threads, 1, 1, smem, stream, pointers, 0)
-    if status:  # CUDA_SUCCESS is 0
-        _launch_again(status, handle, grid, threads, smem, stream, pointers)
+_programmatic: ContextVar[bool] = ContextVar("programmatic", default=False)
 
 
-def _launch_again(status: Any, handle: Any, grid: tuple[int, int, int], threads: int, *rest: int) -> None:
+@contextmanager
+def programmatic(enabled: bool = True) -> Iterator[None]:
+    """Let every GEMM on a prepacked weight begin before the kernel in front of it has ended (dependent launch).
+
+    It prefetches its weight meanwhile, and waits before it touches anything else: a chain of layers then has no gaps.
+    Only for weights that the kernel in front does not write. Holds for calls, and captures, of this context; without
+    it, only the GEMM behind its own quantizer in ``quantize_gemm`` is launched so.
+    """
+    token = _programmatic.set(enabled)
+    try:
+        yield
+    finally:
+        _programmatic.reset(token)
+
+
+class Dispatch:
+    """One entry point, its CTA and its argument at a fixed address: what is left is a grid and a stream.
+
+    ``waits``: the kernel itself waits for the one in front, so it may be launched before that has ended.
+    """
+
+    def __init__(
+        self, kernel: Kernel, entry_point: str, threads: int, shared_bytes: int, argument: int, *, waits: bool = False
+    ) -> None:
+        self._handle = kernel.entry_points[entry_point]
+        self._threads, self._shared, self._waits = threads, shared_bytes, waits
+        self._pointers = (ctypes.c_void_p * 1)(argument)
+        self._address = ctypes.addressof(self._pointers)
+        self._configs: dict[tuple[int, int, int], Any] = {}
+
+    def __call__(self, grid: tuple[int, int, int], stream: int, dependent: bool = False) -> None:
+        """Launch; ``dependent``: before the kernel in front has ended. Not thread-safe."""
+        status = self._launch(grid, stream, dependent)
+        if status:  # CUDA_SUCCESS is 0
+            if status == _driver().CUresult.CUDA_ERROR_INVALID_CONTEXT:
+                bind_context(torch.cuda.current_device())
+                status = self._launch(grid, stream, dependent)
+            if status:
+                raise DriverError(f"kernel launch, grid {grid}, {self._threads} threads: {status.name}")
+
+    def _launch(self, grid: tuple[int, int, int], stream: int, dependent: bool) -> Any:
+        if not (self._waits and (dependent or _programmatic.get())):
+            return _driver().cuLaunchKernel(
+                self._handle, *grid, self._threads, 1, 1, self._shared, stream, self._address, 0
+            )[0]
+        config = self._configs.get(grid)
+        if config is None:
+            config = self._configs[grid] = _dependent_config(grid, self._threads, self._shared)
+        config.hStream = stream
+        return _driver().cuLaunchKernelEx(config, self._handle, self._address, 0)[0]
+
+
+def _dependent_config(grid: tuple[int, int, int], threads: int, shared_bytes: int) -> Any:
     driver = _driver()
-    if status == driver.CUresult.CUDA_ERROR_INVALID_CONTEXT:
-        bind_context(torch.cuda.current_device())
-        (status,) = driver.cuLaunchKernel(handle, *grid, threads, 1, 1, *rest, 0)
-    if status:
-        raise DriverError(f"kernel launch, grid {grid}, {threads} threads: {status.name}")
+    attribute, value = driver.CUlaunchAttribute(), driver.CUlaunchAttributeValue()
+    attribute.id = driver.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
+    value.programmaticStreamSerializationAllowed = 1
+    attribute.value = value
+    config = driver.CUlaunchConfig()
+    config.gridDimX, config.gridDimY, config.gridDimZ = grid
+    config.blockDimX, config.blockDimY, config.blockDimZ = threads, 1, 1
+    config.sharedMemBytes = shared_bytes
+    config.attrs, config.numAttrs = [attribute], 1
+    return config
 
 
 class Launcher:
     """A kernel whose one argument is a by-value struct, packed in place for each launch."""
 
-    def __init__(self, spec: KernelSpec, arguments: struct.Struct) -> None:
-        self._kernel = load(spec)
-        self._handle = self._kernel.entry_points[spec.entry_points[0]]
-        self._threads: int = self._kernel.meta["threads"]
-        if self._kernel.meta["params_bytes"] != arguments.size:
-            raise DriverError(
-                f"{spec.name}: argument of {self._kernel.meta['params_bytes']} bytes, packed {arguments.size}"
-            )
+    def __init__(self, spec: KernelSpec, arguments: struct.Struct, *, waits: bool = False) -> None:
+        kernel = load(spec)
+        if kernel.meta["params_bytes"] != arguments.size:
+            raise DriverError(f"{spec.name}: argument of {kernel.meta['params_bytes']} bytes, packed {arguments.size}")
         self._pack = arguments.pack_into
         self._buffer = ctypes.create_string_buffer(arguments.size)
-        self._pointers = (ctypes.c_void_p * 1)(ctypes.addressof(self._buffer))
-        self._pointers_address = ctypes.addressof(self._pointers)
+        address = ctypes.addressof(self._buffer)
+        self._dispatch = Dispatch(kernel, spec.entry_points[0], kernel.meta["threads"], 0, address, waits=waits)
         self._lock = threading.Lock()
 
     def __call__(self, grid: tuple[int, int, int], stream: int, *values: int) -> None:
         with self._lock:  # the driver copies the buffer before it returns
             self._pack(self._buffer, 0, *values)
-            _launch(self._handle, grid, self._threads, 0, stream, self._pointers_address)
+            self._dispatch(grid, stream)
 
 
 @dataclass(frozen=True)
@@ -95,28 +149,27 @@ class GemmPlan:
     def __init__(self, kernel: Kernel, problem: GemmProblem, device: int) -> None:
         launch_bytes = _make_params(kernel, problem, device)
         params, grid = _split(kernel, launch_bytes)
-        self._handle = kernel.entry_points["gemm"]
-        self._threads: int = kernel.meta["threads"]
-        self._smem: int = kernel.meta["smem_bytes"]
         self.grid = grid
         self.patches = _raw_pointers(params) + _encode_descriptors(params)
         self._buffer = ctypes.create_string_buffer(bytes(params), len(params))
         self._words = memoryview(self._buffer).cast("B").cast("Q")
-        self._pointers = (ctypes.c_void_p * 1)(ctypes.addressof(self._buffer))
-        self._pointers_address = ctypes.addressof(self._pointers)
+        address = ctypes.addressof(self._buffer)
+        threads, shared_bytes = kernel.meta["threads"], kernel.meta["smem_bytes"]
+        waits = isinstance(kernel.spec, PackedGemmSpec)
+        self._dispatch = Dispatch(kernel, "gemm", threads, shared_bytes, address, waits=waits)
         self._lock = threading.Lock()
 
-    def __call__(self, stream: int, *addresses: int) -> None:
+    def __call__(self, stream: int, *addresses: int, dependent: bool = False) -> None:
         """Launch with the addresses of ``OPERANDS``, in that order; 0 for those the kernel has not."""
         with self._lock:
             words = self._words
             for word, operand in self.patches:
                 words[word] = addresses[operand]
-            _launch(self._handle, self.grid, self._threads, self._smem, stream, self._pointers_address)
+            self._dispatch(self.grid, stream, dependent)
 
 
 @lru_cache(maxsize=4096)
-def gemm_plan(spec: GemmSpec, problem: GemmProblem, device: int) -> GemmPlan:
+def gemm_plan(spec: GemmSpec | PackedGemmSpec, problem: GemmProblem, device: int) -> GemmPlan:
     """The plan of a (kernel, problem, device); the first call runs ``make_params`` there."""
     return GemmPlan(load(spec), problem, device)
 
@@ -150,7 +203,10 @@ class _ParamsMaker:
         pointers = (ctypes.c_void_p * 2)(ctypes.addressof(arguments), ctypes.addressof(pointer))
         with self._lock:
             entry, stream = kernel.entry_points["make_params"], self._stream
-            _launch(entry, (1, 1, 1), 1, 0, int(stream), ctypes.addressof(pointers))
+            # Padding is not written: what the last kernel left there could pass for a descriptor request.
+            check(driver.cuMemsetD8Async(self._buffer, 0, size, stream), "clear Params")
+            launched = driver.cuLaunchKernel(entry, 1, 1, 1, 1, 1, 1, 0, stream, ctypes.addressof(pointers), 0)
+            check(launched, f"launch make_params of {kernel.spec.name}")
             check(driver.cuMemcpyDtoHAsync(ctypes.addressof(host), self._buffer, size, stream), "copy Params")
             check(driver.cuStreamSynchronize(stream), f"run make_params of {kernel.spec.name}")
         return host.raw
@@ -176,22 +232,12 @@ def _split(kernel: Kernel, launch_bytes: bytes) -> tuple[bytearray, tuple[int, i
 
 
 def _encode_descriptors(params: bytearray) -> list[tuple[int, int]]:
-    """Replace recorded requests by descriptors, in place; returns (8-byte word, operand) for each address field.
-
-    The field is found, not assumed: two encodings of different addresses must differ in one word, the address.
-    """
+    """Replace recorded requests by descriptors, in place; returns (8-byte word, operand) for each address field."""
     patches = []
     for offset, request in find_requests(bytes(params)).items():
         operand = next(i for i in range(len(OPERANDS)) if _stand_in(i) == request.address)
-        other = 0x0000_2C3C_4C5C_6C00
-        one, two = (struct.unpack("<16Q", request.encode(address)) for address in (request.address, other))
-        fields = [i for i in range(SIZE // 8) if one[i] != two[i]]
-        if len(fields) != 1 or (one[fields[0]], two[fields[0]]) != (request.address, other):
-            raise DriverError(
-                "this driver's TMA descriptors do not hold the address as one 64-bit word; please report it"
-            )
-        params[offset : offset + SIZE] = struct.pack("<16Q", *one)
-        patches.append((offset // 8 + fields[0], operand))
+        params[offset : offset + SIZE], word = address_word(request, request.address)
+        patches.append((offset // 8 + word, operand))
     return patches
 
 

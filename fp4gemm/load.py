@@ -79,10 +79,12 @@ def _open(spec: KernelSpec, entry: cache.Entry) -> Kernel:
         name: check(driver.cuLibraryGetKernel(library, name.encode()), f"find {name} in {entry.path}")
         for name in entry.meta["entry_points"]
     }
-    if entry.meta["smem_bytes"]:
+    if entry.meta["smem_bytes"]:  # at least: some kernels keep more there, as much as a problem needs
         attribute = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
+        most = driver.CUdevice_attribute.CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN
         for index in range(torch.cuda.device_count()):
             device = check(driver.cuDeviceGet(index), "cuDeviceGet")
             main = points[entry.meta["entry_points"][0]]
-            check(driver.cuKernelSetAttribute(attribute, entry.meta["smem_bytes"], main, device), "set shared memory")
+            size = check(driver.cuDeviceGetAttribute(most, device), "query shared memory")
+            check(driver.cuKernelSetAttribute(attribute, size, main, device), "set shared memory")
     return Kernel(spec, entry.meta, points, library)

@@ -14,7 +14,9 @@ from torch import Tensor
 
 from fp4gemm import calls, reference
 from fp4gemm.calls import Packed
-from fp4gemm.formats import BLOCK, padded_k, scale_layout
+from fp4gemm.engine import Output
+from fp4gemm.formats import BLOCK, packed_shape, padded_k, scale_layout
+from fp4gemm.reference import packed as packed_form
 from fp4gemm.reference.arguments import (
     check_finite_values,
     check_float,
@@ -74,28 +76,72 @@ def dequantize(t: FP4Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
     if not isinstance(t, FP4Tensor):
         raise TypeError(f"t: expected an FP4Tensor, got {type(t).__name__}")
     check_float("dtype", dtype)
+    if t.prepacked is not None:
+        t = unpack(t)
     implementation = _dequantize if _direct(t.data, t.outer_scale) else torch.ops.fp4gemm.dequantize
     result: Tensor = implementation(t.data, t.block_scale, t.outer_scale, t.sf_layout, t.k, dtype)
     return result
 
 
-def gemm(a: FP4Tensor, b: FP4Tensor, bias: Tensor | None = None, *, out_dtype: torch.dtype = torch.bfloat16) -> Tensor:
-    """D [M, N] = a [M, K] . b [N, K]^T, rescaled per row and per column: cast(outer_a * (outer_b * acc) [+ bias]).
+def prepack(t: FP4Tensor) -> FP4Tensor:
+    """``t`` [N, K], not prepacked, in the prepacked form "sm90"; see :meth:`FP4Tensor.prepack`."""
+    implementation = _prepack if _direct(t.data, t.outer_scale) else torch.ops.fp4gemm.prepack
+    data = implementation(t.data, t.block_scale, t.sf_layout, t.k)
+    return FP4Tensor(data, t.block_scale.new_empty(0), t.outer_scale, t.shape, t.sf_layout, "sm90")
 
-    ``bias`` [N] and ``out_dtype`` are bf16, fp16 or fp32. Scale-factor layouts of ``a`` and ``b`` may differ.
+
+def unpack(t: FP4Tensor) -> FP4Tensor:
+    """Inverse of :func:`prepack`, block scales in ``t.sf_layout``."""
+    implementation = _unpack if _direct(t.data, t.outer_scale) else torch.ops.fp4gemm.unpack
+    data, block_scale = implementation(t.data, t.sf_layout, t.rows, t.k)
+    return FP4Tensor(data, block_scale, t.outer_scale, t.shape, t.sf_layout)
+
+
+def gemm(
+    a: FP4Tensor | Tensor,
+    b: FP4Tensor,
+    bias: Tensor | None = None,
+    *,
+    out_dtype: torch.dtype | None = None,
+    c: Tensor | None = None,
+    beta: float = 1.0,
+    out: Tensor | None = None,
+    column_major: bool = False,
+) -> Tensor:
+    """D [M, N] = a [M, K] . b [N, K]^T, rescaled per row and per column, in fp32 up to one rounding:
+
+    cast(outer_a * (outer_b * acc) [+ bias] [+ beta * c]). ``b`` is a weight, best prepacked (``b.prepack()``) where it
+    is used more than once; ``a`` is NVFP4, or plain bf16 or fp16 activations, which have no outer scale.
+
+    Args:
+        bias: [N], bf16, fp16 or fp32.
+        out_dtype: bf16, fp16 or fp32; default: that of ``out``, of plain activations, else bf16.
+        c: [M, N] of ``out_dtype``; it may be ``out``, to accumulate in place.
+        out: where to write D: [M, N], rows or columns contiguous.
+        column_major: without ``out``, make a D whose columns are contiguous.
 
     Raises:
-        TypeError: an operand is not an FP4Tensor, or a dtype is not one of the above.
-        ValueError: K, the shape of ``bias`` or the devices do not match.
+        TypeError: an operand or a dtype is not one of the above.
+        ValueError: K, the shape of ``bias``, ``c`` or ``out``, or the devices do not match.
         NotImplementedError: the operands are on a CUDA device for which there is no kernel.
     """
-    check_gemm(a, b, bias, out_dtype)
-    implementation = _gemm if _direct(a.data, a.outer_scale, b.outer_scale, bias) else torch.ops.fp4gemm.gemm
-    result: Tensor = implementation(
-        a.data, a.block_scale, a.outer_scale, a.sf_layout, b.data, b.block_scale, b.outer_scale, b.sf_layout,
-        a.k, bias, out_dtype,
-    )  # fmt: skip
-    return result
+    dtype = check_gemm(a, b, bias, out_dtype, c, out)
+    if isinstance(a, FP4Tensor):
+        a = a.unpack()
+        source, outer_a = a.data, a.outer_scale
+    else:
+        source, outer_a = a, None
+    if not _direct(source, outer_a, b.outer_scale, bias, c, out):
+        # Without c a constant: torch.compile traces a default float as a symbol, and then again for its value.
+        operands = (*_flat(a), *_flat(b), b.rows, b.k, bias, c, 0.0 if c is None else beta)
+        if out is None:
+            result: Tensor = torch.ops.fp4gemm.gemm(*operands, dtype, column_major)
+            return result
+        torch.ops.fp4gemm.gemm_out(out, *operands)
+        return out
+    d = _empty(source, (source.shape[0], b.rows), dtype, column_major) if out is None else out
+    _multiply(a, b, bias, c, beta, d)
+    return d
 
 
 def quantize_gemm(
@@ -108,17 +154,17 @@ def quantize_gemm(
 ) -> Tensor:
     """Quantize ``x`` [..., K] per row and multiply: x . w^T [..., N], in ``out_dtype`` (default: that of ``x``).
 
-    Bit for bit ``gemm(quantize(x), w, bias)``. ``outer_scale`` (float32, [], [1] or [rows]) replaces the row amax.
-    Raises what ``quantize`` and ``gemm`` raise.
+    Bit for bit ``gemm(quantize(x), w, bias)``, in two launches where ``w`` is prepacked. ``outer_scale`` (float32, [],
+    [1] or [rows]) replaces the row amax. Raises what ``quantize`` and ``gemm`` raise.
     """
     check_quantize_gemm(x, w, bias, out_dtype)
     rows = x if x.dim() == 2 else x.flatten(0, -2)
     args = check_quantize(rows, sf_layout=_ACTIVATION_LAYOUT, outer_scale=outer_scale)
-    direct = _direct(x, w.outer_scale, bias, args.outer_scale)
-    implementation = _quantize_gemm if direct else torch.ops.fp4gemm.quantize_gemm
-    result: Tensor = implementation(
-        rows, w.data, w.block_scale, w.outer_scale, w.sf_layout, bias, out_dtype or x.dtype, args.outer_scale
-    )
+    dtype = out_dtype or x.dtype
+    if _direct(x, w.outer_scale, bias, args.outer_scale):
+        result = _quantize_multiply(rows, w, bias, dtype, args.outer_scale)
+    else:
+        result = torch.ops.fp4gemm.quantize_gemm(rows, *_flat(w), w.rows, bias, dtype, args.outer_scale)
     return result if x.dim() == 2 else result.view(*x.shape[:-1], w.rows)
 
 
@@ -176,30 +222,100 @@ def _dequantize(
     return reference.dequantize(FP4Tensor(data, block_scale, outer_scale, (data.shape[0], k), sf_layout), dtype)
 
 
+def _prepack(data: Tensor, block_scale: Tensor, sf_layout: str, k: int) -> Tensor:
+    if _on_kernels(data):
+        return _on_its_device(data, calls.prepack, data, block_scale, sf_layout, k)
+    shape = data.shape[0], k
+    return packed_form.pack(data, scale_layout(sf_layout).to_linear(block_scale, *shape), shape)
+
+
+def _unpack(data: Tensor, sf_layout: str, rows: int, k: int) -> tuple[Tensor, Tensor]:
+    if _on_kernels(data):
+        return _on_its_device(data, calls.unpack, data, sf_layout, rows, k)
+    codes, scales = packed_form.unpack(data, (rows, k))
+    return codes, scale_layout(sf_layout).from_linear(scales)
+
+
+_Flat = tuple[Tensor, Tensor | None, Tensor | None, str]
+
+
+def _flat(t: FP4Tensor | Tensor) -> _Flat:
+    """An operand as a custom op passes it; the text is empty for a plain tensor, else form:layout."""
+    if isinstance(t, Tensor):
+        return t, None, None, ""
+    return t.data, t.block_scale, t.outer_scale, f"{t.prepacked or ''}:{t.sf_layout}"
+
+
+def _operand(flat: _Flat, rows: int, k: int) -> FP4Tensor | Tensor:
+    """Inverse of ``_flat``."""
+    data, block_scale, outer_scale, kind = flat
+    if block_scale is None or outer_scale is None:
+        return data
+    form, _, sf_layout = kind.partition(":")
+    return FP4Tensor(data, block_scale, outer_scale, (rows, k), sf_layout, form or None)
+
+
+def _weight(flat: _Flat, rows: int, k: int) -> FP4Tensor:
+    w = _operand(flat, rows, k)
+    assert isinstance(w, FP4Tensor)  # checked before the operator was called
+    return w
+
+
+def _empty(like: Tensor, shape: tuple[int, int], dtype: torch.dtype, column_major: bool) -> Tensor:
+    m, n = shape
+    return like.new_empty((n, m), dtype=dtype).t() if column_major else like.new_empty(shape, dtype=dtype)
+
+
+def _multiply(
+    a: FP4Tensor | Tensor, b: FP4Tensor, bias: Tensor | None, c: Tensor | None, beta: float, d: Tensor
+) -> None:
+    """D into ``d``."""
+    if d.is_cuda and d.numel() > 0 and b.k > 0:
+        _on_its_device(d, calls.gemm, a, b, bias, Output(d, c, beta))
+    else:
+        d.copy_(reference.gemm(a, b, bias, d.dtype, c=c, beta=beta))
+
+
+def _quantize_multiply(
+    x: Tensor, w: FP4Tensor, bias: Tensor | None, out_dtype: torch.dtype, outer_scale: Tensor | None
+) -> Tensor:
+    per_tensor = outer_scale is not None and outer_scale.dim() == 0
+    d = x.new_empty((x.shape[0], w.rows), dtype=out_dtype)
+    if _on_kernels(x) and w.rows > 0:
+        _on_its_device(x, calls.quantize_gemm, x, w, bias, per_tensor, _ACTIVATION_CONVENTION, outer_scale, d)
+        return d
+    a = _quantize(x, per_tensor, _ACTIVATION_LAYOUT, _ACTIVATION_CONVENTION, 1, outer_scale)
+    _multiply(FP4Tensor(*a, (x.shape[0], w.k), _ACTIVATION_LAYOUT), w, bias, None, 0.0, d)
+    return d
+
+
 def _gemm(
-    a_data: Tensor, a_block_scale: Tensor, a_outer_scale: Tensor, a_sf_layout: str,
-    b_data: Tensor, b_block_scale: Tensor, b_outer_scale: Tensor, b_sf_layout: str,
-    k: int, bias: Tensor | None, out_dtype: torch.dtype,
+    a: Tensor, a_block_scale: Tensor | None, a_outer_scale: Tensor | None, a_kind: str,
+    b: Tensor, b_block_scale: Tensor | None, b_outer_scale: Tensor | None, b_kind: str,
+    n: int, k: int, bias: Tensor | None, c: Tensor | None, beta: float,
+    out_dtype: torch.dtype, column_major: bool,
 ) -> Tensor:  # fmt: skip
-    if _on_kernels(a_data) and b_data.numel() > 0:
-        a = Packed(a_data, a_block_scale, a_outer_scale, a_sf_layout)
-        b = Packed(b_data, b_block_scale, b_outer_scale, b_sf_layout)
-        return _on_its_device(a_data, calls.gemm, a, b, bias, out_dtype)
-    return reference.gemm(
-        FP4Tensor(a_data, a_block_scale, a_outer_scale, (a_data.shape[0], k), a_sf_layout),
-        FP4Tensor(b_data, b_block_scale, b_outer_scale, (b_data.shape[0], k), b_sf_layout),
-        bias,
-        out_dtype,
-    )
+    d = _empty(a, (a.shape[0], n), out_dtype, column_major)
+    _gemm_out(d, a, a_block_scale, a_outer_scale, a_kind, b, b_block_scale, b_outer_scale, b_kind, n, k, bias, c, beta)
+    return d
+
+
+def _gemm_out(
+    out: Tensor,
+    a: Tensor, a_block_scale: Tensor | None, a_outer_scale: Tensor | None, a_kind: str,
+    b: Tensor, b_block_scale: Tensor | None, b_outer_scale: Tensor | None, b_kind: str,
+    n: int, k: int, bias: Tensor | None, c: Tensor | None, beta: float,
+) -> None:  # fmt: skip
+    left = _operand((a, a_block_scale, a_outer_scale, a_kind), a.shape[0], k)
+    _multiply(left, _weight((b, b_block_scale, b_outer_scale, b_kind), n, k), bias, c, beta, out)
 
 
 def _quantize_gemm(
-    x: Tensor, w_data: Tensor, w_block_scale: Tensor, w_outer_scale: Tensor, w_sf_layout: str,
+    x: Tensor, w: Tensor, w_block_scale: Tensor | None, w_outer_scale: Tensor | None, w_kind: str, n: int,
     bias: Tensor | None, out_dtype: torch.dtype, outer_scale: Tensor | None,
 ) -> Tensor:  # fmt: skip
-    per_tensor = outer_scale is not None and outer_scale.dim() == 0
-    a = _quantize(x, per_tensor, _ACTIVATION_LAYOUT, _ACTIVATION_CONVENTION, 1, outer_scale)
-    return _gemm(*a, _ACTIVATION_LAYOUT, w_data, w_block_scale, w_outer_scale, w_sf_layout, x.shape[1], bias, out_dtype)
+    weight = _weight((w, w_block_scale, w_outer_scale, w_kind), n, x.shape[1])
+    return _quantize_multiply(x, weight, bias, out_dtype, outer_scale)
 
 
 def _fake_quantize(
@@ -219,26 +335,41 @@ def _fake_dequantize(
     return data.new_empty((data.shape[0], k), dtype=dtype)
 
 
+def _fake_prepack(data: Tensor, block_scale: Tensor, sf_layout: str, k: int) -> Tensor:
+    return data.new_empty(packed_shape(data.shape[0], k))
+
+
+def _fake_unpack(data: Tensor, sf_layout: str, rows: int, k: int) -> tuple[Tensor, Tensor]:
+    return (
+        data.new_empty((rows, padded_k(k) // 2)),
+        data.new_empty(scale_layout(sf_layout).shape(rows, k), dtype=torch.float8_e4m3fn),
+    )
+
+
 def _fake_gemm(
-    a_data: Tensor, a_block_scale: Tensor, a_outer_scale: Tensor, a_sf_layout: str,
-    b_data: Tensor, b_block_scale: Tensor, b_outer_scale: Tensor, b_sf_layout: str,
-    k: int, bias: Tensor | None, out_dtype: torch.dtype,
+    a: Tensor, a_block_scale: Tensor | None, a_outer_scale: Tensor | None, a_kind: str,
+    b: Tensor, b_block_scale: Tensor | None, b_outer_scale: Tensor | None, b_kind: str,
+    n: int, k: int, bias: Tensor | None, c: Tensor | None, beta: float,
+    out_dtype: torch.dtype, column_major: bool,
 ) -> Tensor:  # fmt: skip
-    return a_data.new_empty((a_data.shape[0], b_data.shape[0]), dtype=out_dtype)
+    return _empty(a, (a.shape[0], n), out_dtype, column_major)
 
 
 def _fake_quantize_gemm(
-    x: Tensor, w_data: Tensor, w_block_scale: Tensor, w_outer_scale: Tensor, w_sf_layout: str,
+    x: Tensor, w: Tensor, w_block_scale: Tensor | None, w_outer_scale: Tensor | None, w_kind: str, n: int,
     bias: Tensor | None, out_dtype: torch.dtype, outer_scale: Tensor | None,
 ) -> Tensor:  # fmt: skip
-    return x.new_empty((x.shape[0], w_data.shape[0]), dtype=out_dtype)
+    return x.new_empty((x.shape[0], n), dtype=out_dtype)
 
 
 for _implementation, _fake in (
     (_quantize, _fake_quantize),
     (_dequantize, _fake_dequantize),
+    (_prepack, _fake_prepack),
+    (_unpack, _fake_unpack),
     (_gemm, _fake_gemm),
     (_quantize_gemm, _fake_quantize_gemm),
 ):
     _op = torch.library.custom_op(f"fp4gemm::{_implementation.__name__[1:]}", _implementation, mutates_args=())
     _op.register_fake(_fake)
+torch.library.custom_op("fp4gemm::gemm_out", _gemm_out, mutates_args=("out",))  # returns nothing: needs no fake

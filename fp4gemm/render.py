@@ -9,10 +9,13 @@ from typing import Any
 import jinja2
 
 from fp4gemm import epilogue
-from fp4gemm.spec import GemmSpec, KernelSpec, check
+from fp4gemm.spec import GemmSpec, KernelSpec, PackedGemmSpec, check
 
+_ELEMENTS = {"bf16": "Bf16", "fp16": "Fp16", "fp32": "Fp32"}
 _FILTERS: dict[str, dict[Any, str]] = {
-    "element": {"bf16": "Bf16", "fp16": "Fp16", "fp32": "Fp32"},
+    "element": _ELEMENTS,
+    "element_or_none": {**_ELEMENTS, None: "None"},
+    "operand": {"bf16": "OperandBf16", "fp16": "OperandFp16"},
     "cutlass_element": epilogue.CUTLASS_ELEMENT,
     "convention": {"te_per_token": "TePerToken", "te": "Te", "torchao": "Torchao", "modelopt": "ModelOpt"},
     "scales": {"linear": "LinearScales", "128x4": "Scales128x4", "8x4": "Scales8x4"},
@@ -57,4 +60,6 @@ def render(spec: KernelSpec) -> str:
     context: dict[str, object] = {"spec": spec}
     if isinstance(spec, GemmSpec):
         context["epilogue"] = epilogue.rescale(spec.bias)
+    elif isinstance(spec, PackedGemmSpec):
+        context["epilogue"] = epilogue.packed_rescale(spec.bias, spec.source is not None)
     return _environment().get_template(spec.template).render(context)

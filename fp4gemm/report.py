@@ -6,6 +6,7 @@ not exist. A document is checked before it is written, so a half-filled row cann
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
@@ -15,6 +16,7 @@ import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
@@ -77,6 +79,7 @@ _KINDS: dict[str, Check] = {
     **dict.fromkeys(("passed", "failed", "skipped"), _is_count),
     **dict.fromkeys(("us", "ms"), _is_time),
     **dict.fromkeys(("process_us", "rel_error", "seconds", "peak_mb", "copy_tb_s"), _is_amount),
+    **dict.fromkeys(("ratio", "limit_ratio", "quantize_cost", "tb_s", "tflop_s"), _is_amount),
     **dict.fromkeys(("arch", "layout", "a", "b", "epilogue", "mode", "kernel", "dtype", "op", "metric"), _is_name),
     **dict.fromkeys(("commit", "gpu", "driver"), _is_name),
     **dict.fromkeys(("dirty", "identical_to_exhaustive"), _is_bool),
@@ -356,12 +359,15 @@ def versions() -> dict[str, str]:
     import fp4gemm
     from fp4gemm import toolchain
 
-    return {
+    found = {
         "fp4gemm": fp4gemm.__version__,
         "torch": torch.__version__,
         "nvrtc": _try_version(lambda: str(toolchain.nvrtc_version())),
         "cutlass": _try_version(lambda: str(toolchain.find_headers().cutlass_version)),
     }
+    with contextlib.suppress(metadata.PackageNotFoundError):  # a peer, measured where it is installed
+        found["humming-kernels"] = metadata.version("humming-kernels")
+    return found
 
 
 def environment(commit: str | None = None) -> Environment:

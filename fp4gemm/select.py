@@ -2,12 +2,28 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import cache
 
 import torch
 
+from fp4gemm import table
+from fp4gemm.division import divide
 from fp4gemm.formats import BLOCK, SF_LAYOUTS, scale_columns
-from fp4gemm.spec import AmaxSpec, DequantizeSpec, GemmSpec, KernelSpec, QuantizeSpec, sm90_gemms
+from fp4gemm.spec import (
+    AmaxSpec,
+    DequantizeSpec,
+    GemmSpec,
+    KernelSpec,
+    PackedGemmSpec,
+    PackedMmaSpec,
+    PackedSpec,
+    PackedWgmmaSpec,
+    PackSpec,
+    QuantizeSpec,
+    check,
+    sm90_gemms,
+)
 
 DTYPE_NAMES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
 LAUNCHABLE = {(9, 0): "sm_90a"}  # compute capability -> arch
@@ -48,6 +64,32 @@ def quantize_spec(
     return QuantizeSpec(arch, dtype, scaling, convention, sf_layout, threads, blocks, rows, vectorized, resident)
 
 
+_FEW_ROWS = 32
+
+
+def values_spec(
+    arch: str, dtype: str, m: int, k: int, scaling: str, convention: str, vectorized: bool
+) -> tuple[QuantizeSpec, int]:
+    """The quantizer of [m, k] that writes values, and how many CTAs share a row.
+
+    Few rows leave most SMs idle, and one SM takes over a microsecond to encode a long row. So CTAs share one: with
+    per-row scaling each of them reads and reduces all of it, which is quick, and encodes every so many blocks of it.
+    """
+    spec = replace(quantize_spec(arch, dtype, k, scaling, convention, "linear", vectorized), output="values")
+    columns = scale_columns(k)
+    if scaling != "per_row":
+        if m <= _FEW_ROWS:
+            spec = replace(spec, threads=128, blocks=1, rows=1, resident=True)  # without an amax any row is read once
+        return spec, -(-columns // (spec.threads * spec.blocks))
+    if m > _FEW_ROWS:
+        return spec, 1
+    blocks = 4 if columns >= 512 else 2 if columns >= 256 else 1
+    threads = max(32, 1 << (-(-columns // blocks) - 1).bit_length())
+    if threads > 512:  # a thread would have too few registers: rows are streamed
+        return spec, 1 if spec.resident else 8
+    return replace(spec, threads=threads, blocks=blocks, rows=1, resident=True), blocks
+
+
 _PREFETCH_BYTES = 64 << 10  # of rows ahead for each SM
 
 
@@ -70,7 +112,20 @@ def bf16_specs(arch: str, k: int) -> list[KernelSpec]:
     dequantizers = [
         dequantize_spec(arch, "bf16", sf_layout, outer) for sf_layout in SF_LAYOUTS for outer in (True, False)
     ]
-    return [*quantizers, amax_spec(arch, "bf16", k % BLOCK == 0), *dequantizers]
+    small: list[KernelSpec] = [*quantizers, amax_spec(arch, "bf16", k % BLOCK == 0), *dequantizers]
+    if arch != "sm_90a":
+        return small
+    values = [
+        values_spec(arch, "bf16", m, k, scaling, "te_per_token", vectorized=k % BLOCK == 0)[0]
+        for scaling in ("per_row", "given")
+        for m in (1, _FEW_ROWS + 1)
+    ]
+    packers = [pack_spec(arch, sf_layout, way) for sf_layout in SF_LAYOUTS for way in ("pack", "unpack")]
+    return [*small, *values, *packers]
+
+
+def pack_spec(arch: str, sf_layout: str, direction: str) -> PackSpec:
+    return PackSpec(arch, sf_layout, direction)
 
 
 def amax_spec(arch: str, dtype: str, vectorized: bool) -> AmaxSpec:
@@ -79,6 +134,46 @@ def amax_spec(arch: str, dtype: str, vectorized: bool) -> AmaxSpec:
 
 def dequantize_spec(arch: str, dtype: str, sf_layout: str, outer: bool) -> DequantizeSpec:
     return DequantizeSpec(arch, dtype, sf_layout, outer)
+
+
+FALLBACK = ("wgmma", (128, 2, 1, 1, 1, 6))  # serves everything
+_SCHEDULES = {128: "cooperative", 64: "pingpong"}  # of the collective, by its weight rows
+
+
+def packed_of(
+    kernel: str, config: tuple[int, ...], a_dtype: str, out_dtype: str, bias: str | None, source: bool
+) -> PackedSpec:
+    """The spec of a row of the table; a collective's configuration is (weight rows, tokens, cluster along rows)."""
+    if kernel == "collective":
+        rows, tokens, cluster = config
+        tile, schedule = (rows, tokens, 64), _SCHEDULES[rows]
+        c = out_dtype if source else None
+        return PackedGemmSpec("sm_90a", a_dtype, out_dtype, bias, tile, (cluster, 1), schedule, c)
+    kinds: dict[str, type[PackedMmaSpec | PackedWgmmaSpec]] = {"mma": PackedMmaSpec, "wgmma": PackedWgmmaSpec}
+    return kinds[kernel]("sm_90a", a_dtype, out_dtype, bias, source, *config)
+
+
+@cache
+def gpu_of(device: int) -> tuple[str, int]:
+    """Name and number of SMs."""
+    properties = torch.cuda.get_device_properties(device)
+    return properties.name, properties.multi_processor_count
+
+
+def packed_spec(
+    gpu: tuple[str, int], m: int, n: int, k: int, a_dtype: str, out_dtype: str, bias: str | None, source: bool,
+    tma_output: bool = True,
+) -> PackedSpec:  # fmt: skip
+    """The GEMM on a prepacked weight: that of the nearest measured shape that can serve this one.
+
+    ``tma_output``: D is row-major, and rows are whole 16 bytes, as the collective's epilogue stores them.
+    """
+    name, sms = gpu
+    for kernel, config in [*((c.kernel, c.config) for c in table.by_distance(table.rows_for(name), m, n, k)), FALLBACK]:
+        spec = packed_of(kernel, config, a_dtype, out_dtype, bias, source)
+        if check(spec) is None and (tma_output if isinstance(spec, PackedGemmSpec) else divide(spec, m, n, k, sms)):
+            return spec
+    raise AssertionError("the fallback serves everything")
 
 
 def gemm_spec(arch: str, m: int, n: int, out_dtype: str, bias: str | None) -> GemmSpec:

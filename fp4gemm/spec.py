@@ -7,11 +7,12 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import ClassVar
 
-from fp4gemm.formats import CONVENTIONS, SF_LAYOUTS
+from fp4gemm.formats import CONVENTIONS, PACKED_BLOCK_BYTES, SF_LAYOUTS
 
 ARCHS = ("sm_90a", "sm_100a", "sm_120a")
 DTYPES = ("bf16", "fp16", "fp32")
 KERNEL_SCALINGS = ("per_row", "per_tensor", "given")
+SM90_SHARED_BYTES = 232448  # that a CTA can have
 
 
 def _short(arch: str) -> str:
@@ -27,7 +28,8 @@ class QuantizeSpec:
     """Row-wise quantizer. ``scaling``: ``per_row`` reduces the row amax itself, ``per_tensor`` reads an amax, ``given``
     reads outer scales. A row has ``threads`` threads with ``blocks`` 16-value blocks each, a CTA ``rows`` rows;
     ``resident`` says that this covers the row, which is then read once; ``vectorized`` that rows are 16-byte aligned
-    and K % 16 == 0."""
+    and K % 16 == 0. ``output``: ``packed`` NVFP4, or ``values``, code * block scale as exact bf16, for a GEMM that
+    follows at once."""
 
     template: ClassVar[str] = "quantize.cu.jinja"
     uses_cutlass: ClassVar[bool] = False
@@ -43,11 +45,13 @@ class QuantizeSpec:
     rows: int
     vectorized: bool = True
     resident: bool = True
+    output: str = "packed"
 
     @property
     def name(self) -> str:
         shape = f"{self.threads}x{self.blocks}x{self.rows}"
         flags = ("" if self.vectorized else "_scalar") + ("" if self.resident else "_stream")
+        flags += "" if self.output == "packed" else f"_{self.output}"
         parts = (_short(self.arch), self.dtype, self.scaling, self.convention, self.sf_layout, shape)
         return "quantize_" + "_".join(parts) + flags
 
@@ -58,8 +62,12 @@ class QuantizeSpec:
             return f"blocks: got {self.blocks}, expected 1 to 8 (they live in registers)"
         if self.rows not in (1, 2, 4, 8):
             return f"rows: got {self.rows}, expected 1, 2, 4 or 8 (they share a tile of the scale layout)"
-        return _unknown("scaling", self.scaling, KERNEL_SCALINGS) or _unknown(
-            "convention", self.convention, CONVENTIONS
+        if self.output == "values" and self.sf_layout != "linear":
+            return f"sf_layout of values: got {self.sf_layout!r}, expected 'linear' (they have no block scales)"
+        return (
+            _unknown("scaling", self.scaling, KERNEL_SCALINGS)
+            or _unknown("convention", self.convention, CONVENTIONS)
+            or _unknown("output", self.output, ("packed", "values"))
         )
 
 
@@ -110,6 +118,34 @@ class DequantizeSpec:
         return _thread_problem(self.threads)
 
 
+@dataclass(frozen=True)
+class PackSpec:
+    """Plain NVFP4 to the prepacked form of sm_90a (``direction`` pack), or back (unpack); 128 threads a block of it."""
+
+    template: ClassVar[str] = "pack.cu.jinja"
+    uses_cutlass: ClassVar[bool] = False
+
+    arch: str
+    sf_layout: str
+    direction: str
+    threads: int = 256
+
+    @property
+    def entry_points(self) -> tuple[str, ...]:
+        return (self.direction,)
+
+    @property
+    def name(self) -> str:
+        return f"{self.direction}_{_short(self.arch)}_{self.sf_layout}_{self.threads}"
+
+    def why_not(self) -> str | None:
+        if self.arch != "sm_90a":
+            return f"arch: got {self.arch!r}, expected 'sm_90a'"
+        if self.threads not in range(128, 1025, 128):
+            return f"threads: got {self.threads}, expected a multiple of 128, at most 1024"
+        return _unknown("direction", self.direction, ("pack", "unpack"))
+
+
 # Tile rules of CUTLASS's collectives for each arch: (schedule, M of the tile) that exist.
 _TILE_M = {
     "sm_90a": {"cooperative": (128, 256), "pingpong": (64, 128)},
@@ -158,7 +194,173 @@ class GemmSpec:
         return None if self.bias is None else _unknown("bias", self.bias, DTYPES)
 
 
-KernelSpec = QuantizeSpec | AmaxSpec | DequantizeSpec | GemmSpec
+@dataclass(frozen=True)
+class PackedGemmSpec:
+    """D[M, N] = cast(outer_a * (outer_b * (x . w^T)) [+ bias] [+ beta * C]) on sm_90a, w a prepacked NVFP4 weight.
+
+    ``a_dtype`` is that of x, ``source`` that of C or None; ``tile`` counts weight rows, tokens and K, ``cluster`` CTAs
+    along weight rows, which share their tokens, and along tokens."""
+
+    template: ClassVar[str] = "gemm_packed_sm90.cu.jinja"
+    uses_cutlass: ClassVar[bool] = True
+    entry_points: ClassVar[tuple[str, ...]] = ("gemm", "make_params")
+
+    arch: str
+    a_dtype: str
+    out_dtype: str
+    bias: str | None
+    tile: tuple[int, int, int]
+    cluster: tuple[int, int]
+    schedule: str
+    source: str | None = None
+
+    @property
+    def name(self) -> str:
+        tile = "x".join(map(str, self.tile))
+        flags = (f"_bias_{self.bias}" if self.bias else "") + (f"_source_{self.source}" if self.source else "")
+        parts = (tile, f"c{self.cluster[0]}x{self.cluster[1]}", self.schedule, self.a_dtype, self.out_dtype, "rowcol")
+        return f"gemm_packed_{_short(self.arch)}_" + "_".join(parts) + flags
+
+    def why_not(self) -> str | None:
+        rows = {"cooperative": 128, "pingpong": 64}.get(self.schedule)
+        if self.arch != "sm_90a":
+            return f"arch: got {self.arch!r}, expected 'sm_90a'"
+        if rows is None:
+            return f"schedule: got {self.schedule!r}, expected cooperative or pingpong"
+        if self.tile not in ((rows, 64, 64), (rows, 128, 64), (rows, 256, 64)):
+            return f"tile of {self.schedule}: got {self.tile}, expected ({rows}, 64, 128 or 256 tokens, 64)"
+        if self.cluster[0] not in (1, 2, 4) or self.cluster[1] not in (1, 2):
+            return f"cluster: got {self.cluster}, expected 1, 2 or 4 CTAs along weight rows, 1 or 2 along tokens"
+        sources = (None, self.out_dtype) + (("fp32",) if self.tile[:2] != (128, 256) else ())  # else 3 stages remain
+        if self.source not in sources:
+            return f"source of {self.out_dtype}, tile {self.tile}: got {self.source!r}, expected one of {sources}"
+        problem = _unknown("a_dtype", self.a_dtype, ("bf16", "fp16"))
+        return problem or (None if self.bias is None else _unknown("bias", self.bias, DTYPES))
+
+
+@dataclass(frozen=True)
+class PackedMmaSpec:
+    """The GEMM of PackedGemmSpec for a few tokens, by mma.sync (templates/include/fp4gemm/packed_mma.hpp).
+
+    ``token_tiles`` of 8; ``warps`` of a CTA, each with a ring of ``stages`` of ``blocks`` 64 x 64 blocks of the weight;
+    ``split``: CTAs of a cluster, which divide K."""
+
+    template: ClassVar[str] = "gemm_packed_mma.cu.jinja"
+    uses_cutlass: ClassVar[bool] = False
+    entry_points: ClassVar[tuple[str, ...]] = ("gemm",)
+
+    arch: str
+    a_dtype: str
+    out_dtype: str
+    bias: str | None
+    source: bool
+    token_tiles: int
+    warps: int
+    stages: int
+    blocks: int
+    split: int
+
+    @property
+    def config(self) -> tuple[int, ...]:
+        return (self.token_tiles, self.warps, self.stages, self.blocks, self.split)
+
+    @property
+    def name(self) -> str:
+        return _packed_name("mma", self)
+
+    def why_not(self) -> str | None:
+        if self.token_tiles not in (1, 2, 4):
+            return f"token_tiles: got {self.token_tiles}, expected 1, 2 or 4"
+        if not 1 <= self.warps <= 32 or self.warps * self.stages > 100 or self.stages < 1 or self.blocks < 1:
+            return f"warps x stages: got {self.warps} x {self.stages}, expected at most 32 warps and 100 stages in all"
+        if self.split not in (1, 2, 4):
+            return f"split: got {self.split}, expected 1, 2 or 4"
+        if self.ring_bytes < 2048 * self.token_tiles:
+            return f"stages x blocks: got {self.stages} x {self.blocks}, too few for the partial sums that follow there"
+        return _packed_problem(self) or _shared_problem(self.shared_bytes)
+
+    @property
+    def ring_bytes(self) -> int:
+        """Of one warp."""
+        return self.stages * self.blocks * PACKED_BLOCK_BYTES
+
+    @property
+    def shared_bytes(self) -> int:
+        """Shared memory without the tokens: barriers and rings."""
+        return 1024 + self.warps * self.ring_bytes
+
+
+@dataclass(frozen=True)
+class PackedWgmmaSpec:
+    """The GEMM of PackedGemmSpec by WGMMA, K split inside a cluster (templates/include/fp4gemm/packed_wgmma.hpp).
+
+    A CTA has ``tokens`` tokens and 64 * ``row_groups`` weight rows; ``row_groups`` x ``depth_groups`` warpgroups, the
+    latter along K; a cluster ``multicast`` row tiles that share tokens and ``split`` parts of K."""
+
+    template: ClassVar[str] = "gemm_packed_wgmma.cu.jinja"
+    uses_cutlass: ClassVar[bool] = True
+    entry_points: ClassVar[tuple[str, ...]] = ("gemm",)
+
+    arch: str
+    a_dtype: str
+    out_dtype: str
+    bias: str | None
+    source: bool
+    tokens: int
+    row_groups: int
+    depth_groups: int
+    multicast: int
+    split: int
+    stages: int
+
+    @property
+    def config(self) -> tuple[int, ...]:
+        return (self.tokens, self.row_groups, self.depth_groups, self.multicast, self.split, self.stages)
+
+    @property
+    def name(self) -> str:
+        return _packed_name("wgmma", self)
+
+    def why_not(self) -> str | None:
+        if self.tokens not in WGMMA_TOKENS:
+            return f"tokens: got {self.tokens}, expected one of {', '.join(map(str, WGMMA_TOKENS))}"
+        if not 1 <= self.row_groups * self.depth_groups <= 4:
+            return f"row_groups x depth_groups: got {self.row_groups} x {self.depth_groups}, expected at most 4"
+        if self.multicast * self.split not in (1, 2, 4) or self.tokens // 8 % self.split:
+            return f"multicast x split: got {self.multicast} x {self.split}, expected 1, 2 or 4 CTAs in all"
+        if not 2 * self.depth_groups < self.stages <= 60:
+            return f"stages: got {self.stages}, expected more than 2 * depth_groups and at most 60"
+        return _packed_problem(self) or _shared_problem(self.shared_bytes)
+
+    @property
+    def shared_bytes(self) -> int:
+        """Shared memory: to align, barriers, stages of tokens and of weights, partial sums."""
+        weights = -(-self.row_groups * PACKED_BLOCK_BYTES // 128) * 128
+        partials = self.depth_groups * self.split
+        sums = self.row_groups * partials * (self.tokens // 8 // self.split) * 2048 if partials > 1 else 0
+        return 2048 + self.stages * (128 * self.tokens + weights) + sums
+
+
+WGMMA_TOKENS = (16, 32, 64, 96, 128, 192, 256)
+PackedSpec = PackedGemmSpec | PackedMmaSpec | PackedWgmmaSpec
+KernelSpec = QuantizeSpec | AmaxSpec | DequantizeSpec | PackSpec | GemmSpec | PackedSpec
+
+
+def _packed_name(engine: str, spec: PackedMmaSpec | PackedWgmmaSpec) -> str:
+    flags = (f"_bias_{spec.bias}" if spec.bias else "") + ("_source" if spec.source else "")
+    parts = (engine, _short(spec.arch), "x".join(map(str, spec.config)), spec.a_dtype, spec.out_dtype)
+    return "gemm_packed_" + "_".join(parts) + flags
+
+
+def _packed_problem(spec: PackedMmaSpec | PackedWgmmaSpec) -> str | None:
+    if spec.arch != "sm_90a":
+        return f"arch: got {spec.arch!r}, expected 'sm_90a'"
+    problem = _unknown("a_dtype", spec.a_dtype, ("bf16", "fp16"))
+    return problem or (None if spec.bias is None else _unknown("bias", spec.bias, DTYPES))
+
+
+def _shared_problem(size: int) -> str | None:
+    return None if size <= SM90_SHARED_BYTES else f"shared memory: {size} bytes, a CTA has {SM90_SHARED_BYTES} at most"
 
 
 def _unknown(field: str, value: str, known: Iterable[str]) -> str | None:
@@ -168,8 +370,11 @@ def _unknown(field: str, value: str, known: Iterable[str]) -> str | None:
 def check(spec: KernelSpec) -> str | None:
     """Why this kernel cannot be, or None. Rendering, building and selection all ask here."""
     problem = _unknown("arch", spec.arch, ARCHS)
-    problem = problem or _unknown("dtype", spec.out_dtype if isinstance(spec, GemmSpec) else spec.dtype, DTYPES)
-    if isinstance(spec, (QuantizeSpec, DequantizeSpec)):
+    if isinstance(spec, (QuantizeSpec, AmaxSpec, DequantizeSpec)):
+        problem = problem or _unknown("dtype", spec.dtype, DTYPES)
+    elif not isinstance(spec, PackSpec):
+        problem = problem or _unknown("out_dtype", spec.out_dtype, DTYPES)
+    if isinstance(spec, (QuantizeSpec, DequantizeSpec, PackSpec)):
         problem = problem or _unknown("sf_layout", spec.sf_layout, SF_LAYOUTS)
     return problem or spec.why_not()
 
@@ -180,6 +385,37 @@ def sm90_gemms(out_dtype: str, bias: str | None) -> tuple[GemmSpec, GemmSpec]:
         GemmSpec("sm_90a", out_dtype, bias, (128, 256, 64), (2, 1), "cooperative"),
         GemmSpec("sm_90a", out_dtype, bias, (64, 128, 64), (1, 1), "pingpong"),
     )
+
+
+def _sm90_values() -> list[KernelSpec]:
+    """Quantizers that write values: for few rows of K = 8192, and for many."""
+    few = {"per_row": (128, 4, 1), "given": (128, 1, 1)}
+    return [
+        QuantizeSpec("sm_90a", "bf16", scaling, "te_per_token", "linear", *tile, output="values")
+        for scaling in few
+        for tile in (few[scaling], (256, 2, 1))
+    ]
+
+
+def _sm90_packed() -> list[KernelSpec]:
+    """GEMMs on prepacked weights: of each kind those for few tokens and for many, and each term and dtype once."""
+    one, two = (1, 8, 4, 2, 2), (2, 16, 2, 1, 2)
+    few, many = (16, 1, 4, 1, 2, 16), (256, 2, 1, 2, 1, 5)
+    return [
+        PackedMmaSpec("sm_90a", "bf16", "bf16", None, False, *one),
+        PackedMmaSpec("sm_90a", "bf16", "bf16", None, False, *two),
+        PackedMmaSpec("sm_90a", "fp16", "fp16", None, False, *one),
+        PackedMmaSpec("sm_90a", "bf16", "bf16", "bf16", False, *one),
+        PackedWgmmaSpec("sm_90a", "bf16", "bf16", None, False, *few),
+        PackedWgmmaSpec("sm_90a", "bf16", "bf16", None, False, 64, 1, 3, 1, 2, 10),
+        PackedWgmmaSpec("sm_90a", "bf16", "bf16", None, False, 128, 2, 1, 1, 1, 6),
+        PackedWgmmaSpec("sm_90a", "bf16", "bf16", None, False, *many),
+        PackedWgmmaSpec("sm_90a", "fp16", "fp16", None, False, *many),
+        PackedWgmmaSpec("sm_90a", "bf16", "fp32", None, False, *few),
+        PackedWgmmaSpec("sm_90a", "bf16", "bf16", None, True, *many),
+        PackedGemmSpec("sm_90a", "bf16", "bf16", None, (64, 256, 64), (1, 1), "pingpong"),
+        PackedGemmSpec("sm_90a", "bf16", "bf16", None, (128, 256, 64), (2, 1), "cooperative"),
+    ]
 
 
 def _default_gemms(arch: str) -> list[KernelSpec]:
@@ -203,5 +439,9 @@ def default_variants(archs: Iterable[str] = ARCHS) -> list[KernelSpec]:
         ]
         specs.append(AmaxSpec(arch, "bf16"))
         specs += [DequantizeSpec(arch, "bf16", layout, False) for layout in SF_LAYOUTS]
+        if arch == "sm_90a":
+            specs += _sm90_values()
+            specs += [PackSpec(arch, layout, way) for layout in SF_LAYOUTS for way in ("pack", "unpack")]
+            specs += _sm90_packed()
         specs += _default_gemms(arch)
     return specs

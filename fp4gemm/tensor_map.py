@@ -6,7 +6,7 @@ import ctypes
 import struct
 from dataclasses import dataclass
 
-from fp4gemm.load import check
+from fp4gemm.load import DriverError, check
 
 SIZE = 128
 ALIGNMENT = 64
@@ -51,6 +51,19 @@ class Request:
             f"encode a TMA descriptor for {self}",
         )
         return ctypes.string_at(int(tensor_map.getPtr()), SIZE)
+
+
+def address_word(request: Request, address: int = 0x0000_5A5A_0000_0000) -> tuple[bytes, int]:
+    """The descriptor at ``address``, and which of its 8-byte words is the address.
+
+    Found, not assumed: two encodings of different addresses must differ in that word alone.
+    """
+    other = 0x0000_2C3C_4C5C_6C00
+    one, two = (struct.unpack("<16Q", request.encode(a)) for a in (address, other))
+    fields = [i for i in range(SIZE // 8) if one[i] != two[i]]
+    if len(fields) != 1 or (one[fields[0]], two[fields[0]]) != (address, other):
+        raise DriverError("this driver's TMA descriptors do not hold the address as one 64-bit word; please report it")
+    return struct.pack("<16Q", *one), fields[0]
 
 
 def find_requests(params: bytes) -> dict[int, Request]:

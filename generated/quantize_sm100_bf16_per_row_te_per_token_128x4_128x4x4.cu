@@ -3,7 +3,7 @@
 
 using namespace fp4gemm;
 using Config = QuantizeConfig<Bf16, TePerToken, Scales128x4, Scaling::kPerRow,
-                              128, 4, 4, true, true>;
+                              128, 4, 4, true, true, false>;
 
 extern "C" __device__ int fp4gemm_meta[6] = {Config::kCta, 1, 1, 1, 0, sizeof(QuantizeArguments)};
 

@@ -1,5 +1,6 @@
 #!/usr/bin/env python3
-"""Draws docs/measurements/{quantize,gemm}.png from the newest docs/measurements/*.json: beside copy, beside cuBLAS.
+"""Draws docs/measurements/{quantize,gemm}.png from the newest docs/measurements/*.json: quantizers beside copy, GEMMs
+beside cuBLAS, humming-kernels and the roofline.
 
 Usage: python tools/plot.py [--folder docs/measurements] [--out-dir docs/measurements]
 """
@@ -8,7 +9,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +18,13 @@ import matplotlib
 matplotlib.use("Agg")  # files only: no display is needed
 
 from matplotlib import pyplot as plt
+from matplotlib import ticker
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from fp4gemm import report  # noqa: E402
+from fp4gemm.bench import sweep  # noqa: E402
 
 Row = dict[str, Any]
 _OURS, _PEER = "#76b900", "#9aa0a6"
@@ -74,18 +77,69 @@ def _options(options: dict[str, Any]) -> str:
     return " ".join(filter(None, (options.get("scaling", ""), given, options.get("sf_layout", ""))))
 
 
+_LINES = {  # colour, line style and marker of each curve
+    sweep.OURS: (_OURS, "-", "o"),
+    sweep.OURS_PDL: (_OURS, "--", ""),
+    sweep.PEER: ("#d55e00", "-", "s"),
+    sweep.LIMIT: ("black", ":", ""),
+}
+
+
 def plot_gemm(document: dict[str, Any], path: Path) -> bool:
-    """TFLOP/s of every GEMM row beside cuBLAS bf16. False: no such rows."""
-    rows = _graph_rows(document["rows"], "gemm")
-    if not rows:
+    """The sweep, one column a shape of weights: speed-up, bandwidth, TFLOP/s over M. False: no such rows."""
+    rows = document["rows"]
+    speedups, roof = sweep.speedups(rows), sweep.roof(rows, document["copy_tb_s"])
+    if not speedups or roof is None:
         return False
-    work = [2 * row["M"] * row["N"] * row["K"] / 1e6 for row in rows]
-    ours = [flop / row["us"] for flop, row in zip(work, rows, strict=True)]
-    cublas = [flop / row["vs_us"]["cublas_bf16"] for flop, row in zip(work, rows, strict=True)]
-    labels = [f"{row.get('op', 'gemm')} {row['M']}x{row['N']}x{row['K']}" for row in rows]
-    title = f"GEMM, {document['gpu']}, {document['date'][:10]}"
-    _bars(title, "TFLOP/s", labels, (("fp4gemm", _OURS, ours), ("cuBLAS bf16", _PEER, cublas)), path)
+    products = sweep.products(rows)
+    bandwidth = _achieved(products, lambda row, us: row["bytes"] / us / 1e6, roof.tb_s)
+    rate = _achieved(products, lambda row, us: sweep.flop(row) / us / 1e6, roof.tflop_s)
+    figures = (("speed-up over cuBLAS bf16", speedups), ("TB/s", bandwidth), ("TFLOP/s", rate))
+    size = (0.6 + 3.2 * len(speedups), 8)
+    figure, grid = plt.subplots(3, len(speedups), figsize=size, layout="constrained", sharey="row", squeeze=False)
+    for axes_row, (unit, curves) in zip(grid, figures, strict=True):
+        axes_row[0].set_ylabel(unit)
+        for axes, by_name in zip(axes_row, curves.values(), strict=True):
+            _curves(axes, by_name)
+    for axes, (N, K) in zip(grid[0], speedups, strict=True):
+        axes.set_title(f"{N} x {K}", fontsize=10)
+        axes.axhline(1, color=_PEER, linewidth=1)
+    for axes in grid[-1]:
+        axes.set_xlabel("M")
+    labels = {text: line for axes in grid.flat for line, text in zip(*axes.get_legend_handles_labels(), strict=True)}
+    figure.legend(labels.values(), labels.keys(), loc="outside lower center", ncols=len(labels), frameon=False)
+    figure.suptitle(
+        f"bf16 activations · NVFP4 weights [N x K] in CUDA graphs, {document['gpu']}, {document['date'][:10]}",
+        fontsize=11,
+    )
+    figure.savefig(path, dpi=140)
+    plt.close(figure)
     return True
+
+
+def _achieved(products: Sequence[Row], figure: Callable[[Row, float], float], limit: float) -> sweep.Curves:
+    """What each candidate reached at every M, and the limit: all do the same work on the bytes that ours moves."""
+    curves: sweep.Curves = {}
+    for row in products:
+        by_name = curves.setdefault((row["N"], row["K"]), {})
+        us = {sweep.OURS: row["us"], sweep.PEER: row["vs_us"].get(sweep.PEER_KEY)}
+        for name, value in us.items():
+            if value:
+                by_name.setdefault(name, {})[row["M"]] = figure(row, value)
+        by_name.setdefault(sweep.LIMIT, {})[row["M"]] = limit
+    return curves
+
+
+def _curves(axes: Any, by_name: dict[str, sweep.Curve]) -> None:
+    for name, curve in by_name.items():
+        colour, style, marker = _LINES[name]
+        points = sorted(curve.items())
+        axes.plot(*zip(*points, strict=True), style, color=colour, marker=marker, markersize=3, label=name)
+    axes.set_xscale("log", base=2)
+    axes.xaxis.set_major_formatter(ticker.ScalarFormatter())
+    axes.set_ylim(bottom=0)
+    axes.grid(alpha=0.25)
+    axes.spines[["top", "right"]].set_visible(False)
 
 
 PLOTS = {"quantize": plot_quantize, "gemm": plot_gemm}

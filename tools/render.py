@@ -92,11 +92,10 @@ def measurements(documents: Documents, summary: bool) -> str:
     parts: list[str] = []
     for bench in tables.TABLES:
         found = newest_with(bench, documents)
-        table = tables.table(bench, found[1]["rows"], summary) if found else None
-        if found and table:
+        for table in tables.of(bench, found[1]["rows"], summary) if found else []:
             heading = _heading(*found)
             parts += [heading] if heading not in parts else []
-            parts += [f"**{table.title}**", tables.markdown(table)]
+            parts += [f"**{table.title}**", tables.markdown(table), *([table.note] if table.note else [])]
     return "\n\n".join(parts) if parts else "No measurements yet."
 
 

@@ -28,7 +28,7 @@ app = typer.Typer(
 ALL = ("quantize", "gemm", "overhead", "load", "compile")
 MEASUREMENTS = Path("docs/measurements")
 # A log has no width of its own: one that holds the widest table.
-_console = Console(highlight=False, width=None if sys.stdout.isatty() else 160)
+_console = Console(highlight=False, width=None if sys.stdout.isatty() else 200)
 
 OutOption = Annotated[Path | None, typer.Option("--out", help="File to write; default: a new one in --out-dir.")]
 OutDirOption = Annotated[Path, typer.Option("--out-dir", help="Folder for a file named <bench>-<gpu>-<date>.json.")]
@@ -41,6 +41,12 @@ TestsOption = Annotated[
     ),
 ]
 CommitOption = Annotated[str | None, typer.Option(help="Commit of the sources, where they come without git history.")]
+ShapeOption = Annotated[
+    list[str] | None, typer.Option("--shape", metavar="NxK", help="Weights of the sweep; may be repeated.")
+]
+SizeOption = Annotated[
+    list[int] | None, typer.Option("--m", min=1, help="Rows of the activations in the sweep; may be repeated.")
+]
 
 
 @app.callback(invoke_without_command=True)
@@ -79,12 +85,25 @@ def _add(name: str, suites: Sequence[str], about: str) -> None:
 
 
 _add("quantize", ("quantize",), "Quantize and dequantize against a copy of the same bytes.")
-_add("gemm", ("gemm",), "gemm and quantize_gemm against cuBLAS bf16.")
 _add("overhead", ("overhead",), "CPU time of a warm Python call.")
 _add("load", ("load",), "Load of a cached kernel in a new process.")
 _add("compile", ("compile",), "What compiling the cached kernels took.")
 _add("tiles", ("tiles",), "The per-row quantizer, however it can divide its work (minutes; not part of all).")
 _add("all", ALL, "Everything else, in one file.")
+
+
+@app.command("gemm", help="NVFP4 weights at every M: beside cuBLAS bf16, dequantize + cuBLAS, and humming-kernels.")
+def gemm(
+    out: OutOption = None,
+    out_dir: OutDirOption = MEASUREMENTS,
+    repeats: RepeatsOption = DEFAULT_REPEATS,
+    quick: QuickOption = False,
+    tests_json: TestsOption = None,
+    commit: CommitOption = None,
+    shape: ShapeOption = None,
+    m: SizeOption = None,
+) -> None:
+    run("gemm", ("gemm",), out, out_dir, repeats, quick, tests_json, commit, shape or (), m or ())
 
 
 def run(
@@ -96,20 +115,26 @@ def run(
     quick: bool,
     tests_json: Path | None,
     commit: str | None,
+    shapes: Sequence[str] = (),
+    sizes: Sequence[int] = (),
 ) -> None:
     """Measures the suites, prints tables, writes one file. Exit code 1 when a job failed; the others are written."""
+    chosen = tuple(_read_shape(text) for text in shapes)
     _need_gpu()
     tests = _read_tests(tests_json)  # before the minutes of measuring, not after
+    from fp4gemm.bench import sweep
     from fp4gemm.bench.common import Config
     from fp4gemm.bench.timing import copy_tb_s
 
     environment = report.environment(commit)
     copy = copy_tb_s(repeats)
     _console.print(f"[bold]{environment.gpu}[/], driver {environment.driver}, copy {copy:.2f} TB/s (read + written)")
-    rows, errors = _measure(suites, Config(repeats=repeats, quick=quick))
+    rows, errors = _measure(suites, Config(repeats, quick, chosen, tuple(sizes)))
+    sweep.add_limits(rows, copy)
     _show(rows)
-    command = f"fp4gemm bench {bench} --repeats {repeats}{' --quick' if quick else ''}"
-    document = report.Report(bench, command, environment, copy, rows, tests).document()
+    words = ["fp4gemm bench", bench, f"--repeats {repeats}", *(["--quick"] if quick else [])]
+    words += [*(f"--shape {text}" for text in shapes), *(f"--m {size}" for size in sizes)]
+    document = report.Report(bench, " ".join(words), environment, copy, rows, tests).document()
     if errors:
         document["errors"] = errors
     path = report.write(document, out or report.free_path(out_dir, report.file_name(document)))
@@ -140,6 +165,13 @@ def _read_tests(path: Path | None) -> report.TestCounts:
         return report.read_tests(path) if path else report.TestCounts()
     except (OSError, report.ReportError) as error:
         raise typer.BadParameter(f"--tests-json: {error}") from error
+
+
+def _read_shape(text: str) -> tuple[int, int]:
+    sizes = [int(word) if word.isdecimal() else 0 for word in text.split("x")]
+    if len(sizes) != 2 or min(sizes) < 1:
+        raise typer.BadParameter(f"--shape: expected NxK, such as 4096x14336, got {text!r}")
+    return sizes[0], sizes[1]
 
 
 def _suite_jobs(suite: str, config: Config) -> list[Job]:
@@ -180,9 +212,8 @@ def _measure(suites: Sequence[str], config: Config) -> tuple[list[report.Row], l
 
 def _show(rows: Sequence[report.Row]) -> None:
     for bench in tables.TABLES:
-        shown = tables.table(bench, rows)
-        if shown is not None:
-            table = Table(title=shown.title, title_justify="left")
+        for shown in tables.of(bench, rows):
+            table = Table(title=shown.title, title_justify="left", caption=shown.note or None, caption_justify="left")
             for index, name in enumerate(shown.columns):
                 table.add_column(name.replace("`", ""), justify="right" if index else "left")
             for cells in shown.rows:

@@ -16,10 +16,15 @@ ARCH = "sm_90a"
 
 @dataclass(frozen=True)
 class Config:
-    """`repeats` samples per candidate; `quick` keeps one or two shapes of each suite, to see that everything runs."""
+    """`repeats` samples per candidate; `quick` keeps one or two shapes of each suite, to see that everything runs.
+
+    `shapes` (N, K) and `sizes` (M) replace those of the GEMM sweep.
+    """
 
     repeats: int = timing.DEFAULT_REPEATS
     quick: bool = False
+    shapes: tuple[tuple[int, int], ...] = ()
+    sizes: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)

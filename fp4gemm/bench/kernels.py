@@ -11,6 +11,8 @@ import sys
 from collections.abc import Iterator
 from typing import Any
 
+import torch
+
 from fp4gemm import cache, report, select, spec
 from fp4gemm.bench.common import ARCH, Config, Job
 from fp4gemm.report import Row
@@ -25,9 +27,10 @@ def default_gemm() -> GemmSpec:
     return next(s for s in spec.default_variants((ARCH,)) if isinstance(s, GemmSpec))
 
 
-def gemm_name(M: int, N: int) -> str:
-    """Name of the kernel that `gemm` takes for D [M, N] in bf16, without bias."""
-    return select.gemm_spec(ARCH, M, N, "bf16", None).name
+def gemm_name(M: int, N: int, K: int) -> str:
+    """Name of the kernel that `gemm` takes for bf16 activations [M, K] and D [M, N] in bf16, without bias."""
+    gpu = select.gpu_of(torch.cuda.current_device())
+    return select.packed_spec(gpu, M, N, K, "bf16", "bf16", None, False).name
 
 
 def load_jobs(config: Config) -> Iterator[Job]:

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+from fp4gemm.bench import sweep
 from fp4gemm.report import Row
 
 
 @dataclass(frozen=True)
 class Table:
-    """A title, column names and rows of text."""
+    """A title, column names and rows of text; `note` is a sentence below."""
 
     title: str
     columns: tuple[str, ...]
     rows: tuple[tuple[str, ...], ...]
+    note: str = ""
 
 
 Column = tuple[str, Callable[[Row], str]]
@@ -68,6 +71,12 @@ def _layout(row: Row) -> str:
     return str(row["options"].get("sf_layout", ""))
 
 
+def _call(row: Row) -> str:
+    given = ", given scale" if row.get("options", {}).get("outer_scale") == "given" else ""
+    extra = row["epilogue"].removeprefix("rowcol").replace("_", ", ")
+    return f"`{row.get('op', 'gemm')}`{given}{extra}"
+
+
 def _shape(row: Row) -> str:
     return " x ".join(str(row[name]) for name in "MNK" if name in row)
 
@@ -107,13 +116,16 @@ TABLES: dict[str, tuple[str, tuple[Column, ...]]] = {
         "GEMM (M x N x K, bf16 out)",
         (
             _SHAPE,
-            ("call", lambda row: f"`{row.get('op', 'gemm')}`"),
+            ("call", _call),
             ("A", _field("a")),
             ("B", _field("b")),
             _MODE,
             _US,
+            ("TB/s", _number("tb_s")),
             ("TFLOP/s", _tflop_s),
             ("cuBLAS bf16, us", _versus("cublas_bf16")),
+            ("dequantize + cuBLAS, us", _versus("dequantize_cublas")),
+            ("humming-kernels, us", _versus(sweep.PEER_KEY)),
             ("speed-up over cuBLAS", _factor("cublas_bf16")),
             ("relative error", lambda row: f"{row['rel_error']:.1e}"),
         ),
@@ -182,8 +194,50 @@ def table(bench: str, rows: Sequence[Row], summary: bool = False) -> Table | Non
     kept = _best_tiles(kept) if bench == "tiles" else kept
     if not kept:
         return None
-    cells = tuple(tuple(cell(row) for _, cell in columns) for row in kept)
-    return Table(title, tuple(name for name, _ in columns), cells)
+    filled = [(name, cell) for name, cell in columns if any(cell(row) for row in kept)]
+    cells = tuple(tuple(cell(row) for _, cell in filled) for row in kept)
+    return Table(title, tuple(name for name, _ in filled), cells)
+
+
+def of(bench: str, rows: Sequence[Row], summary: bool = False) -> list[Table]:
+    """Every table of one bench's rows: for GEMMs first what the sweep says. `summary`: what README shows."""
+    overview = [shown for shown in (_speedup_table(rows), _cost_table(rows)) if shown] if bench == "gemm" else []
+    if overview and summary:  # the overview says it for bf16 activations
+        rows = [row for row in rows if row.get("a") != "bf16"]
+    listed = table(bench, rows, summary)
+    return overview + ([listed] if listed else [])
+
+
+def _speedup_table(rows: Sequence[Row]) -> Table | None:
+    over_peer = sweep.over_peer(rows)
+    note = (
+        f"Beside humming-kernels: {statistics.geometric_mean(over_peer):.2f}x as fast in the geometric mean of "
+        f"{len(over_peer)} products, {min(over_peer):.2f}x at least."
+        if over_peer
+        else ""
+    )
+    title = "Speed-up over cuBLAS bf16: bf16 activations [M, K] · NVFP4 weights [N, K], CUDA graphs"
+    order = (sweep.OURS, sweep.OURS_PDL, sweep.PEER, sweep.LIMIT)
+    return _curve_table(title, sweep.speedups(rows), order, lambda ratio: f"{ratio:.2f}", note)
+
+
+def _cost_table(rows: Sequence[Row]) -> Table | None:
+    title = "What quantizing the activations adds: `quantize_gemm` over `gemm`, CUDA graphs"
+    return _curve_table(title, sweep.quantize_costs(rows), ("amax", "given"), lambda cost: f"{cost - 1:+.0%}")
+
+
+def _curve_table(
+    title: str, curves: sweep.Curves, order: Sequence[str], text: Callable[[float], str], note: str = ""
+) -> Table | None:
+    """A row for each curve of each shape, a column for each M; None without curves."""
+    sizes = sweep.sizes(curves)
+    cells = tuple(
+        (f"{N} x {K}", name, *(text(by_name[name][M]) if M in by_name[name] else "" for M in sizes))
+        for (N, K), by_name in curves.items()
+        for name in order
+        if name in by_name
+    )
+    return Table(title, ("N x K", "", *(f"M = {M}" for M in sizes)), cells, note) if cells else None
 
 
 def markdown(shown: Table) -> str:

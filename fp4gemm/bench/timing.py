@@ -5,21 +5,25 @@ from __future__ import annotations
 import functools
 import itertools
 import math
+import random
 import statistics
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from typing import TypeVar
 
 import torch
 
 Call = Callable[[], object]
 Sampler = Callable[[], float]  # one sample: microseconds per call
+_Name = TypeVar("_Name", bound=Hashable)
 
 DEVICE = "cuda"  # the current one
 MODES = ("graph", "eager")
 DEFAULT_REPEATS = 9
 MIN_REPEATS = 7
 _SAMPLE_US = 2000.0  # a sample lasts at least this long: event resolution (0.5 us) and launch gaps stay below 1 %
-_MIN_NODES = 8  # calls in a graph, so that the gap between two replays is shared by several of them
+_MIN_CALLS = 8  # of a sample, so that a gap is shared by several of them; fewer where calls are long
+_EAGER_US = 4 * _SAMPLE_US  # the CPU's share of the first call, tens of microseconds, stays below 1 % too
 _MAX_EAGER_CALLS = 200  # below the launch queue's depth, and a bound on the time of one sample
 _WARM_SAMPLES = 50  # a fifth of a second, in which an idle GPU reaches its clocks
 _L2_BYTES = 60 << 20  # where the driver does not say
@@ -46,6 +50,20 @@ def _timed(run: Callable[[], None]) -> float:
     return float(start.elapsed_time(end)) * 1e3
 
 
+def _run_all(calls: Sequence[Call]) -> None:
+    for call in calls:
+        call()
+
+
+def _enough_calls(us: float, sample_us: float) -> int:
+    """Calls of `us` each that make a sample: _MIN_CALLS, or as many as last `sample_us`.
+
+    Long samples are bad samples. Matrix products of milliseconds run at the clock that the power limit leaves, which
+    follows the power of the last tenth of a second: candidates share it only if they take turns more often than that.
+    """
+    return min(_MIN_CALLS, math.ceil(sample_us / us))
+
+
 class GraphSampler:
     """Replays a CUDA graph of all `calls` (one per rotated input); a sample is the time of one call.
 
@@ -54,15 +72,16 @@ class GraphSampler:
     """
 
     def __init__(self, calls: Sequence[Call]) -> None:
-        rounds = math.ceil(_MIN_NODES / len(calls))
-        self._calls = len(calls) * rounds
         self._replays = 1
         stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
             for call in calls:  # builds and loads kernels, which a capture cannot
                 call()
+            us = _timed(functools.partial(_run_all, calls)) / len(calls)
         torch.cuda.synchronize()
+        rounds = math.ceil(_enough_calls(us, _SAMPLE_US) / len(calls))
+        self._calls = len(calls) * rounds
         held: deque[object] = deque(maxlen=len(calls))
         self._graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(self._graph, stream=stream):
@@ -86,9 +105,10 @@ class EagerSampler:
 
     def __init__(self, calls: Sequence[Call]) -> None:
         self._cycle = itertools.cycle(calls)
-        self._count = _MIN_NODES
+        self._count = _MIN_CALLS
         self()
-        self._count = min(max(_MIN_NODES, math.ceil(_SAMPLE_US / self())), _MAX_EAGER_CALLS)
+        us = self()
+        self._count = min(max(_enough_calls(us, _EAGER_US), math.ceil(_SAMPLE_US / us)), _MAX_EAGER_CALLS)
 
     def _run(self) -> None:
         for _ in range(self._count):
@@ -105,12 +125,18 @@ def sampler(mode: str, calls: Sequence[Call]) -> Sampler:
     return GraphSampler(calls) if mode == "graph" else EagerSampler(calls)
 
 
-def interleave(samplers: Mapping[str, Sampler], repeats: int) -> dict[str, float]:
-    """Median of `repeats` samples of each candidate, taken in turn so that clocks and temperature are shared."""
-    samples: dict[str, list[float]] = {name: [] for name in samplers}
+def interleave(samplers: Mapping[_Name, Sampler], repeats: int) -> dict[_Name, float]:
+    """Median of `repeats` samples of each candidate, taken in turn so that clocks and temperature are shared.
+
+    The order is another one in each round: what ran just before decides the clock that the power limit leaves, and in
+    a fixed order large matrix products differed from themselves by 10 %.
+    """
+    samples: dict[_Name, list[float]] = {name: [] for name in samplers}
+    order, shuffled = list(samplers), random.Random(0)
     for _ in range(repeats):
-        for name, sample in samplers.items():
-            samples[name].append(sample())
+        shuffled.shuffle(order)
+        for name in order:
+            samples[name].append(samplers[name]())
     return {name: statistics.median(times) for name, times in samples.items()}
 
 

@@ -14,6 +14,7 @@ from fp4gemm.formats import BLOCK, CONVENTIONS, SCALINGS, scale_layout
 from fp4gemm.tensor import FP4Tensor
 
 FLOATS = (torch.bfloat16, torch.float16, torch.float32)
+ACTIVATIONS = (torch.bfloat16, torch.float16)
 BLOCKS = ((1, BLOCK), (BLOCK, BLOCK))
 
 
@@ -61,19 +62,53 @@ def check_quantize(
     return QuantizeArguments(source, per_tensor, sf_layout, convention, block, outer_scale)
 
 
-def check_gemm(a: FP4Tensor, b: FP4Tensor, bias: Tensor | None, out_dtype: torch.dtype) -> None:
-    """Checks the operands a [M, K], b [N, K] and bias [N] of ``gemm``. Raises TypeError or ValueError."""
-    if not isinstance(a, FP4Tensor):
-        raise TypeError(f"a: expected an FP4Tensor, got {type(a).__name__}")
+def check_gemm(
+    a: FP4Tensor | Tensor,
+    b: FP4Tensor,
+    bias: Tensor | None,
+    out_dtype: torch.dtype | None,
+    c: Tensor | None,
+    out: Tensor | None,
+) -> torch.dtype:
+    """Checks the operands a [M, K], b [N, K], bias [N], c and out [M, N] of ``gemm``; returns the dtype of D.
+
+    Raises TypeError or ValueError.
+    """
+    if not isinstance(a, (FP4Tensor, Tensor)):
+        raise TypeError(f"a: expected an FP4Tensor, or a bf16 or fp16 tensor, got {type(a).__name__}")
+    if isinstance(a, Tensor) and a.dtype not in ACTIVATIONS:
+        raise TypeError(f"a: expected an FP4Tensor, or a bf16 or fp16 tensor, got dtype {a.dtype}")
     if not isinstance(b, FP4Tensor):
         raise TypeError(f"b: expected an FP4Tensor, got {type(b).__name__}")
-    if a.shape[1] != b.shape[1]:
-        raise ValueError(f"b: expected K = {a.k} (that of a, shape {a.shape}), got shape {b.shape}")
-    if a.data.device != b.data.device:
+    if len(a.shape) != 2 or a.shape[1] != b.k:
+        raise ValueError(f"a: expected shape [M, K] with K = {b.k} (that of b, shape {b.shape}), got {tuple(a.shape)}")
+    if a.device != b.device:
         raise ValueError(f"b: expected device {a.device} (that of a), got {b.device}")
-    check_float("out_dtype", out_dtype)
+    if out_dtype is not None:
+        check_float("out_dtype", out_dtype)
+    dtype = out_dtype or (torch.bfloat16 if isinstance(a, FP4Tensor) else a.dtype)
+    if out is not None:
+        dtype = out_dtype or out.dtype if isinstance(out, Tensor) else dtype
+        _check_output("out", out, (a.shape[0], b.rows), dtype, a.device)
+        if 1 not in out.stride() and out.numel() > 1:
+            raise ValueError(f"out: expected contiguous rows or columns, got strides {out.stride()}")
+    if c is not None:
+        _check_output("c", c, (a.shape[0], b.rows), dtype, a.device)
     if bias is not None:
         _check_bias(bias, b.rows, a.device)
+    return dtype
+
+
+def _check_output(name: str, t: Tensor, shape: tuple[int, int], dtype: torch.dtype, device: torch.device) -> None:
+    if not isinstance(t, Tensor):
+        raise TypeError(f"{name}: expected a torch.Tensor or None, got {type(t).__name__}")
+    check_float(f"{name}.dtype", t.dtype)
+    if t.dtype != dtype:
+        raise TypeError(f"{name}: expected dtype {dtype} (that of D), got {t.dtype}")
+    if tuple(t.shape) != shape:
+        raise ValueError(f"{name}: expected shape {list(shape)}, got {list(t.shape)}")
+    if t.device != device:
+        raise ValueError(f"{name}: expected device {device} (that of a), got {t.device}")
 
 
 def check_quantize_gemm(x: Tensor, w: FP4Tensor, bias: Tensor | None, out_dtype: torch.dtype | None) -> None:

@@ -16,20 +16,34 @@ if TYPE_CHECKING:
 
 
 @torch.no_grad()
-def gemm(a: FP4Tensor, b: FP4Tensor, bias: Tensor | None = None, out_dtype: torch.dtype = torch.bfloat16) -> Tensor:
-    """D[M, N] = a [M, K] times the transpose of b [N, K], plus bias [N]; bias is bfloat16, float16 or float32.
+def gemm(
+    a: FP4Tensor | Tensor,
+    b: FP4Tensor,
+    bias: Tensor | None = None,
+    out_dtype: torch.dtype | None = None,
+    *,
+    c: Tensor | None = None,
+    beta: float = 1.0,
+) -> Tensor:
+    """D[M, N] = a [M, K] times the transpose of b [N, K], plus bias [N], plus beta * c [M, N]; see ``fp4gemm.gemm``.
 
-    ``D[i, j] = cast(outer_a[i] * (outer_b[j] * acc) + bias[j])``: float32, every operation rounded on its own, one
-    rounding to ``out_dtype`` (bfloat16, float16 or float32). Products in acc are exact; only their float32 sum rounds.
+    ``D[i, j] = cast(outer_a[i] * (outer_b[j] * acc) + bias[j] + beta * c[i, j])``: float32, every operation rounded on
+    its own, one rounding to ``out_dtype``; a plain ``a`` has no outer_a. Products in acc are exact where a is NVFP4;
+    only their float32 sum rounds.
 
     Raises:
-        TypeError: an operand is not an FP4Tensor, or a dtype is not one of the above.
-        ValueError: K, the shape of bias or the devices do not match.
+        TypeError: an operand is not of the accepted types, or a dtype is not one of the above.
+        ValueError: K, the shape of bias or c, or the devices do not match.
     """
-    check_gemm(a, b, bias, out_dtype)
-    # Operands are exact in bfloat16, so a float32 product that torch is allowed to take through TF32 is exact too.
-    acc = dequantize(a, outer=False) @ dequantize(b, outer=False).t()
-    out = (acc * b.outer_scale.reshape(1, -1)) * a.outer_scale.reshape(-1, 1)
+    dtype = check_gemm(a, b, bias, out_dtype, c, None)
+    # Operands are exact in bfloat16 or float16, so a float32 product that torch is allowed to take through TF32, whose
+    # significand holds both, is exact too.
+    left = a.float() if isinstance(a, torch.Tensor) else dequantize(a, outer=False)
+    out = (left @ dequantize(b, outer=False).t()) * b.outer_scale.reshape(1, -1)
+    if not isinstance(a, torch.Tensor):
+        out = out * a.outer_scale.reshape(-1, 1)
     if bias is not None:
         out = out + bias.float()
-    return out.to(out_dtype)
+    if c is not None:
+        out = out + c.float() * beta
+    return out.to(dtype)

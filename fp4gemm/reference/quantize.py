@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from fp4gemm.formats import BLOCK, decode_e2m1, pack_e2m1, padded_k, scale_columns, scale_layout, unpack_e2m1
 from fp4gemm.reference.arguments import check_finite_values, check_float, check_quantize
 from fp4gemm.reference.conventions import CONVENTIONS, Convention
+from fp4gemm.reference.packed import unpack
 from fp4gemm.reference.rounding import encode_e2m1, encode_e4m3
 from fp4gemm.tensor import FP4Tensor
 
@@ -85,6 +86,8 @@ def dequantize(t: FP4Tensor, dtype: torch.dtype = torch.float32, *, outer: bool 
     """
     check_float("dtype", dtype)
     m, k = t.shape
+    if t.prepacked is not None:
+        t = FP4Tensor(*unpack(t.data, t.shape), t.outer_scale, t.shape, "linear")
     scales = t.linear_block_scale().float().unsqueeze(-1)
     outer_scale = t.outer_scale.reshape(-1, 1)
     out = torch.empty(m, k, dtype=dtype, device=t.device)

@@ -16,14 +16,19 @@ import pytest
 
 from fp4gemm import builder, cache
 from fp4gemm.compile import read_ints
-from fp4gemm.launch import AMAX_ARGUMENTS, DEQUANTIZE_ARGUMENTS, QUANTIZE_ARGUMENTS
-from fp4gemm.spec import ARCHS, AmaxSpec, DequantizeSpec, GemmSpec, KernelSpec, QuantizeSpec, default_variants
+from fp4gemm.launch import AMAX_ARGUMENTS, DEQUANTIZE_ARGUMENTS, PACK_ARGUMENTS, QUANTIZE_ARGUMENTS
+from fp4gemm.spec import ARCHS, AmaxSpec, DequantizeSpec, GemmSpec, KernelSpec, PackSpec, QuantizeSpec, default_variants
 
 pytestmark = pytest.mark.compile
 
 VARIANTS = default_variants()
 GEMMS = [spec for spec in VARIANTS if isinstance(spec, GemmSpec)]
-ARGUMENTS = {QuantizeSpec: QUANTIZE_ARGUMENTS, AmaxSpec: AMAX_ARGUMENTS, DequantizeSpec: DEQUANTIZE_ARGUMENTS}
+ARGUMENTS = {
+    QuantizeSpec: QUANTIZE_ARGUMENTS,
+    AmaxSpec: AMAX_ARGUMENTS,
+    DequantizeSpec: DEQUANTIZE_ARGUMENTS,
+    PackSpec: PACK_ARGUMENTS,
+}
 # Dynamic shared memory that a CTA may ask for.
 SHARED = {"sm_90a": 232448, "sm_100a": 232448, "sm_120a": 101376}
 REGISTER_FILE = 65536

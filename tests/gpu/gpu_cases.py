@@ -9,8 +9,10 @@ from dataclasses import dataclass
 
 import torch
 
-from fp4gemm import reference
+from fp4gemm import engine, reference, select, table
+from fp4gemm.engine import Activations, Output, Weight
 from fp4gemm.formats import BLOCK, CONVENTIONS, SCALINGS, SF_LAYOUTS, padded_k, scale_columns
+from fp4gemm.spec import PackedSpec
 from fp4gemm.tensor import FP4Tensor
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -237,15 +239,78 @@ def exact_operand(rows: int, k: int, sf_layout: str, scaling: str, seed: int) ->
     return packed(codes, 0x38 + 8 * two, outer, sf_layout)
 
 
+def exact_activations(rows: int, k: int, dtype: torch.dtype, seed: int) -> torch.Tensor:
+    """Random halves up to 4: against `exact_operand` they too give sums that are exact in every order."""
+    generator = torch.Generator().manual_seed(seed)
+    return (torch.randint(-8, 9, (rows, k), generator=generator) / 2).to(dtype)
+
+
+# --- the engine's kernels ---------------------------------------------------------------------------------------------
+
+Config = tuple[str, tuple[int, ...]]  # kind and configuration, as a row of the table has them
+Variant = tuple[str, str, str | None, bool]  # dtypes of x, D and bias, and whether there is a C
+
+# What the table does not use yet but a tuner may: four CTAs that share tokens, half a swizzle atom each; tiles that are
+# no powers of two; sharing and splitting at once; every split of the mma.sync kernel.
+EXTRA_CONFIGS: tuple[Config, ...] = (
+    ("wgmma", (16, 1, 1, 4, 1, 8)),
+    ("wgmma", (64, 1, 2, 4, 1, 8)),
+    ("wgmma", (96, 1, 2, 1, 4, 8)),
+    ("wgmma", (128, 1, 1, 2, 2, 8)),
+    ("wgmma", (192, 2, 1, 1, 1, 5)),
+    ("mma", (1, 4, 8, 2, 4)),
+    ("mma", (2, 8, 4, 2, 1)),
+    ("mma", (4, 16, 4, 1, 1)),
+)
+FORCED_VARIANTS: tuple[Variant, ...] = (
+    ("bf16", "bf16", None, False),
+    ("fp16", "fp32", "fp16", True),
+    ("bf16", "fp16", None, False),
+)
+PLAIN_VARIANTS: tuple[Variant, ...] = (
+    *FORCED_VARIANTS,
+    ("fp16", "fp16", None, False),
+    ("bf16", "bf16", "bf16", True),
+    ("fp16", "fp16", "fp32", False),
+)
+
+
+def table_configs() -> list[Config]:
+    """Every distinct kernel of the table that comes with the package, and the one that serves everything."""
+    rows = ((row.kernel, row.config) for row in table.read(table.PACKAGED))
+    return sorted({*rows, select.FALLBACK})
+
+
+def force(
+    spec: PackedSpec,
+    x: torch.Tensor,
+    w: FP4Tensor,
+    bias: torch.Tensor | None,
+    c: torch.Tensor | None,
+    beta: float,
+    d: torch.Tensor,
+    outer_a: torch.Tensor | None = None,
+) -> None:
+    """`engine.gemm` into d with the kernel given; w is prepacked, and c has the strides of d."""
+    activations, b = Activations(engine.tokens(x), outer_a), Weight(w.data, w.outer_scale, *w.shape)
+    engine.launch_spec(spec, activations, b, bias, Output(d, c, beta))
+
+
 # --- the GEMM's error bound -------------------------------------------------------------------------------------------
 
 
 def gemm_exact_and_bound(
-    a: FP4Tensor, b: FP4Tensor, bias: torch.Tensor | None, out_dtype: torch.dtype
+    a: FP4Tensor | torch.Tensor,
+    b: FP4Tensor,
+    bias: torch.Tensor | None,
+    out_dtype: torch.dtype,
+    c: torch.Tensor | None = None,
+    beta: float = 1.0,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """D in float64, and the largest error that a right GEMM may have, element by element.
 
-    With u = 2**-24 and p_k the products of code * block scale, which are exact (6 + 6 significant bits), P = sum |p_k|.
+    With u = 2**-24 and p_k the products of code * block scale (6 bits) with its like, or with a bf16 or fp16 activation
+    (8 or 11 bits), which are exact in float32, P = sum |p_k|.
 
     1. Accumulation. A tensor core adds 16 products and the accumulator in one step: it aligns the 17 addends to the
        largest and truncates each (an error below one ulp of the largest, 2u times it), then truncates the sum (2u
@@ -253,14 +318,17 @@ def gemm_exact_and_bound(
        n = 18 ceil(K/16), |acc' - acc| <= g P, g = 2un / (1 - 2un). Rounded additions in any order, split K included,
        err less.
     2. Outer scales: two rounded products, relative error (1 + u)**2 - 1; each may also underflow by 2**-149.
-    3. Bias: one rounded addition, u of the result.
+    3. Bias, and beta * C: a rounded product of two exact factors, and a rounded addition, u of the result, for each.
     4. The cast: half an ulp of the output type, relative eps / 2, or half its smallest subnormal; nothing for float32.
 
     The float64 sum that it is compared with errs by K 2**-53 P, which is added.
     """
-    u, k = 2.0**-24, a.k
-    exact_a, exact_b = (reference.dequantize(t, outer=False).double() for t in (a, b))
-    outer_a, outer_b = a.outer_scale.double().reshape(-1, 1), b.outer_scale.double().reshape(1, -1)
+    u, k = 2.0**-24, b.k
+    exact_b, outer_b = reference.dequantize(b, outer=False).double(), b.outer_scale.double().reshape(1, -1)
+    if isinstance(a, torch.Tensor):
+        exact_a, outer_a = a.double(), torch.ones((), dtype=torch.float64, device=a.device)
+    else:
+        exact_a, outer_a = reference.dequantize(a, outer=False).double(), a.outer_scale.double().reshape(-1, 1)
     alpha = outer_a * outer_b
     total = exact_a.abs() @ exact_b.abs().t()
     steps = 2 * u * 18 * scale_columns(k)
@@ -272,6 +340,11 @@ def gemm_exact_and_bound(
     if bias is not None:
         exact = exact + bias.double()
         error = error + u * (exact.abs() + error)
+    if c is not None:
+        term = float(torch.tensor(beta)) * c.double()
+        exact = exact + term
+        error = error + u * term.abs() + 2.0**-149
+        error = error + u * (exact.abs() + error)
     if out_dtype != torch.float32:
         info = torch.finfo(out_dtype)
         error = error + info.eps / 2 * (exact.abs() + error) + info.tiny * info.eps / 2
@@ -279,12 +352,19 @@ def gemm_exact_and_bound(
 
 
 def assert_within_bound(
-    D: torch.Tensor, a: FP4Tensor, b: FP4Tensor, bias: torch.Tensor | None, out_dtype: torch.dtype, what: str
+    D: torch.Tensor,
+    a: FP4Tensor | torch.Tensor,
+    b: FP4Tensor,
+    bias: torch.Tensor | None,
+    out_dtype: torch.dtype,
+    what: str,
+    c: torch.Tensor | None = None,
+    beta: float = 1.0,
 ) -> None:
     """|D - float64| <= the derived bound everywhere; all operands on one device."""
     assert D.dtype == out_dtype, what
-    assert tuple(D.shape) == (a.rows, b.rows), what
-    exact, bound = gemm_exact_and_bound(a, b, bias, out_dtype)
+    assert tuple(D.shape) == (a.shape[0], b.rows), what
+    exact, bound = gemm_exact_and_bound(a, b, bias, out_dtype, c, beta)
     excess = (D.double() - exact).abs() / bound
     if D.numel() and not bool((excess <= 1).all()):  # "not <=" also catches NaN
         worst = int(torch.nan_to_num(excess, nan=float("inf")).argmax())

@@ -1,28 +1,59 @@
 """Builds, several at once, the GEMM kernels that the tests of this folder launch: `python tests/gpu/prebuild.py`.
 
-Needs NVRTC and no GPU. Left to themselves the tests would build them one after the other, most of a minute each; the
-other kernels take a fraction of a second.
+Needs NVRTC and no GPU. Left to themselves the tests would build them one after the other, a second or two each, those
+made of CUTLASS's collectives most of a minute; the other kernels take a fraction of a second.
 """
 
 from __future__ import annotations
 
+import multiprocessing
 import sys
 import time
+from concurrent.futures import ProcessPoolExecutor
+from itertools import product
+from pathlib import Path
 
-from fp4gemm import builder, cache
-from fp4gemm.spec import DTYPES, default_variants, sm90_gemms
+sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[2])]
+
+import gpu_cases as cases  # noqa: E402 - the line above must come first
+import sanitize_cases  # noqa: E402
+
+from fp4gemm import builder, cache, select  # noqa: E402
+from fp4gemm.spec import DTYPES, KernelSpec, PackedGemmSpec, check  # noqa: E402
+
+
+def wanted() -> list[KernelSpec]:
+    """What test_gemm_gpu, test_torch_gpu, test_engine_gpu and sanitize_cases launch."""
+    nvfp4 = [("bf16", out, bias, False) for out in DTYPES for bias in (None, *DTYPES)]
+    pairs = [
+        *product(cases.table_configs(), (*nvfp4, *cases.PLAIN_VARIANTS)),
+        *product(cases.EXTRA_CONFIGS, cases.FORCED_VARIANTS),
+        *product(sanitize_cases.ENGINE_CONFIGS, [("bf16", "bf16", "bf16", True)]),
+    ]
+    specs = dict.fromkeys(select.packed_of(*config, *variant) for config, variant in pairs)
+    return [spec for spec in specs if check(spec) is None]
+
+
+def build(spec: KernelSpec) -> str | None:
+    """Why it failed, or None."""
+    try:
+        builder.build_one(spec)
+    except Exception as error:
+        return f"{spec.name}: {type(error).__name__}: {error}"
+    return None
 
 
 def main() -> int:
-    biases = [(out, bias) for out in DTYPES for bias in (None, *DTYPES)]
-    wanted = dict.fromkeys([*default_variants(["sm_90a"]), *(spec for pair in biases for spec in sm90_gemms(*pair))])
-    missing = [spec for spec in wanted if cache.lookup(spec) is None]
-    start, failed = time.perf_counter(), 0
-    for built in builder.build_all(missing):
-        failed += built.error is not None
-        print(built.spec.name, built.error or f"{built.meta['seconds']} s", flush=True)
-    print(f"{len(missing)} kernels, {failed} failed, {time.perf_counter() - start:.0f} s")
-    return 1 if failed else 0
+    missing = [spec for spec in wanted() if cache.lookup(spec) is None]
+    collectives = [spec for spec in missing if isinstance(spec, PackedGemmSpec)]
+    small = [spec for spec in missing if not isinstance(spec, PackedGemmSpec)]
+    start = time.perf_counter()
+    # Not all by builder.build_all: it starts a process for each kernel, which takes longer than a small one does.
+    with ProcessPoolExecutor(builder.default_jobs(), multiprocessing.get_context("spawn")) as pool:
+        errors = [error for error in pool.map(build, small) if error]
+    errors += [f"{built.spec.name}: {built.error}" for built in builder.build_all(collectives) if built.error]
+    print(*errors, f"{len(missing)} kernels, {len(errors)} failed, {time.perf_counter() - start:.0f} s", sep="\n")
+    return 1 if errors else 0
 
 
 if __name__ == "__main__":

@@ -21,7 +21,7 @@ import gpu_cases as cases  # noqa: E402 - the two lines above must come first
 import torch  # noqa: E402
 
 import fp4gemm  # noqa: E402
-from fp4gemm import reference  # noqa: E402
+from fp4gemm import calls, reference, select  # noqa: E402
 from fp4gemm.formats import SF_LAYOUTS  # noqa: E402
 
 SHAPES = ((1, 16), (5, 33), (130, 272))
@@ -57,6 +57,32 @@ def dequantize_cases(device: torch.device) -> Iterator[str]:
         yield what
 
 
+def packed_cases(device: torch.device) -> Iterator[str]:
+    """Every layout, both ways."""
+    for (rows, k), sf_layout in product((*SHAPES, (64, 64)), SF_LAYOUTS):
+        t = cases.any_bytes(rows, k, sf_layout, "per_row", seed=rows)
+        want, got = t.prepack(), t.to(device).prepack()
+        cases.assert_same(got, want, f"prepack {rows}x{k} {sf_layout}")
+        cases.assert_same(got.unpack(), want.unpack(), f"unpack {rows}x{k} {sf_layout}")
+        yield f"prepack {rows}x{k} {sf_layout}"
+
+
+def values_cases(device: torch.device) -> Iterator[str]:
+    """One CTA a row, several, streamed rows; K that ends inside a block and inside 16 bytes; given scales."""
+    if device.type != "cuda":
+        return
+    for rows, k in ((1, 16), (5, 33), (3, 8200), (40, 4096), (2, 40000)):
+        for outer in (None, torch.tensor(1 / 512), torch.full((rows,), 1 / 512)):
+            x = torch.randn(rows, k).bfloat16()
+            want = reference.quantize(x, outer_scale=outer)
+            on_device = None if outer is None else outer.to(device)
+            scalar = outer is not None and outer.dim() == 0
+            got, _ = calls.quantize_values(x.to(device), scalar, "te_per_token", on_device)
+            what = f"values {rows}x{k} given {outer is not None}"
+            cases.assert_same_bits(got[:, :k], reference.dequantize(want, torch.bfloat16, outer=False), what)
+            yield what
+
+
 def gemm_cases(device: torch.device) -> Iterator[str]:
     """Every output dtype, with and without bias; one tile, ragged edges, and more than one tile each way."""
     for (M, N, K), out_dtype, with_bias in product(
@@ -76,9 +102,56 @@ def gemm_cases(device: torch.device) -> Iterator[str]:
         yield what
 
 
+# Both kernels: K split or not, tokens shared or not, one warpgroup along K or several, stages of one block or two.
+ENGINE_CONFIGS: tuple[cases.Config, ...] = (
+    ("mma", (1, 8, 4, 1, 2)),
+    ("mma", (1, 4, 8, 2, 4)),
+    ("mma", (2, 8, 4, 2, 1)),
+    ("mma", (4, 16, 4, 1, 1)),
+    ("wgmma", (16, 1, 4, 1, 2, 16)),
+    ("wgmma", (16, 1, 1, 4, 1, 8)),
+    ("wgmma", (32, 2, 2, 1, 1, 12)),
+    ("wgmma", (64, 1, 2, 4, 1, 8)),
+    ("wgmma", (96, 1, 2, 1, 4, 8)),
+    ("wgmma", (128, 1, 1, 2, 2, 8)),
+    ("wgmma", (192, 2, 1, 1, 1, 5)),
+    ("wgmma", (256, 2, 1, 2, 1, 5)),
+)
+
+
+def engine_cases(device: torch.device) -> Iterator[str]:
+    """Each kernel at its ragged edges, in place with a bias, row- and column-major; one with more tiles than CTAs."""
+    if device.type != "cuda":
+        return
+    for (kernel, config), column_major in product(ENGINE_CONFIGS, (False, True)):
+        m = 8 * config[0] - 1 if kernel == "mma" else config[0] + 1
+        yield _engine((kernel, config), (m, 201, 1000), device, column_major)
+    yield _engine(("wgmma", (16, 1, 4, 1, 2, 16)), (17, 9000, 72), device, False)
+    yield _engine(("mma", (1, 8, 4, 1, 2)), (3, 20000, 136), device, False)
+
+
+def _engine(config: cases.Config, shape: tuple[int, int, int], device: torch.device, column_major: bool) -> str:
+    m, n, k = shape
+    what = f"{config} {shape} column-major {column_major}"
+    x, w = cases.exact_activations(m, k, torch.bfloat16, 1), cases.exact_operand(n, k, "linear", "per_row", 2)
+    bias, c = torch.randn(n).bfloat16(), torch.randn(m, n).bfloat16()
+    want = reference.gemm(x, w, bias, c=c, beta=0.5)
+    d = c.t().contiguous().t() if column_major else c
+    d, packed = d.to(device), w.to(device).prepack()
+    cases.force(
+        select.packed_of(*config, "bf16", "bf16", "bf16", True), x.to(device), packed, bias.to(device), d, 0.5, d
+    )
+    cases.assert_same_bits(d.cpu() + 0.0, want + 0.0, what)
+    return what
+
+
 def main(device: torch.device) -> int:
     torch.manual_seed(0)
-    done = [what for suite in (quantize_cases, dequantize_cases, gemm_cases) for what in suite(device)]
+    done = [
+        what
+        for suite in (quantize_cases, dequantize_cases, packed_cases, values_cases, gemm_cases, engine_cases)
+        for what in suite(device)
+    ]
     if device.type == "cuda":
         torch.cuda.synchronize()
     print(f"{len(done)} cases on {device}: results equal the reference")

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import fp4gemm
-from fp4gemm import reference
+from fp4gemm import calls, reference
 from fp4gemm.formats import CONVENTIONS, SF_LAYOUTS
 
 LAYOUTS = tuple(SF_LAYOUTS)
@@ -184,6 +184,90 @@ def test_cuda_graph(shape: tuple[int, int], scaling: str, cuda: torch.device) ->
         graph.replay()
         torch.cuda.synchronize()
         cases.assert_same(q, reference.quantize(x.cpu(), scaling=scaling), f"scale {scale}")
+
+
+# --- values for a GEMM that follows ---
+
+
+def check_values(
+    x: torch.Tensor, cuda: torch.device, what: str, outer: torch.Tensor | None = None, **options: object
+) -> None:
+    """`calls.quantize_values`, into memory that held 0x7F, against quantize and dequantize without the outer scale."""
+    convention = options.get("convention") or ("te" if options.get("scaling") == "per_tensor" else "te_per_token")
+    want = reference.quantize(x, outer_scale=outer, **options)
+    per_tensor = want.outer_scale.dim() == 0
+    rows, k = x.shape
+    values = torch.zeros(rows, -(-k // 8) * 8, dtype=torch.bfloat16)
+    values[:, :k] = reference.dequantize(want, torch.bfloat16, outer=False)
+    on_device = x.to(cuda), None if outer is None else outer.to(cuda)
+    cases.poison(cuda, 2 * values.numel(), 4 * want.outer_scale.numel())
+    got, got_outer = calls.quantize_values(on_device[0], per_tensor, str(convention), on_device[1])
+    cases.assert_same_bits(got, values, f"{what}: values")
+    cases.assert_same_bits(got_outer, want.outer_scale, f"{what}: outer_scale")
+
+
+@pytest.mark.parametrize("seed", range(300, 420))
+def test_values_are_those_of_the_bytes(seed: int, cuda: torch.device) -> None:
+    case = cases.QuantizeCase.draw(seed)
+    if case.scaling == "per_column":
+        pytest.skip("values are of rows")
+    options = {"scaling": case.scaling, "convention": case.convention}
+    repro = cases.repro("test_quantize_gpu.py::test_values_are_those_of_the_bytes", seed)
+    check_values(case.x(), cuda, f"{case}\n{repro}", case.outer_scale(), **options)
+
+
+@pytest.mark.parametrize("convention", CONVENTIONS)
+@pytest.mark.parametrize("amax", cases.TIE_AMAXES)
+def test_values_of_every_block_amax(amax: float, convention: str, cuda: torch.device) -> None:
+    check_values(cases.tie_matrix(amax), cuda, f"amax {amax}", convention=convention)
+
+
+@pytest.mark.parametrize("dtype", cases.DTYPES)
+@pytest.mark.parametrize("given", ["no", "scalar", "rows"])
+@pytest.mark.parametrize("k", [8, 16, 40, 1000, 4096, 8192, 14336, 16384, 16392, 40000, 70000])
+def test_values_however_many_ctas_share_a_row(k: int, given: str, dtype: torch.dtype, cuda: torch.device) -> None:
+    for rows in (1, 3, 16, 100, 130):
+        if rows * k > 2_000_000:
+            continue
+        x = torch.randn(rows, k, generator=torch.Generator().manual_seed(rows + k)).to(dtype)
+        outer = {"no": None, "scalar": torch.tensor(1 / 512), "rows": torch.full((rows,), 1 / 700)}[given]
+        check_values(x, cuda, f"{rows}x{k}", outer)
+
+
+def test_values_of_scales_that_round_to_zero(cuda: torch.device) -> None:
+    """Codes under a zero scale are not all zero in `te`; their values are, with the sign of the code."""
+    x = torch.full((4, 64), 1e-6)
+    x[:, ::3] *= -1
+    x[:, 0] = 1000.0
+    for convention in CONVENTIONS:
+        check_values(x, cuda, convention, scaling="per_tensor", convention=convention)
+        check_values(x, cuda, convention, convention=convention)
+
+
+def test_values_of_strided_rows(cuda: torch.device) -> None:
+    base = torch.randn(40, 512, generator=torch.Generator().manual_seed(5)).bfloat16()
+    for view in VIEWS.values():
+        x = view(base)
+        got, outer = calls.quantize_values(view(base.to(cuda)), False, "te_per_token", None)
+        want = reference.quantize(x)
+        cases.assert_same_bits(got[:, : x.shape[1]], reference.dequantize(want, torch.bfloat16, outer=False), "values")
+        cases.assert_same_bits(outer, want.outer_scale, "outer_scale")
+
+
+def test_values_in_a_cuda_graph(cuda: torch.device) -> None:
+    x = torch.randn(8, 8192, device=cuda).bfloat16()
+    calls.quantize_values(x, False, "te_per_token", None)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        values, outer = calls.quantize_values(x, False, "te_per_token", None)
+    for scale in (1.0, 100.0, 0.01):
+        x.copy_(torch.randn(8, 8192, device=cuda) * scale)
+        graph.replay()
+        torch.cuda.synchronize()
+        want = reference.quantize(x.cpu())
+        cases.assert_same_bits(values, reference.dequantize(want, torch.bfloat16, outer=False), f"scale {scale}")
+        cases.assert_same_bits(outer, want.outer_scale, f"scale {scale}")
 
 
 def test_two_devices(cuda: torch.device) -> None:

@@ -136,15 +136,23 @@ def opcheck(op: str, *arguments: object) -> None:
 
 def test_opcheck(weights: fp4gemm.FP4Tensor, x: torch.Tensor, bias: torch.Tensor) -> None:
     """Fake registration, autograd keys and functionalization of the custom ops, as torch checks them."""
-    w = (weights.data, weights.block_scale, weights.outer_scale, weights.sf_layout)
+    plain = (weights.data, weights.block_scale, weights.outer_scale)
+    w, activations = (*plain, f":{weights.sf_layout}"), (x, None, None, "")
+    packed = weights.prepack()
+    p = (packed.data, packed.block_scale, packed.outer_scale, f"sm90:{packed.sf_layout}")
+    out = torch.zeros(M, N, dtype=torch.float32, device=x.device)
     scale = torch.full((M,), 1 / 512, device=x.device)
     opcheck("quantize", x, False, "128x4", "te_per_token", 1, None)
     opcheck("quantize", x.float(), True, "linear", "te", 1, None)
     opcheck("quantize", x, False, "8x4", "te_per_token", 1, scale)
-    opcheck("dequantize", *w, K, torch.float32)
-    opcheck("gemm", *w, *w, K, None, torch.bfloat16)
-    opcheck("quantize_gemm", x, *w, bias, torch.bfloat16, None)
-    opcheck("quantize_gemm", x, *w, None, torch.float32, scale)
+    opcheck("dequantize", *plain, weights.sf_layout, K, torch.float32)
+    opcheck("prepack", weights.data, weights.block_scale, weights.sf_layout, K)
+    opcheck("unpack", packed.data, packed.sf_layout, N, K)
+    opcheck("gemm", *w, *w, N, K, None, None, 0.0, torch.bfloat16, False)
+    opcheck("gemm", *activations, *p, N, K, bias, out.bfloat16(), 0.5, torch.bfloat16, True)
+    opcheck("gemm_out", out, *activations, *p, N, K, bias, None, 0.0)
+    opcheck("quantize_gemm", x, *w, N, bias, torch.bfloat16, None)
+    opcheck("quantize_gemm", x, *p, N, None, torch.float32, scale)
 
 
 def test_operands_are_not_changed(weights: fp4gemm.FP4Tensor, x: torch.Tensor, bias: torch.Tensor) -> None:
@@ -152,8 +160,13 @@ def test_operands_are_not_changed(weights: fp4gemm.FP4Tensor, x: torch.Tensor, b
     a = reference.quantize(x)
     tensors = (x, bias, a.data, a.block_scale, a.outer_scale, weights.data, weights.block_scale, weights.outer_scale)
     before = [t.clone() for t in tensors]
-    fp4gemm.gemm(a, weights, bias)
-    fp4gemm.quantize_gemm(x, weights, bias)
+    packed = weights.prepack()
+    tensors = (*tensors, packed.data)
+    before.append(packed.data.clone())
+    for w in (weights, packed):
+        fp4gemm.gemm(a, w, bias)
+        fp4gemm.gemm(x, w, bias, c=x.new_zeros(M, N))
+        fp4gemm.quantize_gemm(x, w, bias)
     fp4gemm.dequantize(a)
     for index, (t, copy) in enumerate(zip(tensors, before, strict=True)):
         cases.assert_same_bits(t, copy, f"operand {index}")

@@ -11,7 +11,7 @@ from fp4gemm import compile as compiler
 from fp4gemm import launch, toolchain
 from fp4gemm.compile import CompileError, compile_source, read_ints
 from fp4gemm.render import render
-from fp4gemm.spec import ARCHS, AmaxSpec, DequantizeSpec, QuantizeSpec
+from fp4gemm.spec import ARCHS, AmaxSpec, DequantizeSpec, PackSpec, QuantizeSpec
 from fp4gemm.toolchain import ToolchainError
 
 SOURCE = 'extern "C" __device__ int fp4gemm_meta[3] = {7, -8, sizeof(long)};\nextern "C" __global__ void k() {}\n'
@@ -31,8 +31,13 @@ def cubin():
         (lambda a: QuantizeSpec(a, "fp32", "given", "te", "8x4", 128, 2, 4), launch.QUANTIZE_ARGUMENTS, 512),
         (lambda a: AmaxSpec(a, "fp16"), launch.AMAX_ARGUMENTS, 256),
         (lambda a: DequantizeSpec(a, "fp32", "128x4", True), launch.DEQUANTIZE_ARGUMENTS, 256),
+        (
+            lambda a: QuantizeSpec(a, "fp16", "per_row", "torchao", "linear", 64, 2, 1, output="values"),
+            launch.QUANTIZE_ARGUMENTS,
+            64,
+        ),
     ],
-    ids=["quantize", "amax", "dequantize"],
+    ids=["quantize", "amax", "dequantize", "values"],
 )
 def test_kernel_and_python_agree_on_the_argument_struct(arch, make, packed, threads):
     spec = make(arch)
@@ -43,6 +48,13 @@ def test_kernel_and_python_agree_on_the_argument_struct(arch, make, packed, thre
     assert compiled.cubin[:4] == b"\x7fELF"
     assert 0 < compiled.registers <= 255
     assert f"'{arch}'" in compiled.log  # ptxas's report
+
+
+@pytest.mark.parametrize("direction", ["pack", "unpack"])
+def test_packers_agree_on_the_argument_struct(direction):
+    spec = PackSpec("sm_90a", "8x4", direction)
+    compiled = compile_source(render(spec), spec.name, spec.arch, cutlass=False)
+    assert compiled.meta == (256, 1, 1, 1, 0, launch.PACK_ARGUMENTS.size)
 
 
 def test_refused_source_keeps_log_and_source(tmp_path, monkeypatch):

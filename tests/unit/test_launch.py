@@ -2,6 +2,7 @@
 
 import ctypes
 import struct
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from types import SimpleNamespace
 
@@ -106,11 +107,13 @@ def launches(monkeypatch):
     """What reaches the driver: (handle, grid, threads, shared memory, stream, bytes of the argument)."""
     seen = []
 
-    def launch_kernel(handle, grid, threads, smem, stream, pointers):
+    def launch_kernel(handle, x, y, z, threads, y_threads, z_threads, smem, stream, pointers, extra):
+        assert (y_threads, z_threads, extra) == (1, 1, 0)
         address = ctypes.c_void_p.from_address(pointers).value
-        seen.append((handle, grid, threads, smem, stream, ctypes.string_at(address, 6 * ALIGNMENT)))
+        seen.append((handle, (x, y, z), threads, smem, stream, ctypes.string_at(address, 6 * ALIGNMENT)))
+        return (0,)
 
-    monkeypatch.setattr(launch, "_launch", launch_kernel)
+    monkeypatch.setattr(launch, "_driver", lambda: SimpleNamespace(cuLaunchKernel=launch_kernel))
     return seen
 
 
@@ -162,10 +165,87 @@ def test_a_thread_without_a_context_gets_one(monkeypatch, statuses, bound, error
         return (getattr(driver.CUresult, next(answers)),)
 
     fake = SimpleNamespace(cuLaunchKernel=launch_kernel, CUresult=driver.CUresult)
+    argument = ctypes.create_string_buffer(8)
+    dispatch = launch.Dispatch(kernel(8), "gemm", 64, 1024, ctypes.addressof(argument))
     monkeypatch.setattr(launch, "_driver", lambda: fake)
     monkeypatch.setattr(launch.torch.cuda, "current_device", lambda: 3)
     monkeypatch.setattr(launch, "bind_context", devices.append)
     with pytest.raises(DriverError, match=rf"grid \(9, 1, 1\), 64 threads: {error}") if error else nullcontext():
-        launch._launch("handle", (9, 1, 1), 64, 1024, 5, 0x1000)
-    assert calls == [("handle", 9, 1, 1, 64, 1, 1, 1024, 5, 0x1000, 0)] * len(statuses)
+        dispatch((9, 1, 1), 5)
+    assert calls == [("handle", 9, 1, 1, 64, 1, 1, 1024, 5, dispatch._address, 0)] * len(statuses)
     assert devices == [3] * bound
+    assert ctypes.c_void_p.from_address(dispatch._address).value == ctypes.addressof(argument)
+
+
+class DependentDriver:
+    """Records plain launches as "plain" and the configurations of dependent ones."""
+
+    def __init__(self):
+        driver = pytest.importorskip("cuda.bindings.driver")
+        for name in (
+            "CUlaunchAttribute",
+            "CUlaunchAttributeValue",
+            "CUlaunchAttributeID",
+            "CUlaunchConfig",
+            "CUresult",
+        ):
+            setattr(self, name, getattr(driver, name))
+        self.seen = []
+        self.status = driver.CUresult.CUDA_SUCCESS
+
+    def cuLaunchKernel(self, *arguments):
+        self.seen.append("plain")
+        return (self.status,)
+
+    def cuLaunchKernelEx(self, config, handle, pointers, extra):
+        grid = (config.gridDimX, config.gridDimY, config.gridDimZ)
+        threads = (config.blockDimX, config.blockDimY, config.blockDimZ)
+        (attribute,) = config.attrs
+        allowed = attribute.value.programmaticStreamSerializationAllowed
+        self.seen.append((grid, threads, config.sharedMemBytes, int(config.hStream), attribute.id, allowed))
+        return (self.status,)
+
+
+@pytest.fixture
+def dependent_driver(monkeypatch):
+    fake = DependentDriver()
+    monkeypatch.setattr(launch, "_driver", lambda: fake)
+    return fake
+
+
+def test_dependent_launches_carry_the_attribute(dependent_driver):
+    dispatch = launch.Dispatch(kernel(8), "gemm", 96, 2048, 0x1000, waits=True)
+    serialization = dependent_driver.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
+    for grid, stream in (((7, 1, 1), 11), ((7, 1, 1), 12), ((3, 2, 1), 12)):
+        dispatch(grid, stream, True)
+        assert dependent_driver.seen[-1] == (grid, (96, 1, 1), 2048, stream, serialization, 1)
+    assert len(dispatch._configs) == 2  # one of a grid
+    dispatch((7, 1, 1), 11)
+    assert dependent_driver.seen[-1] == "plain"
+    dependent_driver.status = dependent_driver.CUresult.CUDA_ERROR_INVALID_VALUE
+    with pytest.raises(DriverError, match="INVALID_VALUE"):
+        dispatch((7, 1, 1), 11, True)
+
+
+def test_programmatic_reaches_kernels_that_wait_and_no_others(dependent_driver):
+    waiting, other = (launch.Dispatch(kernel(8), "gemm", 96, 0, 0x1000, waits=waits) for waits in (True, False))
+
+    def plain() -> list[bool]:
+        dependent_driver.seen.clear()
+        for dispatch in (waiting, other):
+            dispatch((1, 1, 1), 0)
+        return [seen == "plain" for seen in dependent_driver.seen]
+
+    assert plain() == [True, True]
+    with launch.programmatic():
+        assert plain() == [False, True]
+        with launch.programmatic(False):
+            assert plain() == [True, True]
+        assert plain() == [False, True]
+        with ThreadPoolExecutor(1) as pool:  # of this context only
+            assert pool.submit(plain).result() == [True, True]
+    with pytest.raises(KeyError), launch.programmatic():
+        raise KeyError
+    assert plain() == [True, True]
+    other((1, 1, 1), 0, True)  # it would read what is not there yet
+    assert dependent_driver.seen[-1] == "plain"

@@ -7,7 +7,7 @@ import torch
 from torch._dynamo.testing import CompileCounterWithBackend
 
 import fp4gemm
-from fp4gemm import reference
+from fp4gemm import ops, reference
 from fp4gemm.formats import SF_LAYOUTS
 
 M, N, K = 5, 7, 40  # nothing is a multiple of a block
@@ -179,6 +179,14 @@ def test_compiled_graph_holds_the_operators(w, bias):
     assert targets - {""} == {f"fp4gemm::{name}" for name in ("quantize", "dequantize", "gemm", "quantize_gemm")}
 
 
+def plain(x):
+    return x.bfloat16(), None, None, ""
+
+
+def prepacked():
+    return ops._flat(reference.quantize(values(N, K, seed=1)).prepack())
+
+
 @pytest.mark.parametrize(
     "name, arguments",
     [
@@ -186,15 +194,22 @@ def test_compiled_graph_holds_the_operators(w, bias):
         ("quantize", lambda x, w, bias: (x, True, "linear", "te", 16, None)),
         ("quantize", lambda x, w, bias: (x.t(), False, "8x4", "torchao", 1, torch.ones(K))),
         ("dequantize", lambda x, w, bias: (*w, K, torch.bfloat16)),
-        ("gemm", lambda x, w, bias: (*w, *w, K, bias, torch.float32)),
-        ("quantize_gemm", lambda x, w, bias: (x, *w, bias, torch.float16, None)),
-        ("quantize_gemm", lambda x, w, bias: (x, *w, None, torch.float32, torch.tensor(0.1))),
+        ("prepack", lambda x, w, bias: (w[0], w[1], "128x4", K)),
+        ("unpack", lambda x, w, bias: (reference.quantize(values(70, 130)).prepack().data, "8x4", 70, 130)),
+        ("gemm", lambda x, w, bias: (*w, *w, N, K, bias, None, 0.0, torch.float32, False)),
+        ("gemm", lambda x, w, bias: (*plain(x), *prepacked(), N, K, None, values(M, N), 0.5, torch.float32, True)),
+        ("gemm_out", lambda x, w, bias: (values(M, N), *plain(x), *w, N, K, bias, values(M, N), 1.0)),
+        ("gemm_out", lambda x, w, bias: (values(N, N).t(), *w, *prepacked(), N, K, None, None, 0.0)),
+        ("quantize_gemm", lambda x, w, bias: (x, *w, N, bias, torch.float16, None)),
+        ("quantize_gemm", lambda x, w, bias: (x, *prepacked(), N, None, torch.float32, torch.tensor(0.1))),
     ],
 )
 def test_opcheck(x, w, bias, name, arguments):
+    """``w`` and the helpers below are operands as ``ops._flat`` passes them."""
     # Not test_schema: it compares every tensor with a copy, for which float8 lacks an operation.
     checks = ("test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")
-    fields = (w.data, w.block_scale, w.outer_scale, w.sf_layout)
+    kind = w.sf_layout if name == "dequantize" else ":" + w.sf_layout
+    fields = (w.data, w.block_scale, w.outer_scale, kind)
     operator = getattr(torch.ops.fp4gemm, name).default
     torch.library.opcheck(operator, arguments(x, fields, bias), test_utils=checks)
 
@@ -260,9 +275,11 @@ def test_no_gradient_of_another_operand_is_dropped_in_silence(x, w, bias, call):
         ),
         (lambda x, w: fp4gemm.dequantize(w.data), TypeError, "t: expected an FP4Tensor, got Tensor"),
         (lambda x, w: fp4gemm.dequantize(w, torch.float64), TypeError, "dtype: expected one of .*float64"),
-        (lambda x, w: fp4gemm.gemm(x, w), TypeError, "a: expected an FP4Tensor, got Tensor"),
+        (lambda x, w: fp4gemm.gemm(x, w), TypeError, "a: expected an FP4Tensor, or a bf16 or fp16 tensor, got dtype"),
+        (lambda x, w: fp4gemm.gemm([1.0], w), TypeError, "a: expected an FP4Tensor, or a bf16 .*, got list"),
+        (lambda x, w: fp4gemm.gemm(x[0].half(), w), ValueError, r"a: expected shape \[M, K\] with K = 40 .*\(40,\)"),
         (lambda x, w: fp4gemm.gemm(w, x), TypeError, "b: expected an FP4Tensor, got Tensor"),
-        (lambda x, w: fp4gemm.gemm(fp4gemm.quantize(x[:, :39]), w), ValueError, r"b: expected K = 39 .*\(7, 40\)"),
+        (lambda x, w: fp4gemm.gemm(fp4gemm.quantize(x[:, :39]), w), ValueError, r"a: .* K = 40 .*\(5, 39\)"),
         (lambda x, w: fp4gemm.gemm(w, w.to("meta")), ValueError, r"b: expected device cpu \(that of a\), got meta"),
         (lambda x, w: fp4gemm.gemm(w, w, out_dtype=torch.float64), TypeError, "out_dtype: expected one of"),
         (lambda x, w: fp4gemm.gemm(w, w, torch.ones(8)), ValueError, r"bias: expected shape \[7\] .*got \[8\]"),

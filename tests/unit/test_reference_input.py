@@ -179,16 +179,23 @@ A, B = (4, 32), (6, 32)
 @pytest.mark.parametrize(
     "change, error, message",
     [
-        ({"a": torch.ones(4, 32)}, TypeError, "a: expected an FP4Tensor, got Tensor"),
+        ({"a": torch.ones(4, 32)}, TypeError, "a: expected an FP4Tensor, or a bf16 or fp16 tensor, got dtype torch.fl"),
+        ({"a": [1.0]}, TypeError, "a: expected an FP4Tensor, or a bf16 or fp16 tensor, got list"),
+        ({"a": torch.ones(32).half()}, ValueError, r"a: expected shape \[M, K\] with K = 32 .*, got \(32,\)"),
         ({"b": None}, TypeError, "b: expected an FP4Tensor, got NoneType"),
-        ({"b": (6, 33)}, ValueError, r"b: expected K = 32 .*, got shape \(6, 33\)"),
-        ({"b": (6, 16)}, ValueError, "b: expected K = 32"),
+        ({"b": (6, 33)}, ValueError, r"a: expected shape \[M, K\] with K = 33 .*\(6, 33\)\), got \(4, 32\)"),
+        ({"b": (6, 16)}, ValueError, r"a: expected shape \[M, K\] with K = 16"),
         ({"out_dtype": torch.float64}, TypeError, "out_dtype: expected one of .*, got torch.float64"),
         ({"bias": [0.0] * 6}, TypeError, "bias: expected a torch.Tensor or None, got list"),
         ({"bias": torch.zeros(6, dtype=torch.int32)}, TypeError, "bias.dtype: expected one of"),
         ({"bias": torch.zeros(4)}, ValueError, r"bias: expected shape \[6\] \(rows of b\), got \[4\]"),
         ({"bias": torch.zeros(1, 6)}, ValueError, r"bias: expected shape \[6\]"),
         ({"bias": torch.zeros(6, device="meta")}, ValueError, "bias: expected device cpu .* got meta"),
+        ({"c": [0.0]}, TypeError, "c: expected a torch.Tensor or None, got list"),
+        ({"c": torch.zeros(4, 6)}, TypeError, r"c: expected dtype torch.bfloat16 \(that of D\), got torch.float32"),
+        ({"c": torch.zeros(4, 6).int()}, TypeError, "c.dtype: expected one of"),
+        ({"c": torch.zeros(6, 4).bfloat16()}, ValueError, r"c: expected shape \[4, 6\], got \[6, 4\]"),
+        ({"c": torch.zeros(4, 6, device="meta").bfloat16()}, ValueError, "c: expected device cpu .* got meta"),
     ],
 )
 def test_bad_gemm(change, error, message):

@@ -5,7 +5,7 @@ import torch
 
 from fp4gemm import select
 from fp4gemm.formats import SF_LAYOUTS, scale_columns
-from fp4gemm.spec import ARCHS, DTYPES, KERNEL_SCALINGS, QuantizeSpec, check, default_variants
+from fp4gemm.spec import ARCHS, DTYPES, KERNEL_SCALINGS, PackSpec, QuantizeSpec, check, default_variants
 
 # Around every power of two, where the number of threads or blocks changes, and some in between.
 KS = sorted({16, 17, 48, 1000, 12345, 99999, 100000, *(2**i + d for i in range(5, 17) for d in (-16, -1, 0, 1, 16))})
@@ -49,9 +49,54 @@ def test_selected_kernels_are_among_the_default_variants():
         *(quantize_spec(8192, sf_layout=name, arch=arch) for arch in ARCHS for name in SF_LAYOUTS),
         *(select.dequantize_spec("sm_90a", "bf16", name, outer=False) for name in SF_LAYOUTS),
         select.amax_spec("sm_90a", "bf16", vectorized=True),
+        *(select.pack_spec("sm_90a", name, way) for name in SF_LAYOUTS for way in ("pack", "unpack")),
+        *(
+            select.values_spec("sm_90a", "bf16", m, 8192, scaling, "te_per_token", True)[0]
+            for m in (1, 8192)
+            for scaling in ("per_row", "given")
+        ),
         *(select.gemm_spec("sm_90a", m, 4096, "bf16", bias) for m in (1, 8192) for bias in (None, "bf16")),
     ]
     assert set(selected) - set(default_variants()) == set()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("scaling", KERNEL_SCALINGS)
+@pytest.mark.parametrize("m", [1, 16, 32, 33, 4096])
+def test_every_value_is_written_once(m, scaling, dtype):
+    for k in (1, 8, 16, 1000, 4096, 8192, 11008, 16384, 28672, 32768, 32769, 65536, 200000):
+        spec, share = select.values_spec("sm_90a", dtype, m, k, scaling, "te_per_token", k % 16 == 0)
+        assert check(spec) is None
+        assert (spec.output, spec.sf_layout) == ("values", "linear")
+        columns, step = -(-k // 16), spec.threads * spec.blocks
+        if scaling != "per_row":
+            assert share == -(-columns // step)
+        elif spec.resident:
+            assert step >= columns
+            assert share in (1, spec.blocks)
+            assert share & (share - 1) == 0
+        if m > 32 and scaling == "per_row":
+            assert share == 1
+        # Whole rows of 16 values in registers: a CTA's threads must leave them room.
+        assert spec.threads * spec.blocks * (16 if dtype == "fp32" else 8) <= 32768
+
+
+def test_ctas_share_long_rows_where_there_are_few():
+    def share(m, k, scaling="per_row"):
+        return select.values_spec("sm_90a", "bf16", m, k, scaling, "te_per_token", True)[1]
+
+    assert [share(1, k) for k in (2048, 4096, 8192, 28672, 65536)] == [1, 2, 4, 4, 8]
+    assert [share(m, 8192) for m in (16, 32, 33, 1024)] == [4, 4, 1, 1]
+    assert share(1, 16384, "given") == 8
+
+
+def test_kernels_of_k_are_those_that_calls_ask_for():
+    built = select.bf16_specs("sm_90a", 8192)
+    for m in (1, 32, 33, 5000):
+        for scaling in ("per_row", "given"):
+            assert select.values_spec("sm_90a", "bf16", m, 8192, scaling, "te_per_token", True)[0] in built
+    assert {select.pack_spec("sm_90a", name, "pack") for name in SF_LAYOUTS} < set(built)
+    assert not any(isinstance(spec, PackSpec) for spec in select.bf16_specs("sm_100a", 8192))
 
 
 @pytest.mark.parametrize("out_dtype", DTYPES)

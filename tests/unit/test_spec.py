@@ -7,13 +7,14 @@ import pytest
 
 from fp4gemm import spec
 from fp4gemm.formats import SF_LAYOUTS
-from fp4gemm.spec import ARCHS, AmaxSpec, DequantizeSpec, GemmSpec, QuantizeSpec, check, default_variants
+from fp4gemm.spec import ARCHS, AmaxSpec, DequantizeSpec, GemmSpec, PackSpec, QuantizeSpec, check, default_variants
 
 QUANTIZE = QuantizeSpec("sm_90a", "bf16", "per_row", "te_per_token", "128x4", 128, 4, 4)
 AMAX = AmaxSpec("sm_90a", "bf16")
 DEQUANTIZE = DequantizeSpec("sm_90a", "bf16", "linear", outer=True)
+PACK = PackSpec("sm_90a", "128x4", "pack")
 GEMM = GemmSpec("sm_90a", "bf16", None, (128, 256, 64), (2, 1), "cooperative")
-ALL = (QUANTIZE, AMAX, DEQUANTIZE, GEMM)
+ALL = (QUANTIZE, AMAX, DEQUANTIZE, GEMM, PACK)
 
 
 def kind(value):
@@ -44,7 +45,13 @@ def test_the_examples_are_possible(good):
         (QUANTIZE, {"blocks": 9}, "blocks: got 9, expected 1 to 8"),
         *((good, {"threads": n}, f"threads: got {n}") for good in (AMAX, DEQUANTIZE) for n in (0, 48, 1056)),
         (DEQUANTIZE, {"units": 0}, "units: got 0"),
-        (GEMM, {"out_dtype": "fp8"}, "dtype: got 'fp8'"),
+        (QUANTIZE, {"output": "int8"}, "output: got 'int8', expected one of packed, values"),
+        (QUANTIZE, {"output": "values"}, "sf_layout of values: got '128x4', expected 'linear'"),
+        (PACK, {"arch": "sm_100a"}, "arch: got 'sm_100a', expected 'sm_90a'"),
+        (PACK, {"sf_layout": "4x4"}, "sf_layout: got '4x4', expected one of linear, 128x4, 8x4"),
+        (PACK, {"direction": "both"}, "direction: got 'both', expected one of pack, unpack"),
+        *((PACK, {"threads": n}, f"threads: got {n}, expected a multiple of 128") for n in (0, 64, 192, 1152)),
+        (GEMM, {"out_dtype": "fp8"}, "out_dtype: got 'fp8'"),
         (GEMM, {"bias": "int8"}, "bias: got 'int8', expected one of bf16, fp16, fp32"),
         (GEMM, {"schedule": "static"}, "schedule on sm_90a: got 'static', expected one of cooperative, pingpong"),
         (GEMM, {"tile": (64, 128, 64)}, "tile M of cooperative on sm_90a: got 64"),
@@ -76,7 +83,10 @@ def test_names_are_unique_and_are_file_names():
     [
         *((QUANTIZE, field, other) for field, other in
           (("arch", "sm_100a"), ("dtype", "fp32"), ("scaling", "given"), ("convention", "te"), ("sf_layout", "8x4"),
-           ("threads", 64), ("blocks", 2), ("rows", 2), ("vectorized", False), ("resident", False))),
+           ("threads", 64), ("blocks", 2), ("rows", 2), ("vectorized", False), ("resident", False),
+           ("output", "values"))),
+        *((PACK, field, other) for field, other in
+          (("arch", "sm_100a"), ("sf_layout", "8x4"), ("direction", "unpack"), ("threads", 128))),
         *((AMAX, field, other) for field, other in
           (("arch", "sm_100a"), ("dtype", "fp32"), ("vectorized", False), ("threads", 64))),
         *((DEQUANTIZE, field, other) for field, other in
@@ -112,5 +122,9 @@ def test_default_variants_serve_each_arch():
         layouts = {(v.scaling, v.sf_layout) for v in chosen if isinstance(v, QuantizeSpec)}
         assert layouts == {(scaling, name) for scaling in spec.KERNEL_SCALINGS for name in SF_LAYOUTS}
         assert {v.sf_layout for v in chosen if isinstance(v, DequantizeSpec)} == set(SF_LAYOUTS)
+        packers = {(v.direction, v.sf_layout) for v in chosen if isinstance(v, PackSpec)}
+        assert len(packers) == (2 * len(SF_LAYOUTS) if arch == "sm_90a" else 0)
+        values = {v.scaling for v in chosen if isinstance(v, QuantizeSpec) and v.output == "values"}
+        assert values == ({"per_row", "given"} if arch == "sm_90a" else set())
         assert any(isinstance(v, GemmSpec) and v.out_dtype == "bf16" for v in chosen)
     assert default_variants() == [v for arch in ARCHS for v in default_variants([arch])]

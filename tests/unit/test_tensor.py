@@ -221,3 +221,142 @@ def test_validation_still_holds_inside_a_compiled_function():
 
     with pytest.raises(Exception, match=r"outer_scale: expected shape"):
         torch.compile(wrong, fullgraph=True, backend="eager")(make())
+
+
+# --- prepacked ---
+
+
+def prepacked(rows=33, k=40, **options) -> FP4Tensor:
+    return make(rows, k, **options).prepack()
+
+
+@pytest.mark.parametrize("sf_layout", LAYOUTS)
+@pytest.mark.parametrize("shape", [(1, 16), (33, 40), (130, 200), (0, 16), (3, 0), (0, 0)])
+@pytest.mark.parametrize("scaling", ["per_row", "per_tensor"])
+def test_prepack_and_back(shape, sf_layout, scaling):
+    x = torch.rand(shape, generator=torch.Generator().manual_seed(1)) + 0.5  # no block scale is 0: nothing is lost
+    t = reference.quantize(x, sf_layout=sf_layout, scaling=scaling)
+    p = t.prepack()
+    assert (p.shape, p.sf_layout, p.prepacked, p.scaling) == (t.shape, sf_layout, "sm90", t.scaling)
+    assert torch.equal(p.data, reference.packed.pack(t.data, t.linear_block_scale(), t.shape))
+    assert p.block_scale.shape == (0,)
+    assert p.outer_scale is t.outer_scale
+    assert_same(p.unpack(), t)
+
+
+def test_prepack_of_what_is_prepacked_is_itself():
+    t, p = make(), prepacked()
+    assert p.prepack() is p
+    assert p.prepack("sm90") is p
+    assert t.unpack() is t
+    with pytest.raises(ValueError, match="prepacked: expected one of sm90, got 'sm80'"):
+        t.prepack("sm80")
+
+
+def test_a_prepacked_tensor_has_the_values_and_scales_of_the_plain_one():
+    t, p = make(17, 50, sf_layout="8x4"), prepacked(17, 50, sf_layout="8x4")
+    assert torch.equal(p.dequantize(torch.bfloat16), t.dequantize(torch.bfloat16))
+    assert torch.equal(reference.dequantize(p, outer=False), reference.dequantize(t, outer=False))
+    assert torch.equal(p.linear_block_scale().view(torch.uint8), t.linear_block_scale().view(torch.uint8))
+    for layout in LAYOUTS:
+        assert_same(p.with_layout(layout), t.with_layout(layout))
+        assert p.with_layout(layout).prepacked is None
+    with pytest.raises(ValueError, match="sf_layout: expected one of"):
+        p.with_layout("16x4")
+
+
+def test_repr_and_size_of_a_prepacked_tensor():
+    p = prepacked(130, 200)
+    assert p.nbytes == 3 * 4 * 2304 + 4 * 130
+    assert repr(p) == (
+        "FP4Tensor(shape=(130, 200), scaling=per_row, sf_layout='128x4', prepacked='sm90', device=cpu, 28.17 kB)"
+    )
+
+
+@pytest.mark.parametrize(
+    "fields, message",
+    [
+        ({"prepacked": "sm80"}, "prepacked: expected one of sm90, got 'sm80'"),
+        ({"data": torch.zeros(4, 24, dtype=torch.uint8)}, r"data: expected shape \(1, 1, 2304\), got \(4, 24\)"),
+        ({"block_scale": torch.zeros(4, 3).to(torch.float8_e4m3fn)}, r"block_scale: expected shape \(0,\), got"),
+        ({"shape": (65, 40)}, r"data: expected shape \(2, 1, 2304\)"),
+        ({"sf_layout": "rows"}, "sf_layout: expected one of"),
+        ({"prepacked": None}, r"data: expected shape \(4, 24\), got \(1, 1, 2304\)"),
+    ],
+)
+def test_bad_fields_of_a_prepacked_tensor_are_named(fields, message):
+    base = prepacked(4, 40)
+    good = {f.name: getattr(base, f.name) for f in dataclasses.fields(base)}
+    assert FP4Tensor(**good).prepacked == "sm90"
+    with pytest.raises(ValueError, match=message):
+        FP4Tensor(**good | fields)
+
+
+def assert_same_form(got: FP4Tensor, expected: FP4Tensor) -> None:
+    assert got.prepacked == expected.prepacked
+    assert_same(got, expected)
+
+
+def test_a_prepacked_tensor_is_saved_and_loaded(tmp_path):
+    p = prepacked(9, 50, sf_layout="8x4")
+    tensors = p.to_tensors("w.")
+    assert set(tensors) == {f"w.{n}" for n in ("data", "block_scale", "outer_scale", "shape", "sf_layout", "prepacked")}
+    assert_same_form(FP4Tensor.from_tensors(tensors, "w."), p)
+    assert_same_form(pickle.loads(pickle.dumps(p)), p)
+    assert_same_form(copy.deepcopy(p), p)
+    torch.save(p, tmp_path / "w.pt")
+    assert_same_form(torch.load(tmp_path / "w.pt", weights_only=True), p)
+    assert_same_form(p.to("cpu"), p)
+    assert p.to("meta").prepacked == "sm90"
+
+
+def test_a_prepacked_tensor_in_a_safetensors_file(tmp_path):
+    files = pytest.importorskip("safetensors.torch", reason="needs safetensors")
+    p = prepacked(9, 50)
+    files.save_file(p.to_tensors("w."), tmp_path / "w.safetensors")
+    assert_same_form(FP4Tensor.from_tensors(files.load_file(tmp_path / "w.safetensors"), "w."), p)
+
+
+def test_files_from_before_there_was_a_form_load():
+    t = make()
+    tensors, (rebuild, arguments) = t.to_tensors(), t.__reduce__()
+    assert "prepacked" not in tensors
+    assert FP4Tensor.from_tensors(tensors).prepacked is None
+    assert rebuild(*arguments[:5]).prepacked is None
+
+
+def test_a_prepacked_tensor_is_a_pytree():
+    p = prepacked()
+    leaves, spec = pytree.tree_flatten(p)
+    assert len(leaves) == 3
+    assert spec != pytree.tree_structure(make())
+    assert_same_form(pytree.tree_unflatten(leaves, spec), p)
+    assert_same_form(pytree.tree_map(torch.clone, p), p)
+
+
+def there_and_back(t: FP4Tensor, p: FP4Tensor):
+    return t.prepack(), p.unpack(), p, p.with_layout("linear"), p.dequantize()
+
+
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+@pytest.mark.parametrize("dynamic", [None, True])
+def test_prepacking_compiles(backend, dynamic):
+    torch._dynamo.reset()
+    compiled = torch.compile(there_and_back, fullgraph=True, backend=backend, dynamic=dynamic)
+    for t in (make(33, 40), make(130, 72), make(33, 40, scaling="per_tensor", sf_layout="linear")):
+        *got, values = compiled(t, t.prepack())
+        *expected, expected_values = there_and_back(t, t.prepack())
+        for one, other in zip(got, expected, strict=True):
+            assert_same_form(one, other)
+        assert torch.equal(values, expected_values)
+
+
+@pytest.mark.parametrize("shape", [(5, 40), (0, 16), (130, 200)])
+def test_the_operators_of_prepacking_are_sound(shape):
+    """As torch checks them; its schema test alone multiplies float8 tensors, which torch cannot."""
+    t = make(*shape, sf_layout="8x4")
+    checks = ("test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")
+    arguments = (t.data, t.block_scale, "8x4", t.k)
+    torch.library.opcheck(torch.ops.fp4gemm.prepack.default, arguments, test_utils=checks)
+    packed = (t.prepack().data, "8x4", *t.shape)
+    torch.library.opcheck(torch.ops.fp4gemm.unpack.default, packed, test_utils=checks)

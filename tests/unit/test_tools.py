@@ -187,8 +187,19 @@ def test_the_repository_is_rendered(render: ModuleType, capsys: pytest.CaptureFi
 def test_plot_draws_both_figures(project: Path) -> None:
     pytest.importorskip("matplotlib")
     plot = load(ROOT / "tools" / "plot.py")
-    out = project / "plots"
-    assert plot.main(["--folder", str(project / "docs" / "measurements"), "--out-dir", str(out)]) == 0
-    for name in ("quantize.png", "gemm.png"):
-        assert (out / name).read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
+    folder, out = project / "docs" / "measurements", project / "plots"
+    assert plot.main(["--folder", str(folder), "--out-dir", str(out)]) == 0
+    assert (out / "quantize.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
+    assert not (out / "gemm.png").exists()  # no sweep yet
+    sweep = [
+        gemm_row(
+            a="bf16", M=M, N=N, us=us, bytes=N * 4608, limit_ratio=2.0, vs_us={"cublas_bf16": 25.0, "humming": 15.0}
+        )
+        | {"mode": mode}
+        for N in (4096, 28672)
+        for M, us, mode in ((1, 10.0, "graph"), (1, 9.0, "graph_pdl"), (64, 12.0, "graph"), (1024, 26.0, "graph"))
+    ]
+    report.write(document(sweep, date="2026-11-21T10:00:00Z"), folder / "gemm-h200-2026-11-21.json")
+    assert plot.main(["--folder", str(folder), "--out-dir", str(out)]) == 0
+    assert (out / "gemm.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
     assert plot.main(["--folder", str(project / "generated")]) == 1

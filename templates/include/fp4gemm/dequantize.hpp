@@ -1,13 +1,12 @@
 // Packed NVFP4 to bf16, fp16 or fp32: code * block scale (exact in all three), times the outer scale where there is one.
-// One launch serves one tensor or both operands of a GEMM.
 #pragma once
 
 #include "fp4gemm/layout.hpp"
 
 namespace fp4gemm {
 
-// Packed by fp4gemm/launch.py (DEQUANTIZE_OPERAND): keep both alike.
-struct DequantizeOperand {
+// Packed by fp4gemm/launch.py (DEQUANTIZE_ARGUMENTS): keep both alike.
+struct DequantizeArguments {
   uint8_t const* data;  // [rows, columns * 8]
   uint8_t const* block_scale;
   float const* outer_scale;  // [1] or [rows]; null: leave it out
@@ -15,11 +14,6 @@ struct DequantizeOperand {
   uint32_t units;  // rows * columns * 2: half blocks, eight values each
   int columns;
   int outer_stride;  // 0 or 1
-  int ctas;  // CTAs that work on this operand
-};
-
-struct DequantizeArguments {
-  DequantizeOperand operand[2];
 };
 
 // Eight codes times their scale as four pairs of fp16, 2^-14 of the value: a code's three bits, shifted to the bottom of the
@@ -52,11 +46,11 @@ template <> struct StoreEight<Fp32> {
 };
 
 template <class Out, class Scales, bool kOuter>
-__device__ __forceinline__ void dequantize_unit(DequantizeOperand const& op, uint32_t unit) {
-  uint32_t const column = unit / 2 % op.columns, row = unit / 2 / op.columns;
-  uint32_t const word = reinterpret_cast<uint32_t const*>(op.data)[unit];
+__device__ __forceinline__ void dequantize_unit(DequantizeArguments const& args, uint32_t unit) {
+  uint32_t const column = unit / 2 % args.columns, row = unit / 2 / args.columns;
+  uint32_t const word = reinterpret_cast<uint32_t const*>(args.data)[unit];
   uint32_t const scale =
-      e4m3_to_half2(op.block_scale[Scales::row_offset(row, op.columns) + Scales::column_offset(column)]);
+      e4m3_to_half2(args.block_scale[Scales::row_offset(row, args.columns) + Scales::column_offset(column)]);
   float v[8];
 #pragma unroll
   for (int i = 0; i < 4; ++i) {
@@ -66,21 +60,19 @@ __device__ __forceinline__ void dequantize_unit(DequantizeOperand const& op, uin
     v[i + 4] = __fmul_rn(half_to_float(static_cast<uint16_t>(pair >> 16)), kHalfUnit);
   }
   if constexpr (kOuter) {
-    float const outer = op.outer_scale[static_cast<int64_t>(row) * op.outer_stride];
+    float const outer = args.outer_scale[static_cast<int64_t>(row) * args.outer_stride];
 #pragma unroll
     for (float& value : v) value = __fmul_rn(value, outer);
   }
-  StoreEight<Out>::store(op.out, unit, v);
+  StoreEight<Out>::store(args.out, unit, v);
 }
 
 template <class Out, class Scales, bool kOuter, int kThreads, int kUnits>
 __device__ void dequantize(DequantizeArguments const& args) {
-  bool const second = blockIdx.x >= args.operand[0].ctas;
-  DequantizeOperand const& op = args.operand[second];
-  uint32_t const first = (blockIdx.x - (second ? args.operand[0].ctas : 0)) * (kThreads * kUnits) + threadIdx.x;
+  uint32_t const first = blockIdx.x * (kThreads * kUnits) + threadIdx.x;
 #pragma unroll
   for (int i = 0; i < kUnits; ++i) {
-    if (uint32_t const unit = first + i * kThreads; unit < op.units) dequantize_unit<Out, Scales, kOuter>(op, unit);
+    if (uint32_t const unit = first + i * kThreads; unit < args.units) dequantize_unit<Out, Scales, kOuter>(args, unit);
   }
 }
 

@@ -42,22 +42,30 @@ template <class Kernel> struct alignas(64) Launch {
 };
 
 template <class Kernel>
-CUTLASS_DEVICE Launch<Kernel> make_launch(GemmArguments const& args,
+CUTLASS_DEVICE Launch<Kernel> make_launch(typename Kernel::ProblemShape const& problem,
                                           typename Kernel::CollectiveMainloop::Arguments const& mainloop,
-                                          typename Kernel::CollectiveEpilogue::FusionCallbacks::Arguments const& tree) {
-  using ElementD = typename Kernel::CollectiveEpilogue::ElementD;
+                                          typename Kernel::CollectiveEpilogue::Arguments const& epilogue, int sm_count,
+                                          typename Kernel::TileSchedulerArguments const& scheduler = {}) {
   cutlass::KernelHardwareInfo hardware;
-  hardware.sm_count = args.sm_count;
-  typename Kernel::Arguments arguments{cutlass::gemm::GemmUniversalMode::kGemm,
-                                       {args.m, args.n, args.k, 1},
-                                       mainloop,
-                                       {tree, nullptr, {}, static_cast<ElementD*>(args.d), packed_stride(args.ldd)},
-                                       hardware};
+  hardware.sm_count = sm_count;
+  typename Kernel::Arguments arguments{
+      cutlass::gemm::GemmUniversalMode::kGemm, problem, mainloop, epilogue, hardware, scheduler};
   Launch<Kernel> launch;
   launch.params = Kernel::to_underlying_arguments(arguments, nullptr);
   dim3 const grid = Kernel::get_grid_shape(launch.params);
   launch.grid[0] = grid.x, launch.grid[1] = grid.y, launch.grid[2] = grid.z;
   return launch;
+}
+
+// A row-major D[m, n] without a source.
+template <class Kernel>
+CUTLASS_DEVICE Launch<Kernel> make_launch(GemmArguments const& args,
+                                          typename Kernel::CollectiveMainloop::Arguments const& mainloop,
+                                          typename Kernel::CollectiveEpilogue::FusionCallbacks::Arguments const& tree) {
+  using ElementD = typename Kernel::CollectiveEpilogue::ElementD;
+  return make_launch<Kernel>({args.m, args.n, args.k, 1}, mainloop,
+                             {tree, nullptr, {}, static_cast<ElementD*>(args.d), packed_stride(args.ldd)},
+                             args.sm_count);
 }
 
 }  // namespace fp4gemm

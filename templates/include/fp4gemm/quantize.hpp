@@ -1,41 +1,46 @@
-// Row-wise NVFP4 quantizer: data, block scales (any layout, padding written as 0) and outer scales in one launch.
+// Row-wise NVFP4 quantizer: data, block scales (any layout, padding written as 0) and outer scales in one launch; or, for a
+// GEMM that follows, the values code * block scale as bf16 instead of data and block scales.
 // A group of kThreads threads owns a row; each thread holds whole 16-value blocks, so a block needs no communication.
 // With per-row scaling and a row that fits in registers, memory is read once: load, reduce the row amax, encode.
 #pragma once
 
+#include "fp4gemm/async.hpp"
 #include "fp4gemm/convention.hpp"
 #include "fp4gemm/layout.hpp"
+#include "fp4gemm/values.hpp"
 
 namespace fp4gemm {
 
 // Packed by fp4gemm/launch.py (QUANTIZE_ARGUMENTS): keep both alike.
 struct QuantizeArguments {
-  void const* x;             // [rows, k], k contiguous
-  uint8_t* data;             // [rows, columns * 8]
-  uint8_t* block_scale;      // padded rows x padded columns in the layout
-  float* outer_scale;        // [rows] per row, [1] otherwise
-  float const* scale_in;     // kPerTensor: the amax [1]; kGiven: decode multipliers, [1] or [rows]
-  int64_t x_stride;          // elements between rows of x
+  void const* x;  // [rows, k], k contiguous
+  void* data;  // uint8 [rows, columns * 8]; values: bf16 [rows, out_stride], ceil8(k) columns
+  uint8_t* block_scale;  // padded rows x padded columns in the layout; unused for values
+  float* outer_scale;  // [rows] per row, [1] otherwise
+  float const* scale_in;  // kPerTensor: the amax [1]; kGiven: decode multipliers, [1] or [rows]
+  int64_t x_stride;  // elements between rows of x
+  int64_t out_stride;  // of values, a multiple of 8
   int64_t rows, padded_rows;
-  int k, columns;            // columns = ceil(k / 16)
-  int scale_in_stride;       // 0 or 1
-  int prefetch;              // how many CTAs ahead to fetch rows into L2; 0: do not
+  int k, columns;  // columns = ceil(k / 16)
+  int scale_in_stride;  // 0 or 1
+  int prefetch;  // how many CTAs ahead to fetch rows into L2; 0: do not
 };
 
 enum class Scaling { kPerRow, kPerTensor, kGiven };
 
 template <class Element_, class Convention_, class Scales_, Scaling kScaling_, int kThreads_, int kBlocks_, int kRows_,
-          bool kVectorized_, bool kResident_>
+          bool kVectorized_, bool kResident_, bool kValues_>
 struct QuantizeConfig {
   using Element = Element_;
   using Convention = Convention_;
   using Scales = Scales_;
   static constexpr Scaling kScaling = kScaling_;
-  static constexpr int kThreads = kThreads_;        // threads of a row
-  static constexpr int kBlocks = kBlocks_;          // 16-value blocks a thread holds
-  static constexpr int kRows = kRows_;              // rows of a CTA
-  static constexpr bool kVectorized = kVectorized_; // rows are 16-byte aligned and k % 16 == 0
-  static constexpr bool kResident = kResident_;     // kThreads * kBlocks covers the row
+  static constexpr int kThreads = kThreads_;  // threads of a row
+  static constexpr int kBlocks = kBlocks_;  // 16-value blocks a thread holds
+  static constexpr int kRows = kRows_;  // rows of a CTA
+  static constexpr bool kVectorized = kVectorized_;  // rows are 16-byte aligned and k % 16 == 0
+  static constexpr bool kResident = kResident_;  // kThreads * kBlocks covers the row
+  static constexpr bool kValues = kValues_;  // write values; CTAs (y; a power of two) may share a row
   static constexpr int kCta = kThreads * kRows;
   static_assert(kThreads % 32 == 0 && kCta <= 1024, "a row is a whole number of warps of one CTA");
   static_assert(kThreads == 32 || kRows <= 8, "a barrier for each row");
@@ -119,6 +124,11 @@ __device__ __forceinline__ void prefetch_l2(void const* address, uint32_t bytes)
                : "memory");
 }
 
+__device__ __forceinline__ uint4 swap_with_neighbour(uint4 v) {
+  return {__shfl_xor_sync(~0u, v.x, 1), __shfl_xor_sync(~0u, v.y, 1), __shfl_xor_sync(~0u, v.z, 1),
+          __shfl_xor_sync(~0u, v.w, 1)};
+}
+
 // Where a thread's block scales go: straight to their place, byte by byte ...
 template <class Config, bool kStaged> class ScaleWriter {
   using Scales = typename Config::Scales;
@@ -198,6 +208,11 @@ template <class Config> class RowQuantizer {
         real_(row_ < args.rows) {}
 
   __device__ void run() const {
+    if constexpr (Config::kValues) {
+      // In this order: what stands behind may then count on all that came before this kernel.
+      wait_for_inputs();
+      launch_dependents();
+    }
     if constexpr (Config::kScaling != Scaling::kPerRow) {
       // No reduction: CTAs split the row as well.
       auto const outer = outer_scale(0.0f);
@@ -218,7 +233,8 @@ template <class Config> class RowQuantizer {
         row_amax = fmaxf(row_amax, load_step(first, x, amax));
       }
       auto const outer = outer_scale(reduce_group<Config::kThreads, Config::kRows>(row_amax));
-      for (int first = 0; first < padded_columns(); first += kStep) encode_step(first, outer);
+      for (int first = blockIdx.y * kStep; first < padded_columns(); first += gridDim.y * kStep)
+        encode_step(first, outer);
     }
   }
 
@@ -266,6 +282,48 @@ template <class Config> class RowQuantizer {
 
   __device__ void store_step(int first, Block const (&x)[Config::kBlocks], float const (&amax)[Config::kBlocks],
                              typename Convention::Outer const& outer) const {
+    if constexpr (Config::kValues) {
+      store_values(first, x, amax, outer);
+    } else {
+      store_packed(first, x, amax, outer);
+    }
+  }
+
+  __device__ static uint2 encode(Block const& x, float amax, typename Convention::Outer const& outer, uint8_t scale) {
+    auto const divider = Convention::divider(outer, scale);
+    bool const quick = __float_as_uint(amax) >> 31 == 0 && divider.quotient(amax) < kQuickLimit;
+    return quick ? uint2{encode_half<Element>(x, 0, divider), encode_half<Element>(x, 1, divider)}
+                 : encode_any<Element>(x, divider);
+  }
+
+  __device__ void store_values(int first, Block const (&x)[Config::kBlocks], float const (&amax)[Config::kBlocks],
+                               typename Convention::Outer const& outer) const {
+    auto* const values = reinterpret_cast<uint4*>(static_cast<uint16_t*>(args_.data) + row_ * args_.out_stride);
+    int const odd = thread_ % 2;
+#pragma unroll
+    for (int i = 0; i < Config::kBlocks; ++i) {
+      // CTAs that share a resident row all reduce it, which is cheap, and encode a block in gridDim.y of each thread's.
+      if (Config::kScaling == Scaling::kPerRow && Config::kResident && ((i ^ blockIdx.y) & (gridDim.y - 1)) != 0)
+        continue;
+      int const column = first + i * Config::kThreads + thread_;
+      uint4 low{}, high{};
+      if (real_ && column < args_.columns) {
+        uint8_t const scale = Convention::block_scale(outer, fabsf(amax[i]));
+        uint2 const codes = encode(x[i], amax[i], outer, scale);
+        BlockValues const block(scale);
+        low = block.eight(codes.x);
+        high = block.eight(codes.y);
+      }
+      // A lane has two halves of a sector; it trades one with its neighbour so that both write whole sectors.
+      uint4 const other = swap_with_neighbour(odd ? low : high);
+      int const half = 2 * (column - odd) + odd;
+      if (real_ && half * 8 < args_.k) values[half] = odd ? other : low;
+      if (real_ && half * 8 + 16 < args_.k) values[half + 2] = odd ? high : other;
+    }
+  }
+
+  __device__ void store_packed(int first, Block const (&x)[Config::kBlocks], float const (&amax)[Config::kBlocks],
+                               typename Convention::Outer const& outer) const {
     // All scales before any data: the scale writer's barrier and stores hide behind the encoding.
     ScaleWriter<Config, kStaged> const writer(args_, row_, first);
     uint8_t scale[Config::kBlocks];
@@ -276,15 +334,11 @@ template <class Config> class RowQuantizer {
       writer.put(column, scale[i]);
     }
     writer.flush();
-    auto* data = reinterpret_cast<uint2*>(args_.data) + row_ * args_.columns;
+    auto* data = static_cast<uint2*>(args_.data) + row_ * args_.columns;
 #pragma unroll
     for (int i = 0; i < Config::kBlocks; ++i) {
       int const column = first + i * Config::kThreads + thread_;
-      if (!real_ || column >= args_.columns) continue;
-      auto const divider = Convention::divider(outer, scale[i]);
-      bool const quick = __float_as_uint(amax[i]) >> 31 == 0 && divider.quotient(amax[i]) < kQuickLimit;
-      data[column] = quick ? uint2{encode_half<Element>(x[i], 0, divider), encode_half<Element>(x[i], 1, divider)}
-                           : encode_any<Element>(x[i], divider);
+      if (real_ && column < args_.columns) data[column] = encode(x[i], amax[i], outer, scale[i]);
     }
   }
 

@@ -1,0 +1,126 @@
+"""GEMMs on prepacked weights on a CUDA device: x [M, K] . w [N, K]^T, rescaled. ops has checked arguments."""
+
+from __future__ import annotations
+
+import struct
+from functools import lru_cache
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from fp4gemm import select
+from fp4gemm.launch import GemmProblem, gemm_plan
+from fp4gemm.packed_plan import PackedProblem, packed_plan
+from fp4gemm.spec import PackedGemmSpec, PackedSpec
+
+
+class Activations(NamedTuple):
+    """Tokens [M, K] in bf16 or fp16, and their outer scale, fp32 [] or [M]; None where they have none."""
+
+    values: Tensor
+    outer_scale: Tensor | None
+
+
+class Weight(NamedTuple):
+    """A prepacked weight [n, k], and its outer scale, fp32 [] or [n]."""
+
+    data: Tensor
+    outer_scale: Tensor
+    n: int
+    k: int
+
+
+class Output(NamedTuple):
+    """D [M, N], row- or column-major, and the matrix C of the same strides (or None) that beta * C adds."""
+
+    d: Tensor
+    c: Tensor | None
+    beta: float
+
+
+@lru_cache(maxsize=8192)
+def _spec(
+    device: int, m: int, n: int, k: int, a_dtype: torch.dtype, out_dtype: torch.dtype, bias: torch.dtype | None,
+    source: bool, tma_output: bool,
+) -> PackedSpec:  # fmt: skip
+    if (arch := select.arch_of(device)) != "sm_90a":
+        raise NotImplementedError(f"no GEMM on prepacked weights for {arch} yet")
+    names = select.DTYPE_NAMES
+    return select.packed_spec(
+        select.gpu_of(device), m, n, k, names[a_dtype], names[out_dtype], None if bias is None else names[bias], source,
+        tma_output,
+    )  # fmt: skip
+
+
+def tokens(x: Tensor) -> Tensor:
+    """``x`` [M, K] with rows of whole 16 bytes, as TMA and 16-byte copies want them; a copy only where it has not."""
+    aligned = x.data_ptr() % 16 == 0 and (x.shape[0] == 1 or x.stride(0) % 8 == 0)
+    if x.stride(1) == 1 and aligned:
+        return x
+    m, k = x.shape
+    padded = x.new_empty((m, -(-k // 8) * 8))
+    padded[:, :k] = x
+    return padded
+
+
+def is_row_major(d: Tensor) -> bool:
+    """Whether rows are contiguous; a matrix of one column counts, whatever its strides say."""
+    return d.stride(1) == 1 or d.shape[1] == 1
+
+
+def _has_tma_rows(d: Tensor) -> bool:
+    """Whether ``d`` is row-major with rows of whole 16 bytes."""
+    size = d.element_size()
+    return (
+        is_row_major(d) and d.data_ptr() % 16 == 0 and (d.stride(0) if d.shape[0] > 1 else d.shape[1]) * size % 16 == 0
+    )
+
+
+def gemm(a: Activations, w: Weight, bias: Tensor | None, out: Output, dependent: bool = False) -> None:
+    """D = cast(outer_a * (outer_b * acc) [+ bias] [+ beta * C]) of non-empty operands, into ``out.d``.
+
+    ``dependent``: the kernel in front is the one that wrote ``a``, so this one may begin before it has ended.
+    """
+    x, d, c = tokens(a.values), out.d, out.c
+    if c is not None and (c.stride() != d.stride() or c.data_ptr() % 16 != d.data_ptr() % 16):
+        c = torch.empty_strided(d.shape, d.stride(), dtype=d.dtype, device=d.device).copy_(c)
+    bias_dtype, tma_output = None if bias is None else bias.dtype, _has_tma_rows(d)
+    spec = _spec(x.device.index, d.shape[0], w.n, w.k, x.dtype, d.dtype, bias_dtype, c is not None, tma_output)
+    launch_spec(spec, Activations(x, a.outer_scale), w, bias, Output(d, c, out.beta), dependent)
+
+
+def launch_spec(
+    spec: PackedSpec, a: Activations, w: Weight, bias: Tensor | None, out: Output, dependent: bool = False
+) -> None:
+    """``gemm`` by this kernel: x aligned as ``tokens`` makes it, C of D's strides.
+
+    Raises ValueError where the kernel cannot serve the problem.
+    """
+    (x, outer_a), outer_b, (d, c, beta) = a, w.outer_scale, out
+    device, m, row_major = x.device.index, d.shape[0], is_row_major(d)
+    x_stride = x.stride(0) if m > 1 else -(-x.shape[1] // 8) * 8
+    ldd = (d.stride(0) if m > 1 else w.n) if row_major else (d.stride(1) if w.n > 1 else m)
+    per_row = outer_a is not None and outer_a.dim() == 1, outer_b.dim() == 1
+    stream = torch._C._cuda_getCurrentRawStream(device)
+    bias_address = 0 if bias is None else bias.data_ptr()
+    if isinstance(spec, PackedGemmSpec):
+        # C's stride stands in the place of ldb, its address and beta's bits in those of the block scales.
+        plan = gemm_plan(spec, GemmProblem(m, w.n, w.k, x_stride, ldd, ldd, *per_row), device)
+        scale = _one(device) if outer_a is None else outer_a
+        (beta_bits,) = struct.unpack("<Q", struct.pack("<d", beta))
+        plan(
+            stream, x.data_ptr(), w.data.data_ptr(), 0 if c is None else c.data_ptr(), beta_bits, d.data_ptr(),
+            scale.data_ptr(), outer_b.data_ptr(), bias_address, dependent=dependent,
+        )  # fmt: skip
+        return
+    packed_plan(spec, PackedProblem(m, w.n, w.k, x_stride, ldd, not row_major, *per_row), device)(
+        stream, dependent, x.data_ptr(), w.data.data_ptr(), d.data_ptr(), 0 if c is None else c.data_ptr(),
+        0 if outer_a is None else outer_a.data_ptr(), outer_b.data_ptr(), bias_address, beta,
+    )  # fmt: skip
+
+
+@lru_cache(maxsize=64)
+def _one(device: int) -> Tensor:
+    """The outer scale of what has none, for a kernel whose epilogue always multiplies."""
+    return torch.ones((), device=f"cuda:{device}")

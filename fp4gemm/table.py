@@ -1,0 +1,89 @@
+"""Which kernel was fastest for which product x [m, k] . w [n, k]^T: the table measured on an H200 that comes with the
+package (sm90_table.json), and before it what ``fp4gemm tune`` measured here (in the cache folder)."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import re
+import tempfile
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from fp4gemm.env import settings
+
+PACKAGED = Path(__file__).with_name("sm90_table.json")
+_SCHEMA = 1
+
+
+@dataclass(frozen=True)
+class Choice:
+    """For up to ``m`` tokens: the kind of kernel ("mma", "wgmma", "collective") and its configuration
+    (``select.packed_of``), and the microseconds it took, bf16 in and out."""
+
+    m: int
+    n: int
+    k: int
+    kernel: str
+    config: tuple[int, ...]
+    us: float
+
+
+def _choice(row: dict[str, Any]) -> Choice:
+    m, n, k = (int(row[size]) for size in ("m", "n", "k"))
+    return Choice(m, n, k, str(row["kernel"]), tuple(map(int, row["config"])), float(row["us"]))
+
+
+def read(path: Path) -> tuple[Choice, ...]:
+    """The rows of a table. Raises ValueError, which names the file, where it is not one."""
+    try:
+        document = json.loads(path.read_text(encoding="utf-8"))
+        if document["schema"] != _SCHEMA:
+            raise ValueError(f"schema {document['schema']}, expected {_SCHEMA}")
+        return tuple(_choice(row) for row in document["rows"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{path}: not a table of kernels ({error}); remove it, or run `fp4gemm tune` again") from error
+
+
+def write(path: Path, rows: Iterable[Choice], **about: str) -> None:
+    """Write a table whole or not at all; ``about`` says where it was measured."""
+    ordered = sorted(rows, key=lambda row: (row.n, row.k, row.m))
+    lines = [json.dumps({**asdict(row), "us": round(row.us, 2)}) for row in ordered]
+    head = json.dumps({"schema": _SCHEMA, **about})[:-1]
+    text = head + ', "rows": [\n ' + ",\n ".join(lines) + "\n]}\n"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=path.name)
+    with os.fdopen(handle, "w", encoding="utf-8") as file:
+        file.write(text)
+    os.replace(name, path)
+
+
+def tuned_path(gpu: str) -> Path:
+    """Where ``fp4gemm tune`` keeps what it measured on a GPU of this name."""
+    return settings().cache_dir / f"tuned-{re.sub(r'[^a-z0-9]+', '-', gpu.lower()).strip('-')}.json"
+
+
+@cache
+def rows_for(gpu: str) -> tuple[Choice, ...]:
+    """Own measurements first: at equal distance they win."""
+    path = tuned_path(gpu)
+    return (read(path) if path.exists() else ()) + read(PACKAGED)
+
+
+def by_distance(rows: Iterable[Choice], m: int, n: int, k: int) -> list[Choice]:
+    """Rows from the best suited on: the nearest (n, k), and of those the least m that covers the call's.
+
+    Distance is in octaves; n counts twice, because it says how many CTAs there are.
+    """
+
+    def octaves(a: int, b: int) -> float:
+        return abs(math.log2(a / b))
+
+    def key(row: Choice) -> tuple[float, bool, float]:
+        return (2 * octaves(row.n, n) + octaves(row.k, k), row.m < m, octaves(row.m, m))
+
+    return sorted(rows, key=key)

@@ -1,0 +1,106 @@
+"""Measures which kernel is fastest for a product: what ``fp4gemm tune`` and tools/tune.py run."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator, Sequence
+
+import torch
+
+from fp4gemm import builder, cache, ops, select, table
+from fp4gemm.bench import timing
+from fp4gemm.division import divide
+from fp4gemm.engine import Activations, Output, Weight, launch_spec
+from fp4gemm.spec import PackedGemmSpec, PackedMmaSpec, PackedSpec, check
+
+SIZES = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 1024, 2048, 4096, 8192)
+SHAPES = (
+    (4096, 4096),
+    (8192, 8192),
+    (28672, 8192),
+    (4096, 14336),
+    (8192, 28672),
+    (6144, 4096),
+    (2048, 2048),
+    (1024, 4096),
+)
+
+# Configurations worth a measurement, as the specs have them.
+MMA = (
+    *((1, warps, stages, blocks, split) for warps, stages, blocks in
+      ((8, 4, 2), (8, 4, 1), (8, 2, 2), (14, 5, 1), (14, 3, 1), (16, 2, 2), (16, 5, 1)) for split in (1, 2)),
+    *((2, warps, stages, blocks, 2) for warps, stages, blocks in ((16, 2, 1), (14, 2, 1), (14, 3, 1), (8, 4, 1))),
+)  # fmt: skip
+WGMMA = (
+    (16, 2, 2, 1, 1, 16), (16, 2, 2, 1, 2, 16), (16, 1, 4, 1, 1, 24), (16, 1, 4, 1, 2, 16), (16, 1, 3, 1, 2, 24),
+    (32, 2, 2, 1, 1, 12), (32, 2, 2, 1, 2, 12), (32, 1, 4, 1, 1, 16), (32, 1, 4, 1, 2, 16),
+    (64, 2, 2, 1, 1, 8), (64, 2, 2, 1, 2, 8), (64, 1, 3, 1, 1, 10), (64, 1, 3, 1, 2, 10), (64, 2, 1, 1, 2, 8),
+    (128, 2, 1, 1, 1, 8), (128, 2, 1, 2, 1, 8), (128, 2, 1, 1, 2, 6), (128, 1, 2, 1, 2, 8), (128, 1, 2, 1, 1, 6),
+    (256, 2, 1, 1, 1, 5), (256, 2, 1, 2, 1, 5), (256, 1, 1, 1, 1, 6), (256, 1, 1, 2, 1, 6),
+)  # fmt: skip
+COLLECTIVE = (
+    (128, 128, 1), (128, 256, 1), (128, 256, 2), (64, 64, 1), (64, 64, 4), (64, 128, 1), (64, 256, 1), (64, 256, 2)
+)  # fmt: skip
+_REPEATS = 7
+
+
+def candidates(m: int, n: int, k: int, sms: int) -> list[PackedSpec]:
+    """Specs (bf16 in and out) that can serve the product, but for token tiles that would be mostly padding."""
+    return [spec for _, _, spec in _candidates(m, n, k, sms)]
+
+
+def _candidates(m: int, n: int, k: int, sms: int) -> Iterator[tuple[str, tuple[int, ...], PackedSpec]]:
+    for kernel, configs in (("mma", MMA), ("wgmma", WGMMA), ("collective", COLLECTIVE)):
+        for config in configs:
+            spec = select.packed_of(kernel, config, "bf16", "bf16", None, False)
+            possible = isinstance(spec, PackedGemmSpec) or divide(spec, m, n, k, sms) is not None
+            if check(spec) is None and possible and _tokens(spec) <= max(16, 2 * m):
+                yield kernel, config, spec
+
+
+def _tokens(spec: PackedSpec) -> int:
+    if isinstance(spec, PackedMmaSpec):
+        return 8 * spec.token_tiles
+    return spec.tile[1] if isinstance(spec, PackedGemmSpec) else spec.tokens
+
+
+def tune(shapes: Sequence[tuple[int, int]], sizes: Sequence[int]) -> Iterator[tuple[table.Choice, dict[str, float]]]:
+    """For every (n, k) and m the fastest kernel, and the microseconds of all that were tried.
+
+    Weights rotate through more memory than the L2 holds; a call is a node of a CUDA graph.
+    """
+    device = torch.cuda.current_device()
+    sms = torch.cuda.get_device_properties(device).multi_processor_count
+    wanted = {spec for n, k in shapes for m in sizes for spec in candidates(m, n, k, sms)}
+    missing = [spec for spec in sorted(wanted, key=lambda s: s.name) if cache.lookup(spec) is None]
+    for built in builder.build_all(missing):
+        if built.error is not None:
+            raise RuntimeError(f"{built.spec.name}: {built.error}")
+    for n, k in shapes:
+        weight = ops.quantize(torch.randn(n, k, device=timing.DEVICE, dtype=torch.bfloat16)).prepack()
+        weights = [Weight(weight.data.clone(), weight.outer_scale, n, k) for _ in range(timing.rotation(weight.nbytes))]
+        for m in sizes:
+            known = {spec.name: (kernel, config) for kernel, config, spec in _candidates(m, n, k, sms)}
+            us = _measure(m, weights, candidates(m, n, k, sms))
+            best = min(us, key=us.__getitem__)
+            yield table.Choice(m, n, k, *known[best], us[best]), us
+
+
+def _measure(m: int, weights: Sequence[Weight], specs: Sequence[PackedSpec]) -> dict[str, float]:
+    n, k = weights[0].n, weights[0].k
+    x = [torch.randn(m, k, device=timing.DEVICE, dtype=torch.bfloat16) for _ in weights]
+    d = [torch.empty(m, n, device=timing.DEVICE, dtype=torch.bfloat16) for _ in weights]
+
+    def calls(spec: PackedSpec) -> list[timing.Call]:
+        return [
+            functools.partial(launch_spec, spec, Activations(a, None), w, None, Output(out, None, 0.0))
+            for a, w, out in zip(x, weights, d, strict=True)
+        ]
+
+    return timing.interleave({spec.name: timing.GraphSampler(calls(spec)) for spec in specs}, _REPEATS)
+
+
+def merge(rows: Sequence[table.Choice], new: Sequence[table.Choice]) -> list[table.Choice]:
+    """``rows`` with those of ``new`` in the place of the same products."""
+    replaced = {(r.m, r.n, r.k) for r in new}
+    return [*new, *(r for r in rows if (r.m, r.n, r.k) not in replaced)]

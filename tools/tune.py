@@ -1,0 +1,38 @@
+"""Measures fp4gemm/sm90_table.json again, on this machine's GPU: `python tools/tune.py [--out FILE]`.
+
+Takes a few minutes with kernels in the cache, and those of CUTLASS's layers most of a minute each without.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from fp4gemm import table, tune
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--out", type=Path, default=table.PACKAGED)
+    parser.add_argument("--commit", default="", help="of the sources, where they come without git history")
+    args = parser.parse_args()
+    start, rows = time.monotonic(), []
+    for choice, us in tune.tune(tune.SHAPES, tune.SIZES):
+        rows.append(choice)
+        best = sorted(us.items(), key=lambda item: item[1])[:3]
+        print(f"{choice.m}x{choice.n}x{choice.k}:", "; ".join(f"{name} {t:.2f}" for name, t in best), flush=True)
+        about = {"gpu": torch.cuda.get_device_name(), "commit": args.commit}
+        table.write(args.out, rows, **about, date=datetime.date.today().isoformat())
+    print(f"{len(rows)} products, {time.monotonic() - start:.0f} s: {args.out}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
