@@ -4,19 +4,22 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from fp4gemm.formats import PACKED_BLOCK
-from fp4gemm.spec import SM90_SHARED_BYTES, PackedMmaSpec, PackedWgmmaSpec
+from fp4gemm.formats import PACKED_BLOCK, PACKED_BLOCK_BYTES
+from fp4gemm.spec import PackedMmaSpec, PackedWgmmaSpec
 
+SM_SHARED_BYTES = 228 << 10
+SHARED_BYTES = 232448  # that a CTA of sm_90 can have
+_ONE_PIECE = 256  # rows times blocks of tokens up to which they come in one piece
 _RASTER = 8  # token tiles that pass over the rows together
 
 
 @dataclass(frozen=True)
 class Division:
-    """CTAs of a launch, their shared memory, and the eight numbers that tell each its part."""
+    """CTAs of a launch, their shared memory (None: as the kernel says), and the numbers that tell each its part."""
 
     ctas: int
-    shared_bytes: int
-    numbers: tuple[int, int, int, int, int, int, int, int]
+    shared_bytes: int | None
+    numbers: tuple[int, ...]  # from row_tiles to panels_extra of PackedGemmArguments
 
 
 def divide(spec: PackedMmaSpec | PackedWgmmaSpec, m: int, n: int, k: int, sms: int) -> Division | None:
@@ -28,28 +31,57 @@ def divide(spec: PackedMmaSpec | PackedWgmmaSpec, m: int, n: int, k: int, sms: i
 
 
 def _divide_mma(spec: PackedMmaSpec, m: int, panels: int, blocks: int, sms: int) -> Division | None:
-    """One cluster an SM pair (or SM) where panels allow, warps first along panels, then along K."""
-    clusters = min(sms // spec.split, panels)
+    """As many clusters as are resident at once, or as panels allow; all warps of a CTA at work, several to a panel."""
     most = spec.warps * spec.split // 4  # panels of a cluster: a warp writes one 16-row group at most
-    if most == 0:
+    if most == 0 or m > 8 * spec.token_tiles:
         return None
-    clusters = max(clusters, -(-panels // most))
-    row_groups = -(-panels // clusters)
-    cta_blocks = -(-blocks // spec.split)
-    depth_log2 = min(spec.warps // row_groups, cta_blocks).bit_length() - 1
-    shared = spec.shared_bytes + m * (cta_blocks * 128 + 16)
-    if m > 8 * spec.token_tiles or shared > SM90_SHARED_BYTES:
-        return None
-    warp_blocks = -(-cta_blocks // (1 << depth_log2))
+    clusters = max(min(sms // spec.split, panels), -(-panels // most))
     each, extra = divmod(panels, clusters)
-    return Division(clusters * spec.split, shared, (0, 0, 0, row_groups, depth_log2, warp_blocks, each, extra))
+    cluster_panels, cta_blocks = each + (extra > 0), -(-blocks // spec.split)
+    depth = 2 if spec.pairs else min(spec.warps // cluster_panels, -(-cta_blocks // spec.blocks))
+    if depth * cluster_panels > spec.warps:
+        return None
+    shared = mma_shared_bytes(spec, cluster_panels) + m * (cta_blocks * 128 + 16)
+    if shared > SHARED_BYTES:
+        return None
+    # Pairs of warps, an odd number of them: shares that give the four schedulers equal work.
+    first_turn = 16 if cluster_panels % 2 == 0 or cluster_panels == 1 else 16 - 16 // (cluster_panels - 1)
+    pieces = 1 if m * cta_blocks <= _ONE_PIECE else 4
+    piece_blocks = -(-cta_blocks // (4 * pieces)) * 4
+    # Where two CTAs fit on an SM, an early dependent one would take the place of another of its own grid.
+    launch_early = int(2 * (shared + 1024) > SM_SHARED_BYTES)
+    numbers = (0, 0, 0, depth, 65536 // depth + 1, first_turn, piece_blocks, 1, launch_early, each, extra)
+    return Division(clusters * spec.split, shared, numbers)
 
 
-def _divide_wgmma(spec: PackedWgmmaSpec, m: int, panels: int, sms: int) -> Division:
-    """A persistent grid: as many clusters as fit."""
-    row_tiles = -(-panels // (spec.row_groups * spec.multicast))
-    token_tiles = -(-m // spec.tokens)
+def mma_shared_bytes(spec: PackedMmaSpec, panels: int) -> int:
+    """Without the tokens: barriers, rings and the sums of peers, as in packed_mma.hpp."""
+    peers = (spec.split - 1) * (4 // spec.split) * spec.token_tiles * 512
+    return 1024 + spec.warps * spec.stages * spec.blocks * PACKED_BLOCK_BYTES + panels * peers
+
+
+def _divide_wgmma(spec: PackedWgmmaSpec, m: int, panels: int, sms: int) -> Division | None:
+    """A persistent grid: as many clusters as fit. Uneven row tiles share the panels so that no round is half empty."""
+    if wgmma_shared_bytes(spec) > SHARED_BYTES:
+        return None
     cluster = spec.multicast * spec.split
-    clusters = min(sms // cluster, row_tiles * token_tiles)
-    raster = min(token_tiles, _RASTER)
-    return Division(clusters * cluster, -1, (row_tiles, token_tiles, raster, 0, 0, 0, 0, 0))
+    row_tiles, token_tiles = -(-panels // (spec.panels * spec.multicast)), -(-m // spec.tokens)
+    # GPCs are whole pairs of SMs, but not whole fours.
+    clusters = min(sms // cluster if cluster <= 2 else sms * 9 // (10 * cluster), row_tiles * token_tiles)
+    full_tiles = row_tiles * spec.multicast
+    if spec.uneven:
+        rounds = -(-row_tiles * token_tiles // clusters)
+        row_tiles = max(row_tiles, min(rounds * clusters // token_tiles, panels // (spec.panels - 1)))
+        full_tiles = max(0, panels - row_tiles * (spec.panels - 1))
+        clusters = min(clusters, -(-row_tiles * token_tiles // rounds))
+    numbers = (row_tiles, token_tiles, min(token_tiles, _RASTER), *(0,) * 7, full_tiles)
+    return Division(clusters * cluster, None, numbers)
+
+
+def wgmma_shared_bytes(spec: PackedWgmmaSpec) -> int:
+    """As in packed_wgmma.hpp: alignment and barriers, stages, partial sums, lines of results."""
+    stage = -(-spec.tokens // 8) * 1024 + spec.panels * PACKED_BLOCK_BYTES
+    fragments = spec.tokens // 8 // spec.split
+    partials = spec.depth_groups * spec.split if spec.depth_groups > 1 else spec.split - 1
+    lines = spec.row_groups * 4096 if spec.out_dtype != "fp32" and spec.depth_groups == 1 and fragments % 2 == 0 else 0
+    return 2048 + spec.stages * stage + spec.panels * partials * fragments * 2048 + lines

@@ -111,7 +111,7 @@ def launch_spec(
         (beta_bits,) = struct.unpack("<Q", struct.pack("<d", beta))
         plan(
             stream, x.data_ptr(), w.data.data_ptr(), 0 if c is None else c.data_ptr(), beta_bits, d.data_ptr(),
-            scale.data_ptr(), outer_b.data_ptr(), bias_address, dependent=dependent,
+            scale.data_ptr(), outer_b.data_ptr(), bias_address,
         )  # fmt: skip
         return
     packed_plan(spec, PackedProblem(m, w.n, w.k, x_stride, ldd, not row_major, *per_row), device)(

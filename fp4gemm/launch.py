@@ -38,11 +38,11 @@ _programmatic: ContextVar[bool] = ContextVar("programmatic", default=False)
 
 @contextmanager
 def programmatic(enabled: bool = True) -> Iterator[None]:
-    """Let every GEMM on a prepacked weight begin before the kernel in front of it has ended (dependent launch).
+    """Let GEMMs on prepacked weights begin before the kernel in front of them has ended (dependent launch).
 
-    It prefetches its weight meanwhile, and waits before it touches anything else: a chain of layers then has no gaps.
-    Only for weights that the kernel in front does not write. Holds for calls, and captures, of this context; without
-    it, only the GEMM behind its own quantizer in ``quantize_gemm`` is launched so.
+    They prefetch their weight meanwhile, and wait before they touch anything else: a chain of layers then has no gaps.
+    Only for weights that no kernel of the chain writes. Holds for calls, and captures, of this context; without it,
+    only the GEMM behind its own quantizer in ``quantize_gemm`` is launched so. CUTLASS's collective takes no part.
     """
     token = _programmatic.set(enabled)
     try:
@@ -154,18 +154,16 @@ class GemmPlan:
         self._buffer = ctypes.create_string_buffer(bytes(params), len(params))
         self._words = memoryview(self._buffer).cast("B").cast("Q")
         address = ctypes.addressof(self._buffer)
-        threads, shared_bytes = kernel.meta["threads"], kernel.meta["smem_bytes"]
-        waits = isinstance(kernel.spec, PackedGemmSpec)
-        self._dispatch = Dispatch(kernel, "gemm", threads, shared_bytes, address, waits=waits)
+        self._dispatch = Dispatch(kernel, "gemm", kernel.meta["threads"], kernel.meta["smem_bytes"], address)
         self._lock = threading.Lock()
 
-    def __call__(self, stream: int, *addresses: int, dependent: bool = False) -> None:
+    def __call__(self, stream: int, *addresses: int) -> None:
         """Launch with the addresses of ``OPERANDS``, in that order; 0 for those the kernel has not."""
         with self._lock:
             words = self._words
             for word, operand in self.patches:
                 words[word] = addresses[operand]
-            self._dispatch(self.grid, stream, dependent)
+            self._dispatch(self.grid, stream)
 
 
 @lru_cache(maxsize=4096)

@@ -21,7 +21,7 @@ Spec = PackedMmaSpec | PackedWgmmaSpec
 
 # PackedGemmArguments of templates/include/fp4gemm/packed_gemm.hpp: keep both alike.
 # x_map | x, w, d, c, outer_a, outer_b, bias | strides of x and d | m, n, k, panels, k_blocks | division | strides, beta
-PACKED_GEMM_ARGUMENTS = struct.Struct("<128x7Q3q5i8i2if")
+PACKED_GEMM_ARGUMENTS = struct.Struct("<128x7Q3q5i11i2if")
 PACKED_GEMM_BYTES = -(-PACKED_GEMM_ARGUMENTS.size // 64) * 64
 _X, _W, _D, _C, _OUTER_A, _OUTER_B, _BIAS = range(16, 23)  # words of 8 bytes
 _BETA = PACKED_GEMM_ARGUMENTS.size - 4
@@ -79,7 +79,7 @@ class PackedPlan:
             encoded, self._map_word = address_word(_tokens_request(spec, p))
             self._words[:16] = memoryview(encoded).cast("Q")
         self._grid = (division.ctas, 1, 1)
-        shared = kernel.meta["smem_bytes"] if division.shared_bytes < 0 else division.shared_bytes
+        shared = kernel.meta["smem_bytes"] if division.shared_bytes is None else division.shared_bytes
         address = ctypes.addressof(self._buffer)
         self._dispatch = Dispatch(kernel, "gemm", kernel.meta["threads"], shared, address, waits=True)
         self._lock = threading.Lock()

@@ -136,7 +136,7 @@ def dequantize_spec(arch: str, dtype: str, sf_layout: str, outer: bool) -> Dequa
     return DequantizeSpec(arch, dtype, sf_layout, outer)
 
 
-FALLBACK = ("wgmma", (128, 2, 1, 1, 1, 6))  # serves everything
+FALLBACK = ("wgmma", (128, 2, 2, 1, 1, 1, 6))  # serves everything
 _SCHEDULES = {128: "cooperative", 64: "pingpong"}  # of the collective, by its weight rows
 
 
@@ -149,8 +149,12 @@ def packed_of(
         tile, schedule = (rows, tokens, 64), _SCHEDULES[rows]
         c = out_dtype if source else None
         return PackedGemmSpec("sm_90a", a_dtype, out_dtype, bias, tile, (cluster, 1), schedule, c)
-    kinds: dict[str, type[PackedMmaSpec | PackedWgmmaSpec]] = {"mma": PackedMmaSpec, "wgmma": PackedWgmmaSpec}
-    return kinds[kernel]("sm_90a", a_dtype, out_dtype, bias, source, *config)
+    terms = ("sm_90a", a_dtype, out_dtype, bias, source)
+    if kernel == "mma":
+        tiles, warps, stages, blocks, split, loaders, pairs = config
+        return PackedMmaSpec(*terms, tiles, warps, stages, blocks, split, loaders, pairs)
+    tokens, panels, row_groups, depth_groups, multicast, split, stages = config
+    return PackedWgmmaSpec(*terms, tokens, panels, row_groups, depth_groups, multicast, split, stages)
 
 
 @cache

@@ -243,7 +243,8 @@ class PackedMmaSpec:
     """The GEMM of PackedGemmSpec for a few tokens, by mma.sync (templates/include/fp4gemm/packed_mma.hpp).
 
     ``token_tiles`` of 8; ``warps`` of a CTA, each with a ring of ``stages`` of ``blocks`` 64 x 64 blocks of the weight;
-    ``split``: CTAs of a cluster, which divide K."""
+    ``split``: CTAs of a cluster, which divide K; ``loaders``: further warps, which load tokens; ``pairs``: two warps
+    share a panel, in parts that give the SM's schedulers equal work."""
 
     template: ClassVar[str] = "gemm_packed_mma.cu.jinja"
     uses_cutlass: ClassVar[bool] = False
@@ -259,10 +260,12 @@ class PackedMmaSpec:
     stages: int
     blocks: int
     split: int
+    loaders: int
+    pairs: int
 
     @property
     def config(self) -> tuple[int, ...]:
-        return (self.token_tiles, self.warps, self.stages, self.blocks, self.split)
+        return (self.token_tiles, self.warps, self.stages, self.blocks, self.split, self.loaders, self.pairs)
 
     @property
     def name(self) -> str:
@@ -273,10 +276,14 @@ class PackedMmaSpec:
             return f"token_tiles: got {self.token_tiles}, expected 1, 2 or 4"
         if not 1 <= self.warps <= 32 or self.warps * self.stages > 100 or self.stages < 1 or self.blocks < 1:
             return f"warps x stages: got {self.warps} x {self.stages}, expected at most 32 warps and 100 stages in all"
+        if self.ring_bytes < 2048 * self.token_tiles:
+            return f"stages x blocks: got {self.stages} x {self.blocks}, expected room for a warp's sums"
         if self.split not in (1, 2, 4):
             return f"split: got {self.split}, expected 1, 2 or 4"
-        if self.ring_bytes < 2048 * self.token_tiles:
-            return f"stages x blocks: got {self.stages} x {self.blocks}, too few for the partial sums that follow there"
+        if not 0 <= self.loaders <= 32 - self.warps:
+            return f"loaders: got {self.loaders}, expected at most {32 - self.warps} beside {self.warps} warps"
+        if self.pairs not in (0, 1) or (self.pairs and self.blocks != 1):
+            return f"pairs: got {self.pairs} with {self.blocks} blocks, expected 0, or 1 with 1 block"
         return _packed_problem(self) or _shared_problem(self.shared_bytes)
 
     @property
@@ -286,7 +293,7 @@ class PackedMmaSpec:
 
     @property
     def shared_bytes(self) -> int:
-        """Shared memory without the tokens: barriers and rings."""
+        """Shared memory without what depends on the problem: barriers and rings."""
         return 1024 + self.warps * self.ring_bytes
 
 
@@ -294,8 +301,9 @@ class PackedMmaSpec:
 class PackedWgmmaSpec:
     """The GEMM of PackedGemmSpec by WGMMA, K split inside a cluster (templates/include/fp4gemm/packed_wgmma.hpp).
 
-    A CTA has ``tokens`` tokens and 64 * ``row_groups`` weight rows; ``row_groups`` x ``depth_groups`` warpgroups, the
-    latter along K; a cluster ``multicast`` row tiles that share tokens and ``split`` parts of K."""
+    A CTA has ``tokens`` tokens and ``panels`` of 64 weight rows; ``row_groups`` x ``depth_groups`` warpgroups, which
+    divide the panels and take turns along K; a cluster ``multicast`` row tiles that share tokens and ``split`` parts of
+    K."""
 
     template: ClassVar[str] = "gemm_packed_wgmma.cu.jinja"
     uses_cutlass: ClassVar[bool] = True
@@ -307,6 +315,7 @@ class PackedWgmmaSpec:
     bias: str | None
     source: bool
     tokens: int
+    panels: int
     row_groups: int
     depth_groups: int
     multicast: int
@@ -315,30 +324,39 @@ class PackedWgmmaSpec:
 
     @property
     def config(self) -> tuple[int, ...]:
-        return (self.tokens, self.row_groups, self.depth_groups, self.multicast, self.split, self.stages)
+        groups = (self.row_groups, self.depth_groups)
+        return (self.tokens, self.panels, *groups, self.multicast, self.split, self.stages)
 
     @property
     def name(self) -> str:
         return _packed_name("wgmma", self)
 
+    @property
+    def roomy(self) -> bool:
+        """Whether accumulators leave registers: for two k-steps in flight, and for row tiles with a panel less."""
+        groups = self.row_groups * self.depth_groups
+        launch, producer = 65536 // (128 * (groups + 1)) // 8 * 8, 32 if groups > 2 else 24
+        consumer = (launch * (groups + 1) - producer) // groups // 8 * 8
+        return -(-self.panels // self.row_groups) * self.tokens // 2 + 56 <= consumer
+
+    @property
+    def uneven(self) -> bool:
+        """Whether some row tiles may have a panel less than others."""
+        return self.roomy and self.panels > self.row_groups and self.multicast == 1
+
     def why_not(self) -> str | None:
         if self.tokens not in WGMMA_TOKENS:
             return f"tokens: got {self.tokens}, expected one of {', '.join(map(str, WGMMA_TOKENS))}"
-        if not 1 <= self.row_groups * self.depth_groups <= 4:
-            return f"row_groups x depth_groups: got {self.row_groups} x {self.depth_groups}, expected at most 4"
+        if not 1 <= self.row_groups * self.depth_groups <= 4 or self.row_groups > self.panels:
+            return (
+                f"row_groups x depth_groups: got {self.row_groups} x {self.depth_groups} for {self.panels} panels, "
+                "expected at most 4, and a panel for each row group"
+            )
         if self.multicast * self.split not in (1, 2, 4) or self.tokens // 8 % self.split:
             return f"multicast x split: got {self.multicast} x {self.split}, expected 1, 2 or 4 CTAs in all"
-        if not 2 * self.depth_groups < self.stages <= 60:
-            return f"stages: got {self.stages}, expected more than 2 * depth_groups and at most 60"
-        return _packed_problem(self) or _shared_problem(self.shared_bytes)
-
-    @property
-    def shared_bytes(self) -> int:
-        """Shared memory: to align, barriers, stages of tokens and of weights, partial sums."""
-        weights = -(-self.row_groups * PACKED_BLOCK_BYTES // 128) * 128
-        partials = self.depth_groups * self.split
-        sums = self.row_groups * partials * (self.tokens // 8 // self.split) * 2048 if partials > 1 else 0
-        return 2048 + self.stages * (128 * self.tokens + weights) + sums
+        if not 2 * self.depth_groups <= self.stages <= 60 or self.stages % self.depth_groups:
+            return f"stages: got {self.stages}, expected a multiple of depth_groups, at least twice that, at most 60"
+        return _packed_problem(self)
 
 
 WGMMA_TOKENS = (16, 32, 64, 96, 128, 192, 256)
@@ -399,16 +417,16 @@ def _sm90_values() -> list[KernelSpec]:
 
 def _sm90_packed() -> list[KernelSpec]:
     """GEMMs on prepacked weights: of each kind those for few tokens and for many, and each term and dtype once."""
-    one, two = (1, 8, 4, 2, 2), (2, 16, 2, 1, 2)
-    few, many = (16, 1, 4, 1, 2, 16), (256, 2, 1, 2, 1, 5)
+    one, two = (1, 16, 3, 1, 2, 0, 0), (2, 14, 2, 1, 2, 2, 1)
+    few, many = (16, 1, 1, 4, 1, 2, 16), (256, 2, 2, 1, 1, 1, 5)
     return [
         PackedMmaSpec("sm_90a", "bf16", "bf16", None, False, *one),
         PackedMmaSpec("sm_90a", "bf16", "bf16", None, False, *two),
         PackedMmaSpec("sm_90a", "fp16", "fp16", None, False, *one),
         PackedMmaSpec("sm_90a", "bf16", "bf16", "bf16", False, *one),
         PackedWgmmaSpec("sm_90a", "bf16", "bf16", None, False, *few),
-        PackedWgmmaSpec("sm_90a", "bf16", "bf16", None, False, 64, 1, 3, 1, 2, 10),
-        PackedWgmmaSpec("sm_90a", "bf16", "bf16", None, False, 128, 2, 1, 1, 1, 6),
+        PackedWgmmaSpec("sm_90a", "bf16", "bf16", None, False, 64, 7, 4, 1, 1, 2, 6),
+        PackedWgmmaSpec("sm_90a", "bf16", "bf16", None, False, 128, 2, 2, 1, 1, 2, 8),
         PackedWgmmaSpec("sm_90a", "bf16", "bf16", None, False, *many),
         PackedWgmmaSpec("sm_90a", "fp16", "fp16", None, False, *many),
         PackedWgmmaSpec("sm_90a", "bf16", "fp32", None, False, *few),

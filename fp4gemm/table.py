@@ -23,19 +23,18 @@ _SCHEMA = 1
 @dataclass(frozen=True)
 class Choice:
     """For up to ``m`` tokens: the kind of kernel ("mma", "wgmma", "collective") and its configuration
-    (``select.packed_of``), and the microseconds it took, bf16 in and out."""
+    (``select.packed_of``)."""
 
     m: int
     n: int
     k: int
     kernel: str
     config: tuple[int, ...]
-    us: float
 
 
 def _choice(row: dict[str, Any]) -> Choice:
     m, n, k = (int(row[size]) for size in ("m", "n", "k"))
-    return Choice(m, n, k, str(row["kernel"]), tuple(map(int, row["config"])), float(row["us"]))
+    return Choice(m, n, k, str(row["kernel"]), tuple(map(int, row["config"])))
 
 
 def read(path: Path) -> tuple[Choice, ...]:
@@ -52,13 +51,14 @@ def read(path: Path) -> tuple[Choice, ...]:
 def write(path: Path, rows: Iterable[Choice], **about: str) -> None:
     """Write a table whole or not at all; ``about`` says where it was measured."""
     ordered = sorted(rows, key=lambda row: (row.n, row.k, row.m))
-    lines = [json.dumps({**asdict(row), "us": round(row.us, 2)}) for row in ordered]
+    lines = [json.dumps(asdict(row)) for row in ordered]
     head = json.dumps({"schema": _SCHEMA, **about})[:-1]
     text = head + ', "rows": [\n ' + ",\n ".join(lines) + "\n]}\n"
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=path.name)
     with os.fdopen(handle, "w", encoding="utf-8") as file:
         file.write(text)
+    os.chmod(name, 0o644)  # mkstemp's files are their owner's alone
     os.replace(name, path)
 
 

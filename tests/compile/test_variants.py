@@ -15,14 +15,30 @@ from pathlib import Path
 import pytest
 
 from fp4gemm import builder, cache
-from fp4gemm.compile import read_ints
+from fp4gemm.compile import compile_source, read_ints
+from fp4gemm.division import mma_shared_bytes, wgmma_shared_bytes
 from fp4gemm.launch import AMAX_ARGUMENTS, DEQUANTIZE_ARGUMENTS, PACK_ARGUMENTS, QUANTIZE_ARGUMENTS
-from fp4gemm.spec import ARCHS, AmaxSpec, DequantizeSpec, GemmSpec, KernelSpec, PackSpec, QuantizeSpec, default_variants
+from fp4gemm.packed_plan import PACKED_GEMM_BYTES
+from fp4gemm.render import render
+from fp4gemm.spec import (
+    ARCHS,
+    AmaxSpec,
+    DequantizeSpec,
+    GemmSpec,
+    KernelSpec,
+    PackedGemmSpec,
+    PackedMmaSpec,
+    PackedWgmmaSpec,
+    PackSpec,
+    QuantizeSpec,
+    default_variants,
+)
 
 pytestmark = pytest.mark.compile
 
 VARIANTS = default_variants()
-GEMMS = [spec for spec in VARIANTS if isinstance(spec, GemmSpec)]
+GEMMS = [spec for spec in VARIANTS if isinstance(spec, (GemmSpec, PackedGemmSpec))]  # of CUTLASS's collectives
+ENGINE = [spec for spec in VARIANTS if isinstance(spec, (PackedMmaSpec, PackedWgmmaSpec))]
 ARGUMENTS = {
     QuantizeSpec: QUANTIZE_ARGUMENTS,
     AmaxSpec: AMAX_ARGUMENTS,
@@ -61,6 +77,11 @@ def entry(built: dict[str, builder.Built], spec: KernelSpec) -> cache.Entry:
 
 def test_every_arch_has_a_gemm() -> None:
     assert {spec.arch for spec in GEMMS} == set(ARCHS)
+    assert {type(spec) for spec in VARIANTS if spec.arch == "sm_90a"} >= {
+        PackedMmaSpec,
+        PackedWgmmaSpec,
+        PackedGemmSpec,
+    }
 
 
 @variants(VARIANTS)
@@ -84,15 +105,37 @@ def test_resources(entry: cache.Entry, spec: KernelSpec) -> None:
     assert -(-meta["registers"] // 8) * 8 * meta["threads"] <= REGISTER_FILE
 
 
-@variants([spec for spec in VARIANTS if not isinstance(spec, GemmSpec)])
+@variants([spec for spec in VARIANTS if type(spec) in ARGUMENTS])
 def test_small_kernels(entry: cache.Entry, spec: KernelSpec) -> None:
     assert entry.meta["params_bytes"] == ARGUMENTS[type(spec)].size
     assert entry.meta["threads"] == spec.threads * getattr(spec, "rows", 1)
     assert entry.meta["cluster"] == [1, 1, 1]
 
 
+@variants(ENGINE)
+def test_engine_launch(entry: cache.Entry, spec: PackedMmaSpec | PackedWgmmaSpec) -> None:
+    """What ``packed_plan`` and ``division`` take for granted."""
+    meta = entry.meta
+    assert meta["params_bytes"] == PACKED_GEMM_BYTES
+    if isinstance(spec, PackedMmaSpec):
+        assert meta["smem_bytes"] == mma_shared_bytes(spec, panels=0)
+        assert (meta["threads"], meta["cluster"]) == (32 * (spec.warps + spec.loaders), [spec.split, 1, 1])
+    else:
+        assert meta["smem_bytes"] == wgmma_shared_bytes(spec)
+        assert meta["threads"] == 128 * (spec.row_groups * spec.depth_groups + 1)
+        assert meta["cluster"] == [spec.multicast * spec.split, 1, 1]
+
+
+@variants([spec for spec in ENGINE if isinstance(spec, PackedWgmmaSpec)])
+def test_ptxas_leaves_wgmma_asynchronous(spec: PackedWgmmaSpec) -> None:
+    """It says so where it serializes WGMMAs (C7510 and its like), which makes a kernel several times slower."""
+    log = compile_source(render(spec), spec.name, spec.arch, cutlass=True).log
+    assert "Used" in log  # ptxas's report is there
+    assert not re.search(r"C75\d\d|serializ", log, re.IGNORECASE), log
+
+
 @variants(GEMMS)
-def test_gemm_launch_struct(entry: cache.Entry, spec: GemmSpec) -> None:
+def test_gemm_launch_struct(entry: cache.Entry, spec: GemmSpec | PackedGemmSpec) -> None:
     """``launch._split`` cuts Params and the grid out of the Launch struct by these numbers."""
     meta = entry.meta
     assert meta["cluster"] == [*spec.cluster, 1]
@@ -118,14 +161,31 @@ def disassembled(cubin: Path) -> dict[str, str]:
 
 
 @variants(GEMMS)
-def test_gemm_uses_the_tensor_core_and_tma(entry: cache.Entry, spec: GemmSpec) -> None:
+def test_gemm_uses_the_tensor_core_and_tma(entry: cache.Entry, spec: GemmSpec | PackedGemmSpec) -> None:
     code = disassembled(entry.path / "kernel.cubin")["gemm"]
     for instruction in (MULTIPLIES[spec.arch], "UTMALDG", "UTMASTG"):
         assert re.search(rf"\s{instruction}\b", code), f"no {instruction}"
 
 
+@variants(ENGINE)
+def test_engine_machine_code(entry: cache.Entry, spec: PackedMmaSpec | PackedWgmmaSpec) -> None:
+    """Weights come by bulk copies, tokens by TMA or cp.async; codes become operands without a conversion."""
+    code = disassembled(entry.path / "kernel.cubin")["gemm"]
+    wgmma = isinstance(spec, PackedWgmmaSpec)
+    needed = ("HGMMA", "UBLKCP", "UTMALDG") if wgmma else ("HMMA", "UBLKCP", "LDSM", "LDGSTS")
+    for instruction in needed:
+        assert re.search(rf"\s{instruction}\b", code), f"no {instruction}"
+    # A block scale is half of a register pair, which the multiplication broadcasts.
+    multiply = r"HMUL2\.BF16" if spec.a_dtype == "bf16" else r"HMUL2"
+    for half in ("H0_H0", "H1_H1"):
+        assert re.search(rf"{multiply}\S* .*\.{half}", code), f"no {multiply} with {half}"
+    assert not re.search(r"\s(LDL|STL)\b", code)
+    assert "ACQBULK" in code, "no wait for the kernel in front (griddepcontrol)"
+    assert "PREEXIT" in code, "the kernel behind may not begin early"
+
+
 @variants(GEMMS)
-def test_make_params_has_no_breakpoint(entry: cache.Entry, spec: GemmSpec) -> None:
+def test_make_params_has_no_breakpoint(entry: cache.Entry, spec: GemmSpec | PackedGemmSpec) -> None:
     """CUTLASS's own uint128 divides through a breakpoint, at shapes that make_params is given: nvrtc/std.hpp."""
     code = disassembled(entry.path / "kernel.cubin")["make_params"]
     assert "EXIT" in code

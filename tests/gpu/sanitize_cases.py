@@ -104,18 +104,19 @@ def gemm_cases(device: torch.device) -> Iterator[str]:
 
 # Both kernels: K split or not, tokens shared or not, one warpgroup along K or several, stages of one block or two.
 ENGINE_CONFIGS: tuple[cases.Config, ...] = (
-    ("mma", (1, 8, 4, 1, 2)),
-    ("mma", (1, 4, 8, 2, 4)),
-    ("mma", (2, 8, 4, 2, 1)),
-    ("mma", (4, 16, 4, 1, 1)),
-    ("wgmma", (16, 1, 4, 1, 2, 16)),
-    ("wgmma", (16, 1, 1, 4, 1, 8)),
-    ("wgmma", (32, 2, 2, 1, 1, 12)),
-    ("wgmma", (64, 1, 2, 4, 1, 8)),
-    ("wgmma", (96, 1, 2, 1, 4, 8)),
-    ("wgmma", (128, 1, 1, 2, 2, 8)),
-    ("wgmma", (192, 2, 1, 1, 1, 5)),
-    ("wgmma", (256, 2, 1, 2, 1, 5)),
+    ("mma", (1, 8, 4, 1, 2, 0, 0)),
+    ("mma", (1, 4, 8, 2, 4, 0, 0)),
+    ("mma", (2, 14, 2, 1, 2, 2, 1)),
+    ("mma", (4, 8, 4, 1, 1, 4, 0)),
+    ("wgmma", (16, 1, 1, 4, 1, 2, 16)),
+    ("wgmma", (16, 1, 1, 1, 4, 1, 8)),
+    ("wgmma", (32, 2, 2, 2, 1, 1, 12)),
+    ("wgmma", (64, 1, 1, 2, 4, 1, 8)),
+    ("wgmma", (64, 7, 4, 1, 1, 2, 6)),
+    ("wgmma", (96, 1, 1, 2, 1, 4, 8)),
+    ("wgmma", (128, 1, 1, 1, 2, 2, 8)),
+    ("wgmma", (192, 2, 2, 1, 1, 1, 5)),
+    ("wgmma", (256, 2, 2, 1, 2, 1, 4)),
 )
 
 
@@ -126,8 +127,8 @@ def engine_cases(device: torch.device) -> Iterator[str]:
     for (kernel, config), column_major in product(ENGINE_CONFIGS, (False, True)):
         m = 8 * config[0] - 1 if kernel == "mma" else config[0] + 1
         yield _engine((kernel, config), (m, 201, 1000), device, column_major)
-    yield _engine(("wgmma", (16, 1, 4, 1, 2, 16)), (17, 9000, 72), device, False)
-    yield _engine(("mma", (1, 8, 4, 1, 2)), (3, 20000, 136), device, False)
+    yield _engine(("wgmma", (16, 1, 1, 4, 1, 2, 16)), (17, 9000, 72), device, False)
+    yield _engine(("mma", (1, 8, 4, 1, 2, 0, 0)), (3, 20000, 136), device, False)
 
 
 def _engine(config: cases.Config, shape: tuple[int, int, int], device: torch.device, column_major: bool) -> str:

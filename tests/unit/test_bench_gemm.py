@@ -13,7 +13,7 @@ import pytest
 import torch
 
 import fp4gemm
-from fp4gemm import launch, report
+from fp4gemm import launch, report, select
 from fp4gemm.bench import common, gemm, humming, problem, sweep, tables, timing
 
 US = {"cublas_bf16": 6.0, "dequantize_cublas": 12.0, "humming": 3.0, "gemm": 2.0}  # graphs; others 2.5
@@ -74,6 +74,8 @@ def on_cpu(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, bool]]:
     monkeypatch.setattr(timing, "sampler", sampler)
     monkeypatch.setattr(timing, "interleave", interleave)
     monkeypatch.setattr(launch, "programmatic", programmatic, raising=False)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(select, "gpu_of", lambda device: ("NVIDIA H200", 132))
     monkeypatch.setattr(humming, "available", lambda: False)
     monkeypatch.setattr(fp4gemm, "gemm", fake_gemm)
     monkeypatch.setattr(fp4gemm, "quantize_gemm", fake_quantize_gemm)

@@ -89,6 +89,87 @@ def test_gemm_gives_bf16_unless_told(x, w):
     assert fp4gemm.gemm(reference.quantize(x), w).dtype == torch.bfloat16
 
 
+# --- plain activations, prepacked weights, C, out ---
+
+
+@pytest.fixture(params=["plain", "prepacked"])
+def either(request, w):
+    """The same weight in both forms."""
+    return w if request.param == "plain" else w.prepack()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("out_dtype", [None, *FLOATS])
+def test_gemm_of_plain_activations(x, w, either, bias, dtype, out_dtype):
+    x = x.to(dtype)
+    got = fp4gemm.gemm(x, either, bias, out_dtype=out_dtype)
+    assert got.dtype == (out_dtype or dtype)
+    assert torch.equal(got, reference.gemm(x, w, bias, out_dtype))
+    exact = x.double() @ reference.dequantize(w).double().t() + bias.double()
+    assert bool(((got.double() - exact).abs() <= 0.01 * exact.abs() + 0.01).all())
+
+
+def test_prepacked_operands_give_the_same(x, w, either, bias):
+    a = reference.quantize(x)
+    expected = reference.gemm(a, w, bias, torch.float32)
+    for one in (a, a.prepack()):
+        assert torch.equal(fp4gemm.gemm(one, either, bias, out_dtype=torch.float32), expected)
+    assert torch.equal(fp4gemm.quantize_gemm(x, either, bias), fp4gemm.quantize_gemm(x, w, bias))
+
+
+@pytest.mark.parametrize("out_dtype", FLOATS)
+@pytest.mark.parametrize("beta", [1.0, 0.0, -0.3])
+def test_c_is_added(x, w, either, bias, out_dtype, beta):
+    """beta * c and its sum are rounded on their own in float32, behind the bias."""
+    x, c = x.bfloat16(), values(M, N, dtype=out_dtype, seed=3)
+    got = fp4gemm.gemm(x, either, bias, c=c, beta=beta, out_dtype=out_dtype)
+    base = reference.gemm(x, w, bias, torch.float32)
+    assert torch.equal(got, (base + c.float() * beta).to(out_dtype))
+    if beta == 1.0:
+        assert torch.equal(fp4gemm.gemm(x, either, bias, c=c, out_dtype=out_dtype), got)
+
+
+def test_without_c_beta_means_nothing(x, w):
+    assert torch.equal(fp4gemm.gemm(x.half(), w, beta=float("nan")), fp4gemm.gemm(x.half(), w))
+
+
+OUTS = {
+    "whole": lambda: torch.empty(M, N),
+    "slice": lambda: torch.empty(M + 2, N + 3)[1:-1, 2:-1],
+    "column-major": lambda: torch.empty(N, M).t(),
+    "column-major slice": lambda: torch.empty(N + 2, M + 3)[1:-1, 2:-1].t(),
+}
+
+
+@pytest.mark.parametrize("make", OUTS.values(), ids=OUTS)
+def test_out_is_written_and_returned(x, w, either, bias, make):
+    x, out = x.half(), make().fill_(float("nan"))
+    assert fp4gemm.gemm(x, either, out=out) is out
+    assert torch.equal(out, reference.gemm(x, w, out_dtype=torch.float32))
+    c = out.clone()
+    assert fp4gemm.gemm(x, either, bias, c=out, beta=0.5, out=out) is out  # in place
+    assert torch.equal(out, reference.gemm(x, w, bias, torch.float32, c=c, beta=0.5))
+    a = reference.quantize(x)
+    assert torch.equal(fp4gemm.gemm(a, either, out=out, out_dtype=torch.float32), reference.gemm(a, w, None, out.dtype))
+
+
+def test_column_major(x, w, either):
+    for a in (x.bfloat16(), reference.quantize(x)):
+        got = fp4gemm.gemm(a, either, column_major=True)
+        assert got.t().is_contiguous()
+        assert torch.equal(got, fp4gemm.gemm(a, w))
+    none = fp4gemm.gemm(x[:0].half(), either, column_major=True)
+    assert none.shape == (0, N)
+
+
+def test_empty_products_with_c_and_out(bias):
+    b, x, c = fp4gemm.quantize(torch.ones(N, 0)), torch.ones(M, 0).half(), values(M, N)
+    for weight in (b, b.prepack()):
+        assert torch.equal(fp4gemm.gemm(x, weight, bias, c=c, beta=2.0, out_dtype=torch.float32), bias + c * 2)
+        out = torch.full((M, N), float("nan"))
+        assert fp4gemm.gemm(x, weight, out=out).eq(0).all()
+
+
 @pytest.mark.parametrize("dtype", FLOATS)
 @pytest.mark.parametrize("outer_scale", [None, torch.tensor(0.01), torch.linspace(0.001, 0.1, M)])
 def test_quantize_gemm_is_gemm_of_quantize(x, w, bias, dtype, outer_scale):
@@ -167,6 +248,49 @@ def test_compiles_whole_and_once_for_every_m(w, bias):
         x = values(rows, K)
         for got, expected in zip(compiled(x, w, bias), every_call(x, w, bias), strict=True):
             assert torch.equal(got, expected)
+    assert counter.frame_count == 1
+
+
+def with_prepacked(x, w, out, c):
+    fp4gemm.gemm(x, w, out=out)
+    d = fp4gemm.gemm(x + 1, w, c=c, beta=0.25, column_major=True)
+    return d, fp4gemm.quantize_gemm(x, w), fp4gemm.gemm(fp4gemm.quantize(x), w), out * 2
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_compiles_with_prepacked_weights_and_out(w, dynamic):
+    torch._dynamo.reset()
+    p = w.prepack()
+    compiled = torch.compile(with_prepacked, fullgraph=True, dynamic=dynamic, backend="aot_eager")
+    for rows in (M, 2, 33):
+        x, c = values(rows, K).bfloat16(), values(rows, N).bfloat16()
+        outs = [torch.full((rows, N), float("nan"), dtype=torch.bfloat16) for _ in range(2)]
+        results = compiled(x, p, outs[0], c), with_prepacked(x, p, outs[1], c)
+        for got, expected in zip(*results, strict=True):
+            assert torch.equal(got, expected)
+            assert got.stride() == expected.stride()
+        assert torch.equal(*outs)
+
+
+def test_compiled_accumulation_in_place(w):
+    torch._dynamo.reset()
+    compiled = torch.compile(lambda x, w, out: fp4gemm.gemm(x, w, c=out, out=out), fullgraph=True, backend="aot_eager")
+    x, out = values(M, K).half(), values(M, N)
+    want = fp4gemm.gemm(x, w, c=out, out_dtype=torch.float32)
+    compiled(x, w.prepack(), out)
+    assert torch.equal(out, want)
+
+
+@pytest.mark.parametrize("form", ["plain", "prepacked"])
+def test_compiles_once_for_every_m_and_beta_stays_out_of_it(w, form):
+    """A default float traced as a symbol costs a second compilation: beta is one only where there is a C."""
+    torch._dynamo.reset()
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(fp4gemm.gemm, fullgraph=True, dynamic=True, backend=counter)
+    b = w if form == "plain" else w.prepack()
+    for rows in (M, 2, 33, 130):
+        x = values(rows, K).bfloat16()
+        assert torch.equal(compiled(x, b), fp4gemm.gemm(x, w))
     assert counter.frame_count == 1
 
 
@@ -282,6 +406,39 @@ def test_no_gradient_of_another_operand_is_dropped_in_silence(x, w, bias, call):
         (lambda x, w: fp4gemm.gemm(fp4gemm.quantize(x[:, :39]), w), ValueError, r"a: .* K = 40 .*\(5, 39\)"),
         (lambda x, w: fp4gemm.gemm(w, w.to("meta")), ValueError, r"b: expected device cpu \(that of a\), got meta"),
         (lambda x, w: fp4gemm.gemm(w, w, out_dtype=torch.float64), TypeError, "out_dtype: expected one of"),
+        (
+            lambda x, w: fp4gemm.gemm(x.half(), w, c=torch.ones(M, N)),
+            TypeError,
+            r"c: expected dtype torch.float16 \(that",
+        ),
+        (lambda x, w: fp4gemm.gemm(x.half(), w, c=torch.ones(N).half()), ValueError, r"c: expected shape \[5, 7\]"),
+        (lambda x, w: fp4gemm.gemm(x.half(), w, c=[0.0]), TypeError, "c: expected a torch.Tensor or None, got list"),
+        (
+            lambda x, w: fp4gemm.gemm(x.half(), w, out=[0.0]),
+            TypeError,
+            "out: expected a torch.Tensor or None, got list",
+        ),
+        (lambda x, w: fp4gemm.gemm(x.half(), w, out=torch.ones(N, M)), ValueError, r"out: expected shape \[5, 7\]"),
+        (
+            lambda x, w: fp4gemm.gemm(x.half(), w, out=torch.ones(M, N, dtype=torch.int32)),
+            TypeError,
+            "out.dtype: expected one of",
+        ),
+        (
+            lambda x, w: fp4gemm.gemm(x.half(), w, out=torch.ones(M, N), out_dtype=torch.float16),
+            TypeError,
+            r"out: expected dtype torch.float16 \(that of D\), got torch.float32",
+        ),
+        (
+            lambda x, w: fp4gemm.gemm(x.half(), w, out=torch.ones(2 * M, 2 * N)[::2, ::2]),
+            ValueError,
+            "out: expected contiguous rows or columns",
+        ),
+        (
+            lambda x, w: fp4gemm.gemm(x.half(), w, out=torch.ones(M, N, device="meta")),
+            ValueError,
+            "out: expected device cpu .* got meta",
+        ),
         (lambda x, w: fp4gemm.gemm(w, w, torch.ones(8)), ValueError, r"bias: expected shape \[7\] .*got \[8\]"),
         (lambda x, w: fp4gemm.quantize_gemm(x, x), TypeError, "w: expected an FP4Tensor, got Tensor"),
         (lambda x, w: fp4gemm.quantize_gemm([1.0], w), TypeError, "x: expected a torch.Tensor, got list"),

@@ -7,14 +7,30 @@ import pytest
 
 from fp4gemm import spec
 from fp4gemm.formats import SF_LAYOUTS
-from fp4gemm.spec import ARCHS, AmaxSpec, DequantizeSpec, GemmSpec, PackSpec, QuantizeSpec, check, default_variants
+from fp4gemm.spec import (
+    ARCHS,
+    AmaxSpec,
+    DequantizeSpec,
+    GemmSpec,
+    PackedGemmSpec,
+    PackedMmaSpec,
+    PackedWgmmaSpec,
+    PackSpec,
+    QuantizeSpec,
+    check,
+    default_variants,
+)
 
 QUANTIZE = QuantizeSpec("sm_90a", "bf16", "per_row", "te_per_token", "128x4", 128, 4, 4)
 AMAX = AmaxSpec("sm_90a", "bf16")
 DEQUANTIZE = DequantizeSpec("sm_90a", "bf16", "linear", outer=True)
 PACK = PackSpec("sm_90a", "128x4", "pack")
 GEMM = GemmSpec("sm_90a", "bf16", None, (128, 256, 64), (2, 1), "cooperative")
-ALL = (QUANTIZE, AMAX, DEQUANTIZE, GEMM, PACK)
+PACKED_MMA = PackedMmaSpec("sm_90a", "bf16", "bf16", None, False, 1, 8, 4, 2, 2, 0, 0)
+PACKED_WGMMA = PackedWgmmaSpec("sm_90a", "bf16", "bf16", None, False, 128, 2, 2, 1, 1, 1, 6)
+PACKED_GEMM = PackedGemmSpec("sm_90a", "bf16", "bf16", None, (128, 256, 64), (2, 1), "cooperative")
+PACKED = (PACKED_MMA, PACKED_WGMMA, PACKED_GEMM)
+ALL = (QUANTIZE, AMAX, DEQUANTIZE, GEMM, PACK, *PACKED)
 
 
 def kind(value):
@@ -62,10 +78,92 @@ def test_the_examples_are_possible(good):
         (GEMM, {"cluster": (1, 8)}, "cluster: got (1, 8), expected 1, 2 or 4 each way"),
         # 16 CTAs are more than a launch may ask for without CU_FUNC_ATTRIBUTE_NON_PORTABLE_CLUSTER_SIZE_ALLOWED.
         (GEMM, {"cluster": (4, 4)}, "cluster: got (4, 4)"),
+        *((good, {"arch": "sm_100a"}, "arch: got 'sm_100a', expected 'sm_90a'") for good in PACKED),
+        *((good, {"a_dtype": "fp32"}, "a_dtype: got 'fp32', expected one of bf16, fp16") for good in PACKED),
+        *((good, {"out_dtype": "fp8"}, "out_dtype: got 'fp8', expected one of bf16, fp16, fp32") for good in PACKED),
+        *((good, {"bias": "int8"}, "bias: got 'int8', expected one of bf16, fp16, fp32") for good in PACKED),
+        *((PACKED_MMA, {"token_tiles": n}, f"token_tiles: got {n}, expected 1, 2 or 4") for n in (0, 3, 8)),
+        *((PACKED_MMA, {"warps": n}, f"warps x stages: got {n} x 4, expected at most 32 warps") for n in (0, 33)),
+        (PACKED_MMA, {"warps": 26, "blocks": 1}, "warps x stages: got 26 x 4"),  # 104 barriers
+        (PACKED_MMA, {"stages": 0}, "warps x stages: got 8 x 0"),
+        (PACKED_MMA, {"blocks": 0}, "warps x stages: got 8 x 4"),
+        *((PACKED_MMA, {"split": n}, f"split: got {n}, expected 1, 2 or 4") for n in (0, 3, 8)),
+        (PACKED_MMA, {"token_tiles": 4, "stages": 3, "blocks": 1}, "stages x blocks: got 3 x 1, expected room for"),
+        (PACKED_MMA, {"loaders": 25}, "loaders: got 25, expected at most 24 beside 8 warps"),
+        (PACKED_MMA, {"loaders": -1}, "loaders: got -1, expected at most 24"),
+        (PACKED_MMA, {"pairs": 1}, "pairs: got 1 with 2 blocks, expected 0, or 1 with 1 block"),
+        (PACKED_MMA, {"pairs": 2, "blocks": 1}, "pairs: got 2 with 1 blocks"),
+        (PACKED_MMA, {"warps": 13, "blocks": 2}, "shared memory: 240640 bytes, a CTA has 232448 at most"),
+        *((PACKED_WGMMA, {"tokens": n}, f"tokens: got {n}, expected one of 16, 32, 64, 96") for n in (0, 8, 48, 512)),
+        (PACKED_WGMMA, {"row_groups": 0}, "row_groups x depth_groups: got 0 x 1 for 2 panels, expected at most 4"),
+        (PACKED_WGMMA, {"depth_groups": 3}, "row_groups x depth_groups: got 2 x 3 for 2 panels, expected at most 4"),
+        (PACKED_WGMMA, {"row_groups": 3}, "row_groups x depth_groups: got 3 x 1 for 2 panels, expected at most 4"),
+        (PACKED_WGMMA, {"panels": 1}, "row_groups x depth_groups: got 2 x 1 for 1 panels, expected at most 4"),
+        (PACKED_WGMMA, {"multicast": 3}, "multicast x split: got 3 x 1, expected 1, 2 or 4 CTAs in all"),
+        (PACKED_WGMMA, {"multicast": 4, "split": 2}, "multicast x split: got 4 x 2"),
+        (PACKED_WGMMA, {"tokens": 16, "split": 4}, "multicast x split: got 1 x 4"),  # two tiles of eight tokens
+        (PACKED_WGMMA, {"stages": 1}, "stages: got 1, expected a multiple of depth_groups, at least twice that"),
+        (PACKED_WGMMA, {"stages": 2, "depth_groups": 2}, "stages: got 2, expected a multiple of depth_groups"),
+        (PACKED_WGMMA, {"stages": 5, "depth_groups": 2}, "stages: got 5, expected a multiple of depth_groups"),
+        (PACKED_WGMMA, {"tokens": 16, "stages": 61}, "stages: got 61, expected a multiple"),
+        (PACKED_GEMM, {"schedule": "static"}, "schedule: got 'static', expected cooperative or pingpong"),
+        (PACKED_GEMM, {"tile": (64, 256, 64)}, "tile of cooperative: got (64, 256, 64), expected (128, 64, 128 or 256"),
+        (PACKED_GEMM, {"tile": (128, 192, 64)}, "tile of cooperative: got (128, 192, 64)"),
+        (PACKED_GEMM, {"tile": (128, 256, 128)}, "tile of cooperative: got (128, 256, 128)"),
+        (PACKED_GEMM, {"schedule": "pingpong"}, "tile of pingpong: got (128, 256, 64), expected (64, 64, 128 or 256"),
+        *(
+            (PACKED_GEMM, {"cluster": n}, f"cluster: got {n}, expected 1, 2 or 4 CTAs")
+            for n in ((3, 1), (8, 1), (1, 4))
+        ),
+        (PACKED_GEMM, {"source": "fp16"}, "source of bf16, tile (128, 256, 64): got 'fp16', expected one of"),
+        (PACKED_GEMM, {"source": "fp32"}, "source of bf16, tile (128, 256, 64): got 'fp32', expected one of"),
     ],
 )
 def test_check_names_the_field_and_what_it_expects(good, changes, reason):
     assert (check(replace(good, **changes)) or "").startswith(reason)
+
+
+@pytest.mark.parametrize(
+    "good, changes",
+    [
+        *((good, {"a_dtype": a, "out_dtype": out, "bias": bias}) for good in PACKED
+          for a in ("bf16", "fp16") for out in spec.DTYPES for bias in (None, *spec.DTYPES)),
+        (PACKED_MMA, {"token_tiles": 4, "stages": 4, "blocks": 1}),  # just enough for partial sums
+        (PACKED_MMA, {"warps": 12, "stages": 4, "blocks": 2}),
+        (PACKED_MMA, {"loaders": 24, "blocks": 1, "pairs": 1}),
+        (PACKED_MMA, {"warps": 1, "stages": 1, "blocks": 1}),
+        *((PACKED_WGMMA, {"tokens": n, "split": split}) for n in spec.WGMMA_TOKENS for split in (1, 2)),
+        (PACKED_WGMMA, {"stages": 2}),
+        (PACKED_WGMMA, {"depth_groups": 2, "stages": 4}),
+        (PACKED_WGMMA, {"panels": 7, "row_groups": 4}),
+        *((PACKED_WGMMA, {"multicast": n, "split": split}) for n, split in ((4, 1), (2, 2), (1, 4))),
+        (PACKED_GEMM, {"source": "bf16"}),
+        (PACKED_GEMM, {"tile": (128, 128, 64), "source": "fp32"}),
+        (PACKED_GEMM, {"tile": (64, 64, 64), "schedule": "pingpong", "cluster": (4, 2)}),
+    ],
+)  # fmt: skip
+def test_bounds_are_not_too_narrow(good, changes):
+    assert check(replace(good, **changes)) is None
+
+
+def test_uneven_row_tiles_need_registers_and_a_warpgroup_that_may_skip_a_panel():
+    def uneven(tokens, panels, row_groups, multicast=1):
+        changed = replace(PACKED_WGMMA, tokens=tokens, panels=panels, row_groups=row_groups, multicast=multicast)
+        assert changed.roomy or not changed.uneven
+        return changed.uneven
+
+    assert uneven(16, 7, 4)
+    assert uneven(64, 3, 2)
+    assert not uneven(64, 4, 4)  # each has one panel, none may skip its only one
+    assert not uneven(64, 3, 2, multicast=2)
+    assert not uneven(256, 4, 2)  # 256 accumulators of a thread
+
+
+def test_a_packed_spec_is_its_configuration():
+    for good in (PACKED_MMA, PACKED_WGMMA):
+        fields = [field.name for field in dataclasses.fields(good)]
+        assert good.config == tuple(getattr(good, name) for name in fields[fields.index("source") + 1 :])
+        assert type(good)("sm_90a", "bf16", "bf16", None, False, *good.config) == good
 
 
 def test_every_default_variant_is_possible():
@@ -95,6 +193,16 @@ def test_names_are_unique_and_are_file_names():
         *((GEMM, field, other) for field, other in
           (("arch", "sm_100a"), ("out_dtype", "fp32"), ("bias", "bf16"), ("tile", (128, 128, 64)),
            ("cluster", (1, 1)), ("schedule", "pingpong"))),
+        *((PACKED_GEMM, field, other) for field, other in
+          (("arch", "sm_100a"), ("a_dtype", "fp16"), ("out_dtype", "fp32"), ("bias", "bf16"), ("tile", (128, 128, 64)),
+           ("cluster", (1, 1)), ("schedule", "pingpong"), ("source", "bf16"))),
+        *((good, field, other) for good in (PACKED_MMA, PACKED_WGMMA) for field, other in
+          (("arch", "sm_100a"), ("a_dtype", "fp16"), ("out_dtype", "fp32"), ("bias", "bf16"), ("source", True),
+           ("split", 4), ("stages", 5))),
+        *((PACKED_MMA, field, other) for field, other in
+          (("token_tiles", 2), ("warps", 16), ("blocks", 1), ("loaders", 2), ("pairs", 1))),
+        *((PACKED_WGMMA, field, other) for field, other in
+          (("tokens", 64), ("panels", 3), ("row_groups", 1), ("depth_groups", 2), ("multicast", 2))),
     ],
 )  # fmt: skip
 def test_every_field_is_part_of_the_name(good, field, other):
@@ -127,4 +235,9 @@ def test_default_variants_serve_each_arch():
         values = {v.scaling for v in chosen if isinstance(v, QuantizeSpec) and v.output == "values"}
         assert values == ({"per_row", "given"} if arch == "sm_90a" else set())
         assert any(isinstance(v, GemmSpec) and v.out_dtype == "bf16" for v in chosen)
+        packed = {(type(v), v.a_dtype) for v in chosen if isinstance(v, (PackedMmaSpec, PackedWgmmaSpec))}
+        assert len(packed) == (4 if arch == "sm_90a" else 0)
+        assert {v.schedule for v in chosen if isinstance(v, PackedGemmSpec)} == (
+            {"cooperative", "pingpong"} if arch == "sm_90a" else set()
+        )
     assert default_variants() == [v for arch in ARCHS for v in default_variants([arch])]

@@ -22,13 +22,15 @@ inline constexpr int kPackedBlockBytes = kPackedCodeBytes + 256;
 inline constexpr float kPackedUnit = 128.0f;
 
 inline constexpr uint32_t kFragmentMask = 0x81C081C0u;
-inline constexpr uint32_t kSharedBits = 0x60306030u;  // bits of word A in the fourth register pair; the rest are of word B
+inline constexpr uint32_t kSharedBits =
+    0x60306030u;  // bits of word A in the fourth register pair; the rest are of word B
 
 __device__ __forceinline__ uint32_t rotate_left(uint32_t v, int n) { return __funnelshift_l(v, v, n); }
 
 // 16 codes in two words as eight bf16x2 registers: a0..a3 of one k-step, then a0..a3 of the next.
 __device__ __forceinline__ void split_codes(uint32_t a, uint32_t b, uint32_t (&r)[8]) {
-  uint32_t const x = (a & kSharedBits) | (b & ~kSharedBits);
+  uint32_t x;  // (a & kSharedBits) | (b & ~kSharedBits), which the compiler makes two instructions
+  asm("lop3.b32 %0, %1, %2, %3, 0xE2;" : "=r"(x) : "r"(a), "n"(kSharedBits), "r"(b));
   r[0] = a & kFragmentMask;
   r[1] = rotate_left(a, 28) & kFragmentMask;
   r[2] = (a << 6) & kFragmentMask;
@@ -74,11 +76,29 @@ struct OperandFp16 {
   }
 };
 
+// The scales of two k-steps, step 0 in the low halves: of row g and of row g + 8.
+template <class Operand>
+__device__ __forceinline__ void packed_scales(uint32_t bytes, uint32_t& top, uint32_t& bottom) {
+  top = Operand::scales(__byte_perm(bytes, 0, 0x4240));
+  bottom = Operand::scales(__byte_perm(bytes, 0, 0x4341));
+}
+
+// The fragment of one of two k-steps: a0..a3.
+template <class Operand, int kStep> __device__ __forceinline__ void dequantize_step(uint32_t a, uint32_t b,
+                                                                                    uint32_t top, uint32_t bottom,
+                                                                                    uint32_t (&r)[4]) {
+  uint32_t codes[8];
+  split_codes(a, b, codes);
+#pragma unroll
+  for (int i = 0; i < 4; ++i)
+    r[i] = Operand::product(Operand::codes(codes[4 * kStep + i]), broadcast_half < kStep == 1 > (i % 2 ? bottom : top));
+}
+
 // Fragments of two k-steps: words of codes, and the four scale bytes of (step, row) in the order above.
 template <class Operand>
 __device__ __forceinline__ void dequantize_fragments(uint32_t a, uint32_t b, uint32_t scale_bytes, uint32_t (&r)[8]) {
   split_codes(a, b, r);
-  uint32_t const top = Operand::scales(__byte_perm(scale_bytes, 0, 0x4240));     // row g, steps 0 and 1
+  uint32_t const top = Operand::scales(__byte_perm(scale_bytes, 0, 0x4240));  // row g, steps 0 and 1
   uint32_t const bottom = Operand::scales(__byte_perm(scale_bytes, 0, 0x4341));  // row g + 8
 #pragma unroll
   for (int i = 0; i < 4; ++i) {

@@ -21,9 +21,12 @@ struct PackedGemmArguments {
   int m, n, k;
   int panels, k_blocks;  // of 64 weight rows, of 64 columns
   int row_tiles, token_tiles, raster;  // WGMMA: tiles of a cluster; token tiles that share a pass over the rows
-  int row_groups, depth_log2;          // mma.sync: warps of a CTA, along panels and (a power of two) along K
-  int warp_blocks;                     // mma.sync: blocks of K of a warp, at most
-  int panels_each, panels_extra;       // mma.sync: panels of a cluster; how many clusters have one more
+  int depth, depth_inverse;            // mma.sync: warps of a CTA that share a panel; 65536 / depth + 1
+  int first_turn;                      // mma.sync, pairs: blocks of a round that the first warp of a pair takes
+  int piece_blocks;                    // mma.sync: blocks of K of a piece of tokens, a multiple of 4
+  int early_stages, launch_early;      // mma.sync: stages asked for before tokens; 1: dependents may start at once
+  int panels_each;                     // mma.sync: panels of a cluster
+  int panels_extra;                    // mma.sync: clusters with one more; WGMMA: row tiles with all their panels
   int outer_a_stride, outer_b_stride;  // 0 or 1
   float beta;
 };
@@ -53,39 +56,70 @@ template <class Out, class Bias, bool kSource> class PackedEpilogue {
   int const row_;  // of this lane's first fragment row
   int const g_, t_;
   float outer_b_[2], bias_[2];
+  // Whether all fragments have 16 contiguous rows of D in one sector. The same for all threads, and seen to be: around a branch
+  // that could diverge ptxas gives up uniform registers, in the main loop too.
+  bool const sectors_;
 
  public:
+  // The vectors along rows of one lane, which callers may fetch early.
+  struct Rows {
+    float outer_b[2], bias[2];
+    __device__ Rows(PackedGemmArguments const& args, int first_row) {
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        int const row = min(first_row + static_cast<int>(threadIdx.x % 32 / 4) + 8 * i, args.n - 1);
+        outer_b[i] = args.outer_b[static_cast<int64_t>(row) * args.outer_b_stride];
+        if constexpr (kPresent<Bias>) bias[i] = element_at<Bias>(args.bias, row);
+      }
+    }
+  };
+
   // The first of the 16 rows. Reads vectors: only after wait_for_inputs().
   __device__ PackedEpilogue(PackedGemmArguments const& args, int first_row)
-      : args_(args), row_(first_row + threadIdx.x % 32 / 4), g_(threadIdx.x % 32 / 4), t_(threadIdx.x % 4) {
+      : PackedEpilogue(args, first_row, Rows(args, first_row)) {}
+  __device__ PackedEpilogue(PackedGemmArguments const& args, int first_row, Rows const& rows)
+      : args_(args),
+        row_(first_row + threadIdx.x % 32 / 4),
+        g_(threadIdx.x % 32 / 4),
+        t_(threadIdx.x % 4),
+        sectors_(args.d_stride_n == 1 && args.n % 16 == 0 && args.d_stride_m % 4 == 0 &&
+                 reinterpret_cast<uint64_t>(args.d) % 8 == 0) {
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
-      int const row = min(row_ + 8 * i, args.n - 1);
-      outer_b_[i] = args.outer_b[static_cast<int64_t>(row) * args.outer_b_stride];
-      if constexpr (kPresent<Bias>) bias_[i] = element_at<Bias>(args.bias, row);
+      outer_b_[i] = rows.outer_b[i];
+      if constexpr (kPresent<Bias>) bias_[i] = rows.bias[i];
     }
   }
 
   // Of this lane's two tokens of eight; fetched early by those who can.
-  __device__ float2 outer_a(int first_token) const {
-    int const token = first_token + 2 * t_;
-    return {outer_a_at(token), outer_a_at(token + 1)};
+  __device__ float2 outer_a(int first_token) const { return outer_a(args_, first_token); }
+  __device__ static float2 outer_a(PackedGemmArguments const& args, int first_token) {
+    int const token = first_token + 2 * (threadIdx.x % 4);
+    return {outer_a_at(args, token), outer_a_at(args, token + 1)};
   }
 
-  // v: (g, 2t) (g, 2t + 1) (g + 8, 2t) (g + 8, 2t + 1).
-  __device__ void operator()(int first_token, float2 outer_a, float4 v) const {
+  // The numbers to store. v: (g, 2t) (g, 2t + 1) (g + 8, 2t) (g + 8, 2t + 1).
+  __device__ void rescale(int first_token, float2 outer_a, float (&values)[4]) const {
     int const token = first_token + 2 * t_;
-    float values[4] = {v.x, v.y, v.z, v.w};
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
-      float value = __fmul_rn(i % 2 ? outer_a.y : outer_a.x, __fmul_rn(outer_b_[i / 2], __fmul_rn(values[i], kPackedUnit)));
+      float value =
+          __fmul_rn(i % 2 ? outer_a.y : outer_a.x, __fmul_rn(outer_b_[i / 2], __fmul_rn(values[i], kPackedUnit)));
       if constexpr (kPresent<Bias>) value = __fadd_rn(value, bias_[i / 2]);
       if constexpr (kSource) value = __fadd_rn(value, source(token + i % 2, row_ + i / 2 * 8));
       values[i] = value;
     }
+  }
+
+  __device__ void operator()(int first_token, float2 outer_a, float4 v) const {
+    int const token = first_token + 2 * t_;
+    float values[4] = {v.x, v.y, v.z, v.w};
+    rescale(first_token, outer_a, values);
     if constexpr (Out::kBytes == 4) {
 #pragma unroll
       for (int i = 0; i < 4; ++i) store_float(token + i % 2, row_ + i / 2 * 8, values[i]);
+    } else if (sectors_) {
+      store_sectors(first_token, Out::pack(values[0], values[1]), Out::pack(values[2], values[3]));
     } else {
       store_pairs(first_token, row_ - g_, Out::pack(values[0], values[1]));
       store_pairs(first_token, row_ - g_ + 8, Out::pack(values[2], values[3]));
@@ -93,19 +127,28 @@ template <class Out, class Bias, bool kSource> class PackedEpilogue {
   }
 
  private:
-  __device__ float outer_a_at(int token) const {
-    if (args_.outer_a == nullptr) return 1.0f;
-    return args_.outer_a[static_cast<int64_t>(min(token, args_.m - 1)) * args_.outer_a_stride];
+  __device__ static float outer_a_at(PackedGemmArguments const& args, int token) {
+    if (args.outer_a == nullptr) return 1.0f;
+    return args.outer_a[static_cast<int64_t>(min(token, args.m - 1)) * args.outer_a_stride];
   }
   __device__ bool inside(int token, int row) const { return token < args_.m && row < args_.n; }
-  __device__ int64_t offset(int token, int row) const {
-    return token * args_.d_stride_m + row * args_.d_stride_n;
-  }
+  __device__ int64_t offset(int token, int row) const { return token * args_.d_stride_m + row * args_.d_stride_n; }
   __device__ float source(int token, int row) const {
     return inside(token, row) ? __fmul_rn(args_.beta, element_at<Out>(args_.c, offset(token, row))) : 0.0f;
   }
   __device__ void store_float(int token, int row, float v) const {
     if (inside(token, row)) static_cast<float*>(args_.d)[offset(token, row)] = v;
+  }
+
+  // Whole sectors, 16 rows of a token: even lanes take four of the upper rows, odd ones four of the lower.
+  __device__ void store_sectors(int first_token, uint32_t upper, uint32_t lower) const {
+    upper = transpose_8x8(upper), lower = transpose_8x8(lower);
+    bool const odd = t_ & 1;
+    uint32_t const other = __shfl_xor_sync(0xffffffffu, odd ? upper : lower, 1);
+    uint2 const v = odd ? uint2{other, lower} : uint2{upper, other};
+    int const token = first_token + g_, row = row_ - g_ + (t_ & 1) * 8 + (t_ & 2) * 2;
+    if (inside(token, row))
+      *reinterpret_cast<uint2*>(static_cast<uint16_t*>(args_.d) + token * args_.d_stride_m + row) = v;
   }
 
   // An 8 x 8 matrix, a pair of tokens a lane; row-major D takes pairs of rows instead: whole sectors either way.

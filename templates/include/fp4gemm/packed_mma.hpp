@@ -1,162 +1,225 @@
 // GEMM on prepacked weights for a few tokens: mma.sync, bound by the bandwidth of memory.
 //
 // A warp streams blocks of one panel of 64 weight rows through a ring of its own, so that the main loop has no barrier of the
-// CTA; tokens are resident in shared memory. A CTA has row_groups x depth_groups such warps, along panels and along K, and a
-// cluster splits K once more. Partial sums meet in shared memory, in a fixed order.
+// CTA; tokens are resident in shared memory. `depth` warps take turns along K of a panel, a CTA has several panels, and a
+// cluster splits K once more. Partial sums meet in shared memory, in a fixed order: first those of a CTA, then those of CTAs.
 #pragma once
 
 #include "fp4gemm/packed_gemm.hpp"
 
 namespace fp4gemm {
 
-template <class Operand> __device__ __forceinline__ void mma_16x8x16(float4& c, uint32_t const* a, uint32_t b0, uint32_t b1) {
+template <class Operand>
+__device__ __forceinline__ void mma_16x8x16(float4& c, uint32_t const* a, uint32_t b0, uint32_t b1) {
   if constexpr (Operand::kBf16) {
-    asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+    asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, "
+        "%2, %3};"
         : "+f"(c.x), "+f"(c.y), "+f"(c.z), "+f"(c.w)
         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
   } else {
-    asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+    asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, "
+        "%3};"
         : "+f"(c.x), "+f"(c.y), "+f"(c.z), "+f"(c.w)
         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
   }
 }
 
-// Four 8 x 8 matrices; lane l gives the address of row l % 8 of matrix l / 8.
-__device__ __forceinline__ uint4 load_matrices(uint32_t address) {
-  uint4 v;
-  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
-               : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
-               : "r"(address));
-  return v;
-}
-
-__device__ __forceinline__ void copy_16_bytes(uint32_t to, void const* from, int valid) {
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(valid) : "memory");
-}
-
-template <class Operand_, class Out_, class Bias_, bool kSource_, int kTokenTiles_, int kWarps_, int kStages_, int kBlocks_, int kSplit_>
+template <class Operand_, class Out_, class Bias_, bool kSource_, int kTokenTiles_, int kWarps_, int kStages_,
+          int kBlocks_, int kSplit_, int kLoaders_, bool kPairs_>
 struct PackedMmaConfig {
   using Operand = Operand_;
   using Out = Out_;
   using Bias = Bias_;
   static constexpr bool kSource = kSource_;
   static constexpr int kTokenTiles = kTokenTiles_;  // of 8
-  static constexpr int kWarps = kWarps_, kThreads = 32 * kWarps;
+  static constexpr int kWarps = kWarps_, kLoaders = kLoaders_;  // more warps load tokens, all but the first piece
+  static constexpr int kAllWarps = kWarps + kLoaders, kThreads = 32 * kAllWarps;
   static constexpr int kStages = kStages_, kBlocks = kBlocks_;  // stages of a warp's ring, blocks of a stage
-  static constexpr int kSplit = kSplit_;                        // CTAs of a cluster
-  static constexpr int kPieces = 4;                             // in which tokens arrive
+  static constexpr int kSplit = kSplit_;  // CTAs of a cluster
+  // Depth 2 in unequal parts, so that the four schedulers of an SM have equal work though an odd number of panels gives two of
+  // them a warp more. Pays where instructions are the limit: from two token tiles on.
+  static constexpr bool kPairs = kPairs_;
+  static constexpr int kRound = 32;  // blocks of K, of which each warp of a pair takes its turn
+  static constexpr int kPieces = 8;  // in which tokens arrive, at most
   static constexpr int kStageBytes = kBlocks * kPackedBlockBytes;
   static constexpr int kRingBytes = kStages * kStageBytes;
-  static constexpr int kMinPiece = 4;  // blocks: a row of a piece is then 16 bytes for every lane
-  // Fragments of a panel that one CTA of the cluster writes: 16 rows x 8 tokens, 512 bytes each.
-  static constexpr int kOwnGroups = 4 / kSplit;
-  static constexpr int kSlotBytes = kOwnGroups * kTokenTiles * 512;
+  // Fragments of sums are 16 rows x 8 tokens, 512 bytes; each CTA of a cluster writes kOwnGroups of the four of a panel.
+  static constexpr int kGroupBytes = kTokenTiles * 512, kOwnGroups = 4 / kSplit;
   static constexpr int kBarrierBytes = 1024;
-  // Before the tokens, whose size depends on K.
+  // The rest depends on the problem: sums of peers, kPeerBytes for each panel of a cluster, then the tokens.
   static constexpr int kSharedBytes = kBarrierBytes + kWarps * kRingBytes;
-  static_assert(4 % kSplit == 0 && kWarps * kStages <= 100 && kRingBytes >= kSplit * kSlotBytes);
+  static constexpr int kPeerBytes = (kSplit - 1) * kOwnGroups * kGroupBytes;
+  static_assert(4 % kSplit == 0 && kWarps * kStages <= 100 && kRingBytes >= 4 * kGroupBytes &&
+                (!kPairs || kBlocks == 1));
 };
 
 template <class Config> class PackedMma {
   using Operand = typename Config::Operand;
 
   PackedGemmArguments const& args_;
-  uint32_t const shared_, rings_, partials_, tokens_;
+  uint32_t const shared_, rings_, peers_;
   int const warp_, row_group_, depth_;
-  int const rank_;
-  int const cluster_;
+  int const rank_, cluster_;
+  int const begin_, panels_;  // panels of this cluster
   int const cta_first_, cta_blocks_;  // blocks of K of this CTA
-  int const first_, last_;            // of this warp, from cta_first_ on
+  uint32_t const tokens_;
 
-  // Shared memory: barriers | rings, and partial sums after them | tokens, rows padded by 16 bytes against bank conflicts.
+  // Shared memory: barriers | rings, and this CTA's sums after them | peers' sums | tokens, rows padded by 16 bytes against
+  // bank conflicts.
   __device__ uint32_t pieces(int i) const { return shared_ + 8 * i; }
   __device__ uint32_t summed() const { return shared_ + 8 * Config::kPieces; }
-  __device__ uint32_t full(int stage) const {
-    return shared_ + 128 + 8 * (warp_ * Config::kStages + stage);
-  }
-  __device__ uint32_t stage(int i) const {
-    return rings_ + warp_ * Config::kRingBytes + i * Config::kStageBytes;
-  }
+  __device__ uint32_t full(int stage) const { return shared_ + 128 + 8 * (warp_ * Config::kStages + stage); }
+  __device__ uint32_t ring(int warp) const { return rings_ + warp * Config::kRingBytes; }
+  __device__ uint32_t stage(int i) const { return ring(warp_) + i * Config::kStageBytes; }
   __device__ int token_stride() const { return cta_blocks_ * 128 + 16; }
-  __device__ int piece_blocks() const { 
-    return max((args_.warp_blocks + Config::kPieces - 1) / Config::kPieces, Config::kMinPiece);
-  }
-  __device__ int partial_count() const { return Config::kSplit << args_.depth_log2; }
 
  public:
   __device__ PackedMma(PackedGemmArguments const& args, uint8_t* shared)
       : args_(args),
         shared_(shared_address(shared)),
         rings_(shared_ + Config::kBarrierBytes),
-        partials_(rings_),
-        tokens_(shared_ + Config::kSharedBytes),
+        peers_(shared_ + Config::kSharedBytes),
         warp_(__shfl_sync(0xffffffffu, threadIdx.x / 32, 0)),
-        row_group_(warp_ >> args.depth_log2),
-        depth_(warp_ & ((1 << args.depth_log2) - 1)),
+        row_group_(row_group_of(args, warp_)),
+        depth_(depth_of(args, warp_)),
         rank_(blockIdx.x % Config::kSplit),
         cluster_(blockIdx.x / Config::kSplit),
+        begin_(cluster_ * args.panels_each + min(cluster_, args.panels_extra)),
+        panels_(args.panels_each + (cluster_ < args.panels_extra)),
         cta_first_(args.k_blocks * rank_ / Config::kSplit),
         cta_blocks_(args.k_blocks * (rank_ + 1) / Config::kSplit - cta_first_),
-        first_(min(depth_ * args.warp_blocks, cta_blocks_)),
-        last_(min(first_ + args.warp_blocks, cta_blocks_)) {}
+        tokens_(peers_ + most_panels(args) * Config::kPeerBytes) {}
 
   __device__ void run() const {
-    int const begin = cluster_ * args_.panels_each + min(cluster_, args_.panels_extra);
-    int const end = begin + args_.panels_each + (cluster_ < args_.panels_extra);
-    bool const active = begin + row_group_ < end && row_group_ < args_.row_groups && first_ < last_;
-    Ring ring(*this, begin + row_group_);
-    launch_dependents();
-    if (active) ring.prime();
-    if (threadIdx.x == 0) {
-      for (int i = 0; i < Config::kPieces; ++i) barrier_init(pieces(i), Config::kThreads);
-      barrier_init(summed(), 1);
-      barrier_init_fence();
+    if (args_.launch_early) launch_dependents();
+    // A deep queue of weights delays what is asked for after it, and nothing can be computed without tokens: those go before
+    // all but a few weights. Only weights need not wait for the last kernel.
+    Ring ring(*this);
+    bool const active = row_group_ < panels_ && warp_ < Config::kWarps;
+    if (active) {
+      ring.init();
+      ring.ask_stages(0, args_.early_stages);
+    }
+    init_barriers();
+    wait_for_inputs();
+    if (!args_.launch_early) launch_dependents();
+    copy_first_piece();
+    __syncthreads();
+    barrier_arrive_after_copies(pieces(0));
+    if constexpr (Config::kSplit > 1) cluster_arrive();  // peers may write sums from here on
+    if (active) ring.ask_stages(args_.early_stages, Config::kStages);
+    if (Config::kLoaders == 0 || warp_ >= Config::kWarps) copy_other_pieces();
+    Unit const unit(*this);  // its vectors are on their way while the main loop runs
+    float4 acc[4][Config::kTokenTiles] = {};
+    if (active) {
+      accumulate(ring, acc);
+      keep(acc);
     }
     __syncthreads();
-    wait_for_inputs();
-    load_tokens();
-    Unit const unit(*this, begin, end);  // its vectors are on their way while the main loop runs
-    float4 acc[4][Config::kTokenTiles] = {};
-    if (active) accumulate(ring, acc);
-    share(end - begin, acc);
+    if constexpr (Config::kSplit > 1) {
+      cluster_wait();
+      send();
+    }
     write(unit);
   }
 
  private:
-  // This warp's weights: its part of K of one panel.
+  __device__ static int most_panels(PackedGemmArguments const& args) {
+    return args.panels_each + (args.panels_extra > 0);
+  }
+  // Warps w of equal w % 4 share a scheduler. An odd number of pairs leaves 0 and 1 with a warp more: a pair has its first
+  // warp there and the other one on 2 or 3, except for the last pair.
+  __device__ static int mixed_warps(PackedGemmArguments const& args) { return most_panels(args) / 2 * 4; }
+  __device__ static int row_group_of(PackedGemmArguments const& args, int warp) {
+    if constexpr (!Config::kPairs) return warp * args.depth_inverse >> 16;
+    return warp < mixed_warps(args) ? warp / 4 * 2 + warp % 2 : warp / 2;
+  }
+  __device__ static int depth_of(PackedGemmArguments const& args, int warp) {
+    if constexpr (!Config::kPairs) return warp - row_group_of(args, warp) * args.depth;
+    return warp < mixed_warps(args) ? warp / 2 % 2 : warp % 2;
+  }
+  __device__ int warp_of(int row_group, int depth) const {
+    if constexpr (!Config::kPairs) return row_group * args_.depth + depth;
+    return 2 * row_group < mixed_warps(args_) ? row_group / 2 * 4 + depth * 2 + row_group % 2 : row_group * 2 + depth;
+  }
+  // Blocks of a round that the first warp of this warp's pair takes.
+  __device__ int first_turn() const {
+    return 2 * row_group_ < mixed_warps(args_) ? args_.first_turn : Config::kRound / 2;
+  }
+
+  // The stages of this warp's part of K, by their first blocks: every depth-th one, or its turns of a pair.
+  struct Walk {
+    int const turn, step;
+    int block, left;
+
+    __device__ Walk(PackedMma const& p) : Walk(p, Config::kPairs ? p.first_turn() : 0) {}
+    __device__ Walk(PackedMma const& p, int first_turn)
+        : turn(p.depth_ == 0 ? first_turn : Config::kRound - first_turn),
+          step(p.args_.depth * Config::kBlocks),
+          block(Config::kPairs ? p.depth_ * first_turn : p.depth_ * Config::kBlocks),
+          left(turn) {}
+    // Blocks from this stage to the next one, which it goes to.
+    __device__ int next() {
+      int by = step;
+      if constexpr (Config::kPairs) {
+        by = 1;
+        if (--left == 0) by += Config::kRound - turn, left = turn;
+      }
+      block += by;
+      return by;
+    }
+  };
+
+  __device__ void init_barriers() const {
+    if (threadIdx.x == Config::kThreads - 32) {  // the last warp: it may have no ring of its own
+#pragma unroll
+      for (int i = 0; i < Config::kPieces; ++i)
+        barrier_init(pieces(i), i == 0 || Config::kLoaders == 0 ? Config::kThreads : 32 * Config::kLoaders);
+      if constexpr (Config::kSplit > 1) {
+        barrier_init(summed(), 1);
+        barrier_expect(summed(), panels_ * Config::kPeerBytes);
+      }
+      barrier_init_fence();
+    }
+  }
+
+  // This warp's weights.
   struct Ring {
     PackedMma const& parent;
+    Walk walk;
     uint8_t const* source;  // of the next stage to ask for
-    int ask_left;           // blocks still to ask for
     int slot = 0;
     uint32_t phase = 0;
     uint64_t policy;
 
-    __device__ Ring(PackedMma const& p, int panel)
+    __device__ Ring(PackedMma const& p)
         : parent(p),
-          source(p.args_.w + (static_cast<int64_t>(panel) * p.args_.k_blocks + p.cta_first_ + p.first_) * kPackedBlockBytes),
-          ask_left(p.last_ - p.first_),
+          walk(p),
+          source(p.args_.w +
+                 (static_cast<int64_t>(p.begin_ + p.row_group_) * p.args_.k_blocks + p.cta_first_ + walk.block) *
+                     kPackedBlockBytes),
           policy(evict_first_policy()) {}
 
     __device__ void ask(int into) {
-      if (ask_left <= 0) return;
-      int const bytes = min(Config::kBlocks, ask_left) * kPackedBlockBytes;
+      int const blocks = min(Config::kBlocks, parent.cta_blocks_ - walk.block);
+      if (blocks <= 0) return;
       if (elect_one()) {
-        barrier_expect(parent.full(into), bytes);
-        copy_bulk(parent.stage(into), source, bytes, parent.full(into), policy);
+        barrier_expect(parent.full(into), blocks * kPackedBlockBytes);
+        copy_bulk(parent.stage(into), source, blocks * kPackedBlockBytes, parent.full(into), policy);
       }
-      source += bytes;
-      ask_left -= Config::kBlocks;
+      source += walk.next() * kPackedBlockBytes;
     }
-    __device__ void prime() {
+    __device__ void init() const {
       if (elect_one()) {
 #pragma unroll
         for (int i = 0; i < Config::kStages; ++i) barrier_init(parent.full(i), 1);
         barrier_init_fence();
       }
       __syncwarp();
-#pragma unroll
-      for (int i = 0; i < Config::kStages; ++i) ask(i);
+    }
+    __device__ void ask_stages(int begin, int end) {
+#pragma unroll 1
+      for (int i = begin; i < end; ++i) ask(i);
     }
     __device__ uint32_t wait() const {
       barrier_wait(parent.full(slot), phase);
@@ -169,59 +232,66 @@ template <class Config> class PackedMma {
     }
   };
 
-  // The tokens of this CTA's part of K, piece by piece: piece i holds the i-th blocks of every warp's part. CTAs begin at
-  // different rows, because they all read the same.
-  __device__ void load_tokens() const {
-    int const lane = threadIdx.x % 32, depth_groups = 1 << args_.depth_log2, rows = args_.m * depth_groups;
-    int const start = cluster_ % rows;
-    for (int piece = 0; piece < Config::kPieces; ++piece) {
-      int const begin = piece * piece_blocks() * 8, end = min(begin + piece_blocks() * 8, args_.warp_blocks * 8);  // 16-byte chunks
-      for (int i = warp_; i < rows; i += Config::kWarps) {
-        int const at = i + start < rows ? i + start : i + start - rows;
-        int const row = at >> args_.depth_log2, first = (at & (depth_groups - 1)) * args_.warp_blocks * 8;
-        auto const* from = static_cast<uint16_t const*>(args_.x) + row * args_.x_stride;
-        uint32_t const to = tokens_ + row * token_stride();
-        for (int chunk = first + begin + lane; chunk < min(first + end, cta_blocks_ * 8); chunk += 32) {
-          int const k = cta_first_ * 64 + chunk * 8, valid = max(0, min(16, (args_.k - k) * 2));
-          copy_16_bytes(to + chunk * 16, from + (valid > 0 ? k : 0), valid);
-        }
-      }
+  // 512-byte segments of rows of a piece of this CTA's tokens. CTAs begin at different rows: they all read the same.
+  __device__ void copy_piece(int piece, int first_row, int row_step, int first_segment, int segment_step) const {
+    int const k_piece = piece * args_.piece_blocks * 64;
+    int const k_end = min(k_piece / 64 + args_.piece_blocks, cta_blocks_) * 64;
+    int const k_first = k_piece + first_segment * 256 + threadIdx.x % 32 * 8, k_left = args_.k - cta_first_ * 64;
+    auto const* const x = static_cast<uint16_t const*>(args_.x) + cta_first_ * 64;
+    for (int i = first_row; i < args_.m; i += row_step) {
+      int const shifted = i + ((cluster_ & 127) * args_.m >> 7), row = shifted < args_.m ? shifted : shifted - args_.m;
+      auto const* const from = x + row * args_.x_stride;
+      uint32_t const to = tokens_ + row * token_stride();
+      for (int k = k_first; k < k_end; k += segment_step * 256)
+        copy_16_bytes(to + k * 2, from + (k < k_left ? k : -cta_first_ * 64), max(0, min(16, (k_left - k) * 2)));
+    }
+  }
+  // Everything waits for this one: all warps take part.
+  __device__ void copy_first_piece() const {
+    bool const by_row = 2 * args_.m >= Config::kAllWarps;
+    copy_piece(0, by_row ? warp_ : 0, by_row ? Config::kAllWarps : 1, by_row ? 0 : warp_,
+               by_row ? 1 : Config::kAllWarps);
+  }
+  __device__ void copy_other_pieces() const {
+    int const first = Config::kLoaders ? warp_ - Config::kWarps : warp_;
+    for (int piece = 1; piece * args_.piece_blocks < cta_blocks_; ++piece) {
+      copy_piece(piece, first, Config::kLoaders ? Config::kLoaders : Config::kWarps, 0, 1);
       barrier_arrive_after_copies(pieces(piece));
     }
   }
 
   __device__ void accumulate(Ring& ring, float4 (&acc)[4][Config::kTokenTiles]) const {
     int const lane = threadIdx.x % 32;
+    Walk walk(*this);
     uint32_t tokens[Config::kTokenTiles];
 #pragma unroll
     for (int i = 0; i < Config::kTokenTiles; ++i)
-      tokens[i] = tokens_ + min(8 * i + lane % 8, args_.m - 1) * token_stride() + first_ * 128 + lane / 8 * 16;
-    int const count = last_ - first_, piece_size = piece_blocks();
-    int next_piece = 0, piece = 0;
-    for (int block = 0; block < count; block += Config::kBlocks) {
+      tokens[i] = tokens_ + min(8 * i + lane % 8, args_.m - 1) * token_stride() + walk.block * 128 + lane / 8 * 16;
+    int piece = 0, arrived = 0;  // pieces, and their blocks
+    while (walk.block < cta_blocks_) {
+      int const blocks = min(Config::kBlocks, cta_blocks_ - walk.block);
+      for (; arrived < walk.block + blocks; arrived += args_.piece_blocks) barrier_wait(pieces(piece++), 0);
       uint32_t const codes = ring.wait() + lane * 16;
 #pragma unroll
       for (int i = 0; i < Config::kBlocks; ++i) {
-        if (i > 0 && block + i >= count) break;
-        if (block + i == next_piece) {
-          barrier_wait(pieces(piece++), 0);
-          next_piece += piece_size;
-        }
-        multiply_block(codes + i * kPackedBlockBytes, tokens, acc);
-#pragma unroll
-        for (uint32_t& t : tokens) t += 128;
+        if (i > 0 && i >= blocks) break;
+        multiply_block(codes + i * kPackedBlockBytes, tokens, i * 128, acc);
       }
+      int const by = walk.next() * 128;
+#pragma unroll
+      for (uint32_t& t : tokens) t += by;
       ring.refill();
     }
   }
 
-  __device__ static void multiply_block(uint32_t codes, uint32_t const (&tokens)[Config::kTokenTiles],
+  __device__ static void multiply_block(uint32_t codes, uint32_t const (&tokens)[Config::kTokenTiles], int offset,
                                         float4 (&acc)[4][Config::kTokenTiles]) {
     int const lane = threadIdx.x % 32;
     uint32_t const scales = codes - lane * 16 + kPackedCodeBytes + lane / 4 * 8;
     uint4 b[Config::kTokenTiles][2];
 #pragma unroll
-    for (int i = 0; i < Config::kTokenTiles; ++i) b[i][0] = load_matrices(tokens[i]), b[i][1] = load_matrices(tokens[i] + 64);
+    for (int i = 0; i < Config::kTokenTiles; ++i)
+      b[i][0] = load_matrices(tokens[i] + offset), b[i][1] = load_matrices(tokens[i] + offset + 64);
 #pragma unroll
     for (int w = 0; w < 4; ++w) {
       uint4 const words = load_shared_128(codes + w * 512);
@@ -239,39 +309,44 @@ template <class Config> class PackedMma {
     }
   }
 
-  __device__ uint32_t partial(int row_group, int index) const {
-    return partials_ + (row_group * partial_count() + index) * Config::kSlotBytes + threadIdx.x % 32 * 16;
+  // This warp's sums take the place of its ring, which it has read.
+  __device__ void keep(float4 const (&acc)[4][Config::kTokenTiles]) const {
+    uint32_t const to = ring(warp_) + threadIdx.x % 32 * 16;
+#pragma unroll
+    for (int w = 0; w < 4; ++w)
+#pragma unroll
+      for (int i = 0; i < Config::kTokenTiles; ++i)
+        store_shared_128(to + (w * Config::kTokenTiles + i) * 512, acc[w][i]);
   }
 
-  // Hands this warp's sums to the CTAs that write them (16-row groups are divided among a cluster), and waits for theirs.
-  __device__ void share(int row_groups, float4 const (&acc)[4][Config::kTokenTiles]) const {
-    __syncthreads();  // the rings have been read
-    if constexpr (Config::kSplit > 1) {
-      cluster_arrive();
-      if (threadIdx.x == 0)
-        barrier_expect(summed(), row_groups * ((Config::kSplit - 1) << args_.depth_log2) * Config::kSlotBytes);
-      cluster_wait();
-    }
-    if (row_group_ < row_groups) {
-      uint32_t const slot = partial(row_group_, (rank_ << args_.depth_log2) + depth_);
+  // Of the CTA: 16 rows (a group of a panel) x 8 tokens.
+  __device__ float4 sum_of_warps(int row_group, int group, int tile) const {
+    uint32_t from = ring(warp_of(row_group, 0)) + group * Config::kGroupBytes + tile * 512 + threadIdx.x % 32 * 16;
+    uint32_t const step = ring(warp_of(row_group, 1)) - ring(warp_of(row_group, 0));
+    float4 sum = load_shared_float4(from);
+#pragma unroll 4
+    for (int i = 1; i < args_.depth; ++i) sum = add(sum, load_shared_float4(from += step));
+    return sum;
+  }
+  __device__ static float4 add(float4 a, float4 b) { return {a.x + b.x, a.y + b.y, a.z + b.z, a.w + b.w}; }
+
+  // Where the CTA of rank `to` finds the sums of the CTA of rank `from`.
+  __device__ uint32_t peer_sums(int row_group, int from, int to, int group, int tile) const {
+    int const index = (row_group * (Config::kSplit - 1) + from - (from > to)) * Config::kOwnGroups + group;
+    return peers_ + index * Config::kGroupBytes + tile * 512 + threadIdx.x % 32 * 16;
+  }
+
+  // Hands the sums of groups that peers write to them. The last warps do so, and the first ones write.
+  __device__ void send() const {
+    constexpr int kGroups = 4 - Config::kOwnGroups;
+    for (int i = Config::kAllWarps - 1 - warp_; i < panels_ * kGroups; i += Config::kAllWarps) {
+      int const row_group = i / kGroups, other = i % kGroups, own = rank_ * Config::kOwnGroups;
+      int const group = other < own ? other : other + Config::kOwnGroups, to = group / Config::kOwnGroups;
 #pragma unroll
-      for (int w = 0; w < 4; ++w) {
-        int const to = w / Config::kOwnGroups;
-        uint32_t const at = slot + w % Config::kOwnGroups * Config::kTokenTiles * 512;
-        bool const own = to == rank_;
-        uint32_t const peer = own ? 0 : map_to_rank(at, to), peer_bar = own ? 0 : map_to_rank(summed(), to);
-#pragma unroll
-        for (int i = 0; i < Config::kTokenTiles; ++i) {
-          if (own) {
-            store_shared_128(at + i * 512, acc[w][i]);
-          } else {
-            store_to_rank(peer + i * 512, acc[w][i], peer_bar);
-          }
-        }
-      }
+      for (int tile = 0; tile < Config::kTokenTiles; ++tile)
+        store_to_rank(map_to_rank(peer_sums(row_group, rank_, to, group % Config::kOwnGroups, tile), to),
+                      sum_of_warps(row_group, group, tile), map_to_rank(summed(), to));
     }
-    __syncthreads();
-    if constexpr (Config::kSplit > 1) barrier_wait(summed(), 0);
   }
 
   // What this warp writes: one 16-row group at most, because a CTA has fewer of them than warps.
@@ -281,11 +356,11 @@ template <class Config> class PackedMma {
     PackedEpilogue<typename Config::Out, typename Config::Bias, Config::kSource> const epilogue;
     float2 outer_a[Config::kTokenTiles];
 
-    __device__ Unit(PackedMma const& p, int begin, int end)
+    __device__ Unit(PackedMma const& p)
         : row_group(p.warp_ / Config::kOwnGroups),
           group(p.warp_ % Config::kOwnGroups),
-          valid(begin + row_group < end),
-          epilogue(p.args_, (begin + row_group) * kPackedRows + (p.rank_ * Config::kOwnGroups + group) * 16) {
+          valid(row_group < p.panels_ && p.warp_ < Config::kWarps),
+          epilogue(p.args_, (p.begin_ + row_group) * kPackedRows + (p.rank_ * Config::kOwnGroups + group) * 16) {
 #pragma unroll
       for (int i = 0; i < Config::kTokenTiles; ++i) outer_a[i] = epilogue.outer_a(8 * i);
     }
@@ -293,17 +368,24 @@ template <class Config> class PackedMma {
 
   __device__ void write(Unit const& unit) const {
     if (!unit.valid) return;
+    float4 own[Config::kTokenTiles];
+#pragma unroll
+    for (int i = 0; i < Config::kTokenTiles; ++i)
+      own[i] = sum_of_warps(unit.row_group, rank_ * Config::kOwnGroups + unit.group, i);
+    if constexpr (Config::kSplit > 1) barrier_wait(summed(), 0);
 #pragma unroll
     for (int i = 0; i < Config::kTokenTiles; ++i) {
-      uint32_t const at = partial(unit.row_group, 0) + (unit.group * Config::kTokenTiles + i) * 512;
-      float4 sum = load_shared_float4(at);
-#pragma unroll 4
-      for (int p = 1; p < partial_count(); ++p) {
-        float4 const v = load_shared_float4(at + p * Config::kSlotBytes);
-        sum = {sum.x + v.x, sum.y + v.y, sum.z + v.z, sum.w + v.w};
+      float4 sum = own[i];
+      if constexpr (Config::kSplit > 1) {
+        sum = part(unit, 0, i, own[i]);
+#pragma unroll
+        for (int rank = 1; rank < Config::kSplit; ++rank) sum = add(sum, part(unit, rank, i, own[i]));
       }
       unit.epilogue(8 * i, unit.outer_a[i], sum);
     }
+  }
+  __device__ float4 part(Unit const& unit, int rank, int tile, float4 own) const {
+    return rank == rank_ ? own : load_shared_float4(peer_sums(unit.row_group, rank, rank_, unit.group, tile));
   }
 };
 

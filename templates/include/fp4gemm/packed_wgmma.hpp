@@ -1,93 +1,33 @@
 // GEMM on prepacked weights for 16 to 256 tokens a tile: WGMMA with the weight as its register operand.
 //
-// A CTA has 64 * kRowGroups weight rows and kTokens tokens. Two warps stream stages of weights (bulk copies) and tokens (TMA);
-// kRowGroups x kDepthGroups warpgroups turn codes into fragments while the tensor cores work on the last ones. The depth
-// groups take alternate stages, so that several of them hide each other's latency where tokens are few. A cluster of
-// kMulticast x kSplit CTAs shares tokens among row tiles and splits K; partial sums meet in shared memory, in a fixed order.
+// A CTA has kPanels x 64 weight rows and kTokens tokens. Two warps stream stages of weights (bulk copies) and tokens (TMA);
+// kRowGroups x kDepthGroups warpgroups turn codes into fragments while the tensor cores work on the last ones. What a CTA reads
+// bounds the kernel, and 64 x 64 weights are a quarter of the bytes of 64 x 64 tokens: so a warpgroup may have several panels,
+// each with accumulators of its own. Depth groups take alternate stages: with few panels they hide each other's latency.
+// A cluster of kMulticast x kSplit CTAs shares tokens among row tiles and splits K; partial sums meet in a fixed order.
 #pragma once
 
-#include "nvrtc/std.hpp"
+#include "fp4gemm/packed_wgmma_config.hpp"
 
-#include "cute/arch/mma_sm90_gmma.hpp"
-#include "cute/numeric/integer_sequence.hpp"
 #include "cutlass/arch/reg_reconfig.h"
-#include "fp4gemm/packed_gemm.hpp"
 
 namespace fp4gemm {
 
-template <class Operand, int kTokens> struct Wgmma;
-
-template <class Atom, int... I>
-__device__ __forceinline__ void wgmma_call(uint32_t const* a, uint64_t b, float* acc,
-                                           cute::integer_sequence<int, I...>) {
-  Atom::fma(a[0], a[1], a[2], a[3], b, acc[I]..., cute::SM90::GMMA::ScaleOut::One);
-}
-
-#define FP4GEMM_WGMMA(tokens) \
-  template <> struct Wgmma<OperandBf16, tokens> { \
-    using Atom = cute::SM90::GMMA::MMA_64x##tokens##x16_F32BF16BF16_RS<cute::SM90::GMMA::Major::K, cute::SM90::GMMA::Major::K>; \
-  }; \
-  template <> struct Wgmma<OperandFp16, tokens> { \
-    using Atom = cute::SM90::GMMA::MMA_64x##tokens##x16_F32F16F16_RS<cute::SM90::GMMA::Major::K, cute::SM90::GMMA::Major::K>; \
-  };
-FP4GEMM_WGMMA(8)
-FP4GEMM_WGMMA(16)
-FP4GEMM_WGMMA(32)
-FP4GEMM_WGMMA(64)
-FP4GEMM_WGMMA(96)
-FP4GEMM_WGMMA(128)
-FP4GEMM_WGMMA(192)
-FP4GEMM_WGMMA(256)
-#undef FP4GEMM_WGMMA
-
-// Keeps a register's definition behind what stands before: the compiler must not move it over a wait for WGMMAs.
-__device__ __forceinline__ void pin(uint32_t& v) { asm volatile("" : "+r"(v)::"memory"); }
-
-template <class Operand_, class Out_, class Bias_, bool kSource_, int kTokens_, int kRowGroups_, int kDepthGroups_, int kMulticast_,
-          int kSplit_, int kStages_>
-struct PackedWgmmaConfig {
-  using Operand = Operand_;
-  using Out = Out_;
-  using Bias = Bias_;
-  static constexpr bool kSource = kSource_;
-  static constexpr int kTokens = kTokens_, kRowGroups = kRowGroups_, kDepthGroups = kDepthGroups_;
-  static constexpr int kMulticast = kMulticast_, kSplit = kSplit_, kStages = kStages_;
-
-  static constexpr int kGroups = kRowGroups * kDepthGroups;
-  static constexpr int kThreads = 128 * (kGroups + 1);  // the last warpgroup produces
-  // What a thread starts with (a multiple of 8 that fits the SM), and what consumers have once the producer gave up its own.
-  static constexpr int kLaunchRegisters = 65536 / kThreads / 8 * 8;
-  static constexpr int kProducerRegisters = 24;
-  static constexpr int kConsumerRegisters = (kLaunchRegisters * (kGroups + 1) - kProducerRegisters) / kGroups / 8 * 8;
-  static constexpr int kPartials = kDepthGroups * kSplit;
-  static constexpr int kTokenBytes = kTokens * 128;
-  static constexpr int kTokenSlot = (kTokenBytes + 1023) / 1024 * 1024;
-  static constexpr int kWeightBytes = kRowGroups * kPackedBlockBytes;
-  static constexpr int kWeightSlot = (kWeightBytes + 127) / 128 * 128;
-  // Fragments of all partial sums of the tokens that this CTA writes.
-  static constexpr int kOwnFragments = kTokens / 8 / kSplit;
-  static constexpr int kSlotBytes = kOwnFragments * 128 * 16;
-  static constexpr int kReductionBytes = kPartials > 1 ? kRowGroups * kPartials * kSlotBytes : 0;
-  static constexpr int kBarrierBytes = 1024;
-  static constexpr int kSharedBytes =
-      1024 + kBarrierBytes + kStages * (kTokenSlot + kWeightSlot) + kReductionBytes;  // 1024: to align
-  // A depth group holds two stages while it waits for a third.
-  static_assert(kTokens / 8 % kSplit == 0 && kStages > 2 * kDepthGroups && kStages <= 60);
-};
-
 template <class Config> class PackedWgmma {
-  static constexpr int kRegisters = Config::kTokens / 2;
+  static constexpr int kRegisters = Config::kTokens / 2;  // accumulators of a panel
   using Operand = typename Config::Operand;
   using Atom = typename Wgmma<Operand, Config::kTokens>::Atom;
+  using Epilogue = PackedEpilogue<typename Config::Out, typename Config::Bias, Config::kSource>;
   static constexpr int kCluster = Config::kMulticast * Config::kSplit;
+  static constexpr int kProducer = 4 * Config::kGroups;  // the first of its warps
+  static constexpr bool kUneven = Config::kUneven;
 
   PackedGemmArguments const& args_;
   uint32_t const shared_, tokens_, weights_, reduction_;
-  int const rank_;        // in the multicast group: which row tile
-  int const split_;       // which part of K
+  int const rank_;  // in the multicast group: which row tile
+  int const split_;  // which part of K
   int const first_, last_;  // blocks of K
   int const cluster_, clusters_;
-  int const rotation_;  // of the order of blocks: CTAs that read the same tokens at once would all meet at the same lines of L2
 
   // Shared memory: barriers | token slots | weight slots | partial sums.
   __device__ uint32_t full(int slot) const { return shared_ + 16 * slot; }
@@ -95,10 +35,11 @@ template <class Config> class PackedWgmma {
   __device__ uint32_t summed() const { return shared_ + 16 * Config::kStages; }
   __device__ uint32_t drained() const { return summed() + 8; }
   __device__ uint32_t token_slot(int slot) const { return tokens_ + slot * Config::kTokenSlot; }
-  __device__ uint32_t weight_slot(int slot) const { return weights_ + slot * Config::kWeightSlot; }
+  __device__ uint32_t weight_slot(int slot) const { return weights_ + slot * Config::kWeightBytes; }
 
   struct Tile {
-    int row, token;  // tiles
+    int panel, panels;  // the first one, and how many: kPanels or one less
+    int token;  // the token tile
   };
 
  public:
@@ -107,40 +48,49 @@ template <class Config> class PackedWgmma {
         shared_((shared_address(shared) + 1023) & ~1023u),
         tokens_(shared_ + Config::kBarrierBytes),
         weights_(tokens_ + Config::kStages * Config::kTokenSlot),
-        reduction_(weights_ + Config::kStages * Config::kWeightSlot),
+        reduction_(weights_ + Config::kStages * Config::kWeightBytes),
         rank_(blockIdx.x % kCluster % Config::kMulticast),
         split_(blockIdx.x % kCluster / Config::kMulticast),
         first_(args.k_blocks * split_ / Config::kSplit),
         last_(args.k_blocks * (split_ + 1) / Config::kSplit),
         cluster_(blockIdx.x / kCluster),
-        clusters_(gridDim.x / kCluster),
-        rotation_((last_ - first_) * (cluster_ % 128) / 128) {}
+        clusters_(gridDim.x / kCluster) {}
 
   __device__ void run() const {
     int const warp = __shfl_sync(0xffffffffu, threadIdx.x / 32, 0);
-    if (threadIdx.x == 0) {
-      for (int i = 0; i < Config::kStages; ++i) {
-        barrier_init(full(i), 2);  // both producers
-        barrier_init(empty(i), Config::kRowGroups * 4 * Config::kMulticast);
+    if (warp == kProducer) {
+      if (elect_one()) {
+        for (int i = 0; i < Config::kStages; ++i) {
+          barrier_init(full(i), 2);  // both producers
+          barrier_init(empty(i), Config::kRowGroups * 4 * Config::kMulticast);
+        }
+        barrier_init(summed(), 1);
+        barrier_init(drained(), (Config::kSplit - 1) * 4 * Config::kGroups + (Config::kSplit == 1));
+        barrier_init_fence();
       }
-      barrier_init(summed(), 1);
-      barrier_init(drained(), (Config::kSplit - 1) * 4 * Config::kGroups + (Config::kSplit == 1));
-      barrier_init_fence();
+      __syncwarp();
     }
-    if constexpr (kCluster > 1) {
-      cluster_arrive();
-      cluster_wait();
-    } else {
-      __syncthreads();
-    }
+    cluster_arrive();
     launch_dependents();
-    if (warp >= 4 * Config::kGroups) {
+    if (warp >= kProducer) {
       if constexpr (Config::kGroups > 1) cutlass::arch::warpgroup_reg_dealloc<Config::kProducerRegisters>();
-      if (warp == 4 * Config::kGroups) produce_weights();
-      if (warp == 4 * Config::kGroups + 1) produce_tokens();
+      if (warp == kProducer) {
+        produce_weights();  // with barriers that this warp has made itself
+      } else {
+        cluster_wait();
+        if (warp == kProducer + 1) produce_tokens();
+      }
     } else {
       if constexpr (Config::kGroups > 1) cutlass::arch::warpgroup_reg_alloc<Config::kConsumerRegisters>();
-      consume(warp / 4);
+      cluster_wait();
+      // Panels are dealt out in turn: the first row groups may have one more.
+      constexpr int kLeast = Config::kPanels / Config::kRowGroups, kMore = Config::kPanels % Config::kRowGroups;
+      int const row_group = warp / 4 % Config::kRowGroups, depth = warp / 4 / Config::kRowGroups;
+      if (kMore == 0 || row_group >= kMore) {
+        consume<kLeast>(row_group, depth);
+      } else {
+        consume<kLeast + (kMore > 0)>(row_group, depth);
+      }
     }
     // No barrier at the end: nothing is sent to a peer that it does not wait for.
   }
@@ -148,28 +98,35 @@ template <class Config> class PackedWgmma {
  private:
   __device__ int tiles() const { return args_.row_tiles * args_.token_tiles; }
 
+  // The first panels_extra row tiles have kPanels panels, the others one less: so that rounds of all clusters come out even.
+  __device__ Tile tile(int row, int token) const {
+    row = row * Config::kMulticast + rank_;
+    bool const whole = !kUneven || row < args_.panels_extra;
+    return {kUneven ? row * (Config::kPanels - 1) + min(row, args_.panels_extra) : row * Config::kPanels,
+            Config::kPanels - !whole, token};
+  }
+
   // `raster` token tiles at a time pass over the rows together, so that weights are read from L2 again.
   __device__ Tile tile(int index) const {
-    if (args_.token_tiles == 1) return {index * Config::kMulticast + rank_, 0};
+    if (args_.token_tiles == 1) return tile(index, 0);
     int const wide = args_.raster * args_.row_tiles, group = index / wide, rest = index - group * wide;
     int const width = min(args_.raster, args_.token_tiles - group * args_.raster);
     int const row = rest / width;
-    return {row * Config::kMulticast + rank_, group * args_.raster + rest - row * width};
+    return tile(row, group * args_.raster + rest - row * width);
   }
 
-  // Calls fill(slot, block, at) for every stage of every tile, as slots come free, from one lane.
-  template <class Begin, class Fill> __device__ __forceinline__ void produce(Begin const& begin, Fill const& fill) const {
+  // Calls begin(tile) for every tile and fill(slot, block) for each of its stages, as slots come free, from one lane.
+  template <class Begin, class Fill>
+  __device__ __forceinline__ void produce(Begin const& begin, Fill const& fill) const {
     if (!elect_one()) return;
     int slot = 0;
     uint32_t phase = 1;  // a fresh barrier counts as free
     for (int index = cluster_; index < tiles(); index += clusters_) {
       begin(tile(index));
-      int block = first_ + rotation_;
 #pragma unroll 1
-      for (int left = last_ - first_; left > 0; --left) {
+      for (int block = first_; block < last_; ++block) {
         barrier_wait(empty(slot), phase);
         fill(slot, block);
-        if (++block == last_) block = first_;
         if (++slot == Config::kStages) slot = 0, phase ^= 1;
       }
     }
@@ -178,27 +135,24 @@ template <class Config> class PackedWgmma {
   // Weights do not depend on the kernel before this one: they are asked for before its results are awaited.
   __device__ void produce_weights() const {
     uint64_t const policy = evict_first_policy();
-    uint8_t const* panels[Config::kRowGroups];
-    produce(
-        [&](Tile at) {
+    Tile tile;
+    produce([&](Tile at) { tile = at; },
+            [&](int slot, int block) {
+              barrier_expect(full(slot), tile.panels * kPackedBlockBytes);
 #pragma unroll
-          for (int i = 0; i < Config::kRowGroups; ++i) {
-            // Panels past the last one compute what nobody stores.
-            int64_t const panel = min(at.row * Config::kRowGroups + i, args_.panels - 1);
-            panels[i] = args_.w + panel * args_.k_blocks * kPackedBlockBytes;
-          }
-        },
-        [&](int slot, int block) {
-          barrier_expect(full(slot), Config::kWeightBytes);
-#pragma unroll
-          for (int i = 0; i < Config::kRowGroups; ++i)
-            copy_bulk(weight_slot(slot) + i * kPackedBlockBytes, panels[i] + block * kPackedBlockBytes, kPackedBlockBytes,
-                      full(slot), policy);
-        });
+              for (int i = 0; i < Config::kPanels; ++i) {
+                if (kUneven && i + 1 == Config::kPanels && i == tile.panels) break;
+                // Panels past the last one compute what nobody stores.
+                int64_t const at = min(tile.panel + i, args_.panels - 1) * args_.k_blocks + block;
+                copy_bulk(weight_slot(slot) + i * kPackedBlockBytes, args_.w + at * kPackedBlockBytes,
+                          kPackedBlockBytes, full(slot), policy);
+              }
+            });
   }
 
   __device__ void produce_tokens() const {
-    constexpr int kShare = Config::kTokens / Config::kMulticast;  // of the CTAs that share a tile, each brings a part to all
+    constexpr int kShare =
+        Config::kTokens / Config::kMulticast;  // of the CTAs that share a tile, each brings a part to all
     wait_for_inputs();
     int token = 0;
     produce([&](Tile at) { token = at.token * Config::kTokens + rank_ * kShare; },
@@ -207,8 +161,8 @@ template <class Config> class PackedWgmma {
               if constexpr (Config::kMulticast == 1) {
                 copy_tensor(token_slot(slot), args_.x_map, block * 64, token, full(slot));
               } else {
-                copy_tensor_multicast(token_slot(slot) + rank_ * kShare * 128, args_.x_map, block * 64, token, full(slot),
-                                      ((1 << Config::kMulticast) - 1) << (split_ * Config::kMulticast));
+                copy_tensor_multicast(token_slot(slot) + rank_ * kShare * 128, args_.x_map, block * 64, token,
+                                      full(slot), ((1 << Config::kMulticast) - 1) << (split_ * Config::kMulticast));
               }
             });
   }
@@ -226,27 +180,40 @@ template <class Config> class PackedWgmma {
     }
   };
 
+  // A lane's part of a block on its way into fragments.
   struct Words {
     uint4 codes;
-    uint2 scales;
-    // Fragments of k-steps 0 and 1, or 2 and 3.
-    __device__ void dequantize(int half, uint32_t (&fragments)[8]) {
-      uint32_t &a = half ? codes.z : codes.x, &b = half ? codes.w : codes.y, &s = half ? scales.y : scales.x;
-      pin(a), pin(b), pin(s);
-      dequantize_fragments<Operand>(a, b, s, fragments);
+    uint2 scale_bytes;
+    uint32_t top, bottom;  // scales of two k-steps
+
+    __device__ __forceinline__ void load(uint32_t block) {
+      uint32_t const warp = threadIdx.x / 32 % 4, lane = threadIdx.x % 32;
+      codes = load_shared_128(block + warp * 512 + lane * 16);
+      scale_bytes = load_shared_64(block + kPackedCodeBytes + warp * 64 + lane / 4 * 8);
+    }
+
+    // The fragment of a k-step; in order 0 to 3.
+    template <int kStep> __device__ __forceinline__ void dequantize(uint32_t (&fragment)[4]) {
+      uint32_t &a = kStep / 2 ? codes.z : codes.x, &b = kStep / 2 ? codes.w : codes.y;
+      if constexpr (kStep % 2 == 0) {
+        uint32_t& bytes = kStep / 2 ? scale_bytes.y : scale_bytes.x;
+        pin(bytes);
+        packed_scales<Operand>(bytes, top, bottom);
+      }
+      pin(a), pin(b), pin(top), pin(bottom);
+      dequantize_step<Operand, kStep % 2>(a, b, top, bottom, fragment);
+#pragma unroll
+      for (uint32_t& v : fragment) pin(v);
     }
   };
 
-  __device__ Words load(int row_group, int slot) const {
-    uint32_t const block = weight_slot(slot) + row_group * kPackedBlockBytes, warp = threadIdx.x / 32 % 4, lane = threadIdx.x % 32;
-    return {load_shared_128(block + warp * 512 + lane * 16),
-            load_shared_64(block + kPackedCodeBytes + warp * 64 + lane / 4 * 8)};
+  __device__ uint32_t block_at(int slot, int row_group, int i) const {
+    return weight_slot(slot) + (row_group + i * Config::kRowGroups) * kPackedBlockBytes;
   }
 
   // Only where the slot is filled once more: a peer's producer that is done may be gone.
-  __device__ void release(Cursor const& at) const {
-    if (at.left <= Config::kStages) return;
-    int const slot = at.slot;
+  __device__ void release(int slot, int left) const {
+    if (left <= Config::kStages) return;
     uint32_t const lane = threadIdx.x % 32;
     if constexpr (Config::kMulticast == 1) {
       if (lane == 0) barrier_arrive(empty(slot));
@@ -256,73 +223,106 @@ template <class Config> class PackedWgmma {
     }
   }
 
-  __device__ void consume(int group) const {
-    int const row_group = group % Config::kRowGroups, depth = group / Config::kRowGroups;
+  template <int kMine> __device__ __forceinline__ void consume(int row_group, int depth) const {
     int const blocks = last_ - first_;
-    int const mine = max(0, (blocks - depth + Config::kDepthGroups - 1) / Config::kDepthGroups);
+    int const count = max(0, (blocks - depth + Config::kDepthGroups - 1) / Config::kDepthGroups);
     int const total = blocks * ((tiles() - cluster_ + clusters_ - 1) / clusters_);
     int position = 0;
     uint32_t round = 0;
     wait_for_inputs();
     for (int index = cluster_; index < tiles(); index += clusters_) {
-      float acc[kRegisters];
+      Tile const at = tile(index);
+      // Whether the group lacks its last panel in this tile.
+      bool const less = kUneven && kMine > 1 && row_group + (kMine - 1) * Config::kRowGroups >= at.panels;
+      float acc[kMine][kRegisters];
 #pragma unroll
-      for (float& v : acc) v = 0.0f;
-      if (mine > 0) accumulate(row_group, Cursor(position + depth, total), mine, acc);
+      for (int i = 0; i < kMine; ++i) {
+#pragma unroll
+        for (float& v : acc[i]) v = 0.0f;
+      }
+      if (count > 0) accumulate<kMine>(row_group, less, Cursor(position + depth, total), count, acc);
       position += blocks;
-      finish(tile(index), row_group, depth, acc, round++, index + clusters_ < tiles());
+      finish<kMine>(at, row_group, depth, less, acc, round++, index + clusters_ < tiles());
     }
   }
 
-  struct Fragments {
-    uint32_t half[2][8];
-  };
-
-  // One k-step, in a group of its own: ptxas then leaves what stands between two of them where it is.
-  __device__ static void multiply(Fragments const& a, int k, uint64_t tokens, float (&acc)[kRegisters]) {
+  // A k-step or two in a group of their own: ptxas then leaves what stands between two groups where it is. On return the
+  // fragments of the last two k-steps but these are free.
+  __device__ __forceinline__ static void multiply(uint32_t const (&fragment)[4], uint64_t tokens,
+                                                  float (&acc)[kRegisters]) {
     cute::warpgroup_arrive();
-    wgmma_call<Atom>(a.half[k / 2] + k % 2 * 4, tokens + 2 * k, acc, cute::make_integer_sequence<int, kRegisters>{});
+    wgmma_call<Atom>(fragment, tokens, acc, cute::make_integer_sequence<int, kRegisters>{});
     cute::warpgroup_commit_batch();
+    cute::warpgroup_wait<2>();
+  }
+  __device__ __forceinline__ static void multiply(uint32_t const (&first)[4], uint32_t const (&second)[4],
+                                                  uint64_t tokens, float (&acc)[kRegisters]) {
+    cute::warpgroup_arrive();
+    wgmma_call<Atom>(first, tokens, acc, cute::make_integer_sequence<int, kRegisters>{});
+    wgmma_call<Atom>(second, tokens + 2, acc, cute::make_integer_sequence<int, kRegisters>{});
+    cute::warpgroup_commit_batch();
+    cute::warpgroup_wait<1>();
   }
 
-  // The main loop. A warp waits where it issues a WGMMA while the last one still reads its registers, so the next block's
-  // fragments are made between the WGMMAs of this one.
-  __device__ void accumulate(int row_group, Cursor at, int count, float (&acc)[kRegisters]) const {
-    constexpr uint64_t kDescriptor = uint64_t(1) << 62 | uint64_t(64) << 32 | uint64_t(1) << 16;  // swizzle 128 B, 8 rows 1024 B
-    Fragments even, odd;
-    Cursor done = at;
+  // The main loop. A warp waits where it issues a WGMMA while the last one still reads its registers, so fragments are made two
+  // k-steps ahead, between the WGMMAs. A stage is released before the next but one is awaited.
+  template <int kMine> __device__ __forceinline__ void accumulate(int row_group, bool less, Cursor at, int count,
+                                                                  float (&acc)[kMine][kRegisters]) const {
+    constexpr uint64_t kDescriptor =
+        uint64_t(1) << 62 | uint64_t(64) << 32 | uint64_t(1) << 16;  // swizzle 128 B, 8 rows 1024 B
+    uint32_t fragments[4][4];
+    Words words;
     barrier_wait(full(at.slot), at.phase);
-    Words words = load(row_group, at.slot);
-    words.dequantize(0, even.half[0]);
-    words.dequantize(1, even.half[1]);
-    auto step = [&](Fragments const& now, Fragments& next, int i) {
-      uint64_t const tokens = kDescriptor | token_slot(at.slot) >> 4;
-      multiply(now, 0, tokens, acc);
-      Cursor const current = at;
-      at.next();
-      if (i + 1 < count) barrier_wait(full(at.slot), at.phase);
-      words = load(row_group, at.slot);  // after the last block: whatever is there, unused
-      cute::warpgroup_wait<1>();         // the last block's are complete
-      multiply(now, 1, tokens, acc);
-      if (i > 0) release(done);
-      done = current;
-      words.dequantize(0, next.half[0]);
-      multiply(now, 2, tokens, acc);
-      words.dequantize(1, next.half[1]);
-      multiply(now, 3, tokens, acc);
-    };
+    words.load(block_at(at.slot, row_group, 0));
+    words.template dequantize<0>(fragments[0]);
+    words.template dequantize<1>(fragments[1]);
+    int done = -1;
 #pragma unroll 1
-    for (int i = 0; i < count; i += 2) {
-      step(even, odd, i);
-      if (i + 1 < count) step(odd, even, i + 1);
+    for (int i = 0; i < count; ++i) {
+      uint64_t const tokens = kDescriptor | token_slot(at.slot) >> 4;
+      int const slot = at.slot;
+#pragma unroll
+      for (int p = 0; p < kMine; ++p) {
+        if (p > 0 && p + 1 == kMine && less) continue;
+        if constexpr (Config::kPairs) {
+          multiply(fragments[0], fragments[1], tokens, acc[p]);
+          words.template dequantize<2>(fragments[2]);
+        } else {
+          multiply(fragments[0], tokens, acc[p]);
+          words.template dequantize<2>(fragments[2]);
+          multiply(fragments[1], tokens + 2, acc[p]);
+        }
+        if (p == 0 && done >= 0) release(done, at.left + Config::kDepthGroups);  // its last WGMMA is complete
+        words.template dequantize<3>(fragments[3]);
+        if (p + 1 < kMine && !(p + 2 == kMine && less)) {
+          words.load(block_at(slot, row_group, p + 1));
+        } else {
+          at.next();
+          if (i + 1 < count) barrier_wait(full(at.slot), at.phase);
+          words.load(block_at(at.slot, row_group, 0));  // after the last block: whatever is there, unused
+        }
+        if constexpr (Config::kPairs) {
+          multiply(fragments[2], fragments[3], tokens + 4, acc[p]);
+          words.template dequantize<0>(fragments[0]);
+        } else {
+          multiply(fragments[2], tokens + 4, acc[p]);
+          words.template dequantize<0>(fragments[0]);
+          multiply(fragments[3], tokens + 6, acc[p]);
+        }
+        words.template dequantize<1>(fragments[1]);
+      }
+      done = slot;
     }
     cute::warpgroup_wait<0>();
 #pragma unroll
-    for (float& v : acc) asm volatile("" : "+f"(v)::"memory");
-    release(done);
+    for (int i = 0; i < kMine; ++i) {
+#pragma unroll
+      for (float& v : acc[i]) asm volatile("" : "+f"(v)::"memory");
+    }
+    release(done, at.left + Config::kDepthGroups);
   }
 
-  __device__ static float4 fragment(float const (&acc)[kRegisters], int i) {
+  __device__ __forceinline__ static float4 fragment(float const (&acc)[kRegisters], int i) {
     return {acc[4 * i], acc[4 * i + 1], acc[4 * i + 2], acc[4 * i + 3]};
   }
 
@@ -330,75 +330,170 @@ template <class Config> class PackedWgmma {
   __device__ int own_token(Tile at, int i) const {
     return at.token * Config::kTokens + (split_ * Config::kOwnFragments + i) * 8;
   }
+  // A warp's first row of its i-th panel.
+  __device__ int first_row(Tile at, int row_group, int i) const {
+    return (at.panel + row_group + i * Config::kRowGroups) * kPackedRows + threadIdx.x / 32 % 4 * 16;
+  }
+  // Where a thread's part of a panel's partial sum is, in every CTA.
+  __device__ uint32_t partial(int row_group, int i, int index) const {
+    return reduction_ +
+           (((row_group + i * Config::kRowGroups) * Config::kPartials + index) * Config::kOwnFragments * 128 +
+            threadIdx.x % 128) *
+               16;
+  }
 
-  __device__ void finish(Tile at, int row_group, int depth, float (&acc)[kRegisters], uint32_t round,
-                         bool more) const {
-    int const row = (at.row * Config::kRowGroups + row_group) * kPackedRows + threadIdx.x / 32 % 4 * 16;
-    PackedEpilogue<typename Config::Out, typename Config::Bias, Config::kSource> const epilogue(args_, row);
-    if constexpr (Config::kPartials == 1) {
+  template <int kMine> struct Vectors {
+    typename Epilogue::Rows panel[kMine];
+    template <int... I>
+    __device__ Vectors(PackedWgmma const& gemm, Tile at, int row_group, cute::integer_sequence<int, I...>)
+        : panel{typename Epilogue::Rows(gemm.args_, gemm.first_row(at, row_group, I))...} {}
+  };
+
+  template <int kMine> __device__ __forceinline__ void finish(Tile at, int row_group, int depth, bool less,
+                                                              float (&acc)[kMine][kRegisters], uint32_t round,
+                                                              bool more) const {
+    // Each depth group sums its part of the fragments. Its vectors are on their way while partial sums are.
+    constexpr int kPart = (Config::kOwnFragments + Config::kDepthGroups - 1) / Config::kDepthGroups;
+    Vectors<kMine> const vectors(*this, at, row_group, cute::make_integer_sequence<int, kMine>{});
+    float2 outer_a[kPart];
 #pragma unroll
-      for (int i = 0; i < Config::kTokens / 8; ++i)
-        epilogue(own_token(at, i), epilogue.outer_a(own_token(at, i)), fragment(acc, i));
-    } else {
-      // Vectors are on their way while partial sums are.
-      constexpr int kMine = (Config::kOwnFragments + Config::kDepthGroups - 1) / Config::kDepthGroups;
-      float2 outer_a[kMine];
+    for (int i = 0; i < kPart; ++i)
+      outer_a[i] = Epilogue::outer_a(args_, own_token(at, depth + i * Config::kDepthGroups));
+    if constexpr (Config::kPartials > 0) share<kMine>(at.panels, row_group, depth, less, acc, round);
+    if constexpr (Config::kLines) {
+      if (whole_lines()) {
 #pragma unroll
-      for (int i = 0; i < kMine; ++i) outer_a[i] = epilogue.outer_a(own_token(at, depth + i * Config::kDepthGroups));
-      share(row_group, depth, acc, round);
-      uint32_t const slots = reduction_ + row_group * Config::kPartials * Config::kSlotBytes + threadIdx.x % 128 * 16;
+        for (int p = 0; p < kMine; ++p) {
+          if (p > 0 && p + 1 == kMine && less) break;
+          write_lines(at, row_group, p, vectors.panel[p], outer_a, acc[p]);
+        }
+        if (Config::kSplit > 1 && more) free_partials();
+        return;
+      }
+    }
 #pragma unroll
-      for (int k = 0; k < kMine; ++k) {
+    for (int p = 0; p < kMine; ++p) {
+      if (p > 0 && p + 1 == kMine && less) break;
+      Epilogue const write(args_, first_row(at, row_group, p), vectors.panel[p]);
+#pragma unroll
+      for (int k = 0; k < kPart; ++k) {
         int const i = depth + k * Config::kDepthGroups;
         if (i >= Config::kOwnFragments) break;
-        float4 sum = load_shared_float4(slots + i * 2048);
-#pragma unroll
-        for (int p = 1; p < Config::kPartials; ++p) {
-          float4 const v = load_shared_float4(slots + p * Config::kSlotBytes + i * 2048);
-          sum = {sum.x + v.x, sum.y + v.y, sum.z + v.z, sum.w + v.w};
-        }
-        epilogue(own_token(at, i), outer_a[k], sum);
+        write(own_token(at, i), outer_a[k], sum(row_group, p, i, fragment(acc[p], k)));
       }
-      if (Config::kSplit > 1 && more) free_partials();
     }
+    if (Config::kSplit > 1 && more) free_partials();
+  }
+
+  // Of a fragment that this CTA writes. Without depth groups its own part is where share() has left it.
+  __device__ __forceinline__ float4 sum(int row_group, int p, int i, float4 own) const {
+    float4 sum = kKeep ? own : load_shared_float4(partial(row_group, p, 0) + i * 2048);
+#pragma unroll
+    for (int j = kKeep ? 0 : 1; j < Config::kPartials; ++j) {
+      float4 const v = load_shared_float4(partial(row_group, p, j) + i * 2048);
+      sum = {sum.x + v.x, sum.y + v.y, sum.z + v.z, sum.w + v.w};
+    }
+    return sum;
+  }
+
+  // Whether all panels are whole and stand in whole, aligned lines of D. The same for all threads.
+  __device__ bool whole_lines() const {
+    return args_.d_stride_n == 1 && args_.n % 64 == 0 && args_.d_stride_m % 8 == 0 &&
+           reinterpret_cast<uint64_t>(args_.d) % 16 == 0;
+  }
+
+  // A panel, 16 tokens at a time: each warp transposes its 16 rows into shared memory, then 8 lanes write 64 rows of a token.
+  template <int kPart>
+  __device__ __forceinline__ void write_lines(Tile at, int row_group, int p, typename Epilogue::Rows const& rows,
+                                              float2 const (&outer_a)[kPart], float const (&acc)[kRegisters]) const {
+    using Out = typename Config::Out;
+    Epilogue const write(args_, first_row(at, row_group, p), rows);
+    uint32_t const buffer = reduction_ + Config::kReductionBytes + row_group * 4096;
+    uint32_t const thread = threadIdx.x % 128, lane = thread % 32;
+    // Chunks of 16 bytes swap places within a token's line, so that neither side meets bank conflicts.
+    uint32_t const to = (lane / 16 * 8 + lane % 8) * 128 + ((thread / 32 * 2 + lane / 8 % 2) ^ lane % 8) * 16;
+    uint32_t const from = thread / 8 * 128 + (thread % 8 ^ thread / 8 % 8) * 16;
+    int const row = (at.panel + row_group + p * Config::kRowGroups) * kPackedRows + thread % 8 * 8;
+    int token = own_token(at, 0) + thread / 8;
+    auto* d = static_cast<uint16_t*>(args_.d) + token * args_.d_stride_m + row;
+#pragma unroll
+    for (int i = 0; i < kPart; i += 2) {
+      uint32_t const half = buffer + i % 4 * 1024;
+      uint32_t matrices[4];
+#pragma unroll
+      for (int j = 0; j < 2; ++j) {
+        float4 const v = sum(row_group, p, i + j, fragment(acc, i + j));
+        float values[4] = {v.x, v.y, v.z, v.w};
+        write.rescale(own_token(at, i + j), outer_a[i + j], values);
+        matrices[2 * j] = Out::pack(values[0], values[1]), matrices[2 * j + 1] = Out::pack(values[2], values[3]);
+      }
+      store_transposed(half + to, matrices);
+      asm volatile("bar.sync %0, 128;" ::"r"(2 + row_group) : "memory");
+      uint4 const line = load_shared_128(half + from);
+      if (token < args_.m && row < args_.n) *reinterpret_cast<uint4*>(d) = line;
+      token += 16, d += 16 * args_.d_stride_m;
+    }
+    if (kPart % 4 != 0) asm volatile("bar.sync %0, 128;" ::"r"(2 + row_group) : "memory");
   }
 
   __device__ static void sync_consumers() { asm volatile("bar.sync 1, %0;" ::"n"(128 * Config::kGroups) : "memory"); }
 
-  // Hands every partial sum to the CTA that writes its tokens, and waits for those of this CTA.
-  __device__ void share(int row_group, int depth, float const (&acc)[kRegisters], uint32_t round) const {
-    uint32_t const slot = reduction_ +
-                          ((row_group * Config::kPartials + split_ * Config::kDepthGroups + depth) * Config::kOwnFragments * 128 +
-                           threadIdx.x % 128) * 16;
-    if constexpr (Config::kSplit > 1) {
-      constexpr int kBytes = Config::kRowGroups * (Config::kSplit - 1) * Config::kDepthGroups * Config::kSlotBytes;
-      if (threadIdx.x == 0) barrier_expect(summed(), kBytes);
-    }
-    if (round > 0) {
-      sync_consumers();
-      if constexpr (Config::kSplit > 1) barrier_wait(drained(), round - 1 & 1);
-    }
+  static constexpr bool kKeep = Config::kDepthGroups == 1;  // own partial sums in registers
+
+  // The partial sums of the tokens that CTA kTo of the split writes. If it is this one they are stored, or become the first
+  // accumulators, which have been sent by then.
+  template <int kTo, int kMine> __device__ __forceinline__ void hand_over(int row_group, int depth, bool less,
+                                                                          float (&acc)[kMine][kRegisters]) const {
+    constexpr int kOwn = kRegisters / Config::kSplit;
+    bool const own = kTo == split_;
+    uint32_t const rank = kTo * Config::kMulticast + rank_;
+    uint32_t const peer_bar = own ? 0 : map_to_rank(summed(), rank);
 #pragma unroll
-    for (int to = 0; to < Config::kSplit; ++to) {
-      bool const own = to == split_;
-      uint32_t const rank = to * Config::kMulticast + rank_;
-      uint32_t const peer = own ? 0 : map_to_rank(slot, rank), peer_bar = own ? 0 : map_to_rank(summed(), rank);
+    for (int p = 0; p < kMine; ++p) {
+      if (p > 0 && p + 1 == kMine && less) break;
+      uint32_t const here =
+          partial(row_group, p, kKeep ? split_ - (split_ > kTo) : split_ * Config::kDepthGroups + depth);
+      if (own && kKeep) {
 #pragma unroll
-      for (int i = 0; i < Config::kOwnFragments; ++i) {
-        float4 const v = fragment(acc, to * Config::kOwnFragments + i);
-        if (own) {
-          store_shared_128(slot + i * 2048, v);
-        } else {
-          store_to_rank(peer + i * 2048, v, peer_bar);
-        }
+        for (int i = 0; i < kOwn; ++i) acc[p][i] = acc[p][kTo * kOwn + i];
+      } else if (own) {
+#pragma unroll
+        for (int i = 0; i < Config::kOwnFragments; ++i)
+          store_shared_128(here + i * 2048, fragment(acc[p], kTo * Config::kOwnFragments + i));
+      } else {
+        uint32_t const there = map_to_rank(here, rank);
+#pragma unroll
+        for (int i = 0; i < Config::kOwnFragments; ++i)
+          store_to_rank(there + i * 2048, fragment(acc[p], kTo * Config::kOwnFragments + i), peer_bar);
       }
     }
-    sync_consumers();
+  }
+  // Not a loop: the compiler would take an index that equals split_ for split_ and put accumulators into memory.
+  template <int kMine, int... kTo>
+  __device__ __forceinline__ void hand_over_all(int row_group, int depth, bool less, float (&acc)[kMine][kRegisters],
+                                                cute::integer_sequence<int, kTo...>) const {
+    (hand_over<kTo>(row_group, depth, less, acc), ...);
+  }
+
+  // Hands every partial sum to the CTA that writes its tokens, and waits for those of this CTA.
+  template <int kMine> __device__ __forceinline__ void share(int panels, int row_group, int depth, bool less,
+                                                             float (&acc)[kMine][kRegisters], uint32_t round) const {
+    if constexpr (Config::kSplit > 1) {
+      constexpr int kBytes = (Config::kSplit - 1) * Config::kDepthGroups * Config::kPartialBytes;  // of a panel
+      if (threadIdx.x == 0) barrier_expect(summed(), panels * kBytes);
+    }
+    if (round > 0) {
+      if constexpr (!kKeep) sync_consumers();
+      if constexpr (Config::kSplit > 1) barrier_wait(drained(), round - 1 & 1);
+    }
+    hand_over_all(row_group, depth, less, acc, cute::make_integer_sequence<int, Config::kSplit>{});
+    if constexpr (!kKeep) sync_consumers();
     if constexpr (Config::kSplit > 1) barrier_wait(summed(), round & 1);
   }
 
   // Tells the peers that their next partial sums may come.
   __device__ void free_partials() const {
+    __syncwarp();
     uint32_t const peer = threadIdx.x % 32;
     if (peer < Config::kSplit && peer != split_)
       barrier_arrive_cluster(map_to_rank(drained(), peer * Config::kMulticast + rank_));

@@ -1,0 +1,82 @@
+// What one WGMMA kernel on prepacked weights is: its tile, warpgroups and shared memory, and the WGMMA of its tokens.
+#pragma once
+
+#include "nvrtc/std.hpp"
+
+#include "cute/arch/mma_sm90_gmma.hpp"
+#include "cute/numeric/integer_sequence.hpp"
+#include "fp4gemm/packed_gemm.hpp"
+
+namespace fp4gemm {
+
+template <class Operand, int kTokens> struct Wgmma;
+
+template <class Atom, int... I> __device__ __forceinline__ void wgmma_call(uint32_t const* a, uint64_t b, float* acc,
+                                                                           cute::integer_sequence<int, I...>) {
+  Atom::fma(a[0], a[1], a[2], a[3], b, acc[I]..., cute::SM90::GMMA::ScaleOut::One);
+}
+
+#define FP4GEMM_WGMMA(tokens) \
+  template <> struct Wgmma<OperandBf16, tokens> { \
+    using Atom = \
+        cute::SM90::GMMA::MMA_64x##tokens##x16_F32BF16BF16_RS<cute::SM90::GMMA::Major::K, cute::SM90::GMMA::Major::K>; \
+  }; \
+  template <> struct Wgmma<OperandFp16, tokens> { \
+    using Atom = \
+        cute::SM90::GMMA::MMA_64x##tokens##x16_F32F16F16_RS<cute::SM90::GMMA::Major::K, cute::SM90::GMMA::Major::K>; \
+  };
+FP4GEMM_WGMMA(8)
+FP4GEMM_WGMMA(16)
+FP4GEMM_WGMMA(32)
+FP4GEMM_WGMMA(64)
+FP4GEMM_WGMMA(96)
+FP4GEMM_WGMMA(128)
+FP4GEMM_WGMMA(192)
+FP4GEMM_WGMMA(256)
+#undef FP4GEMM_WGMMA
+
+// Keeps a register's definition behind what stands before: the compiler must not move it over a wait for WGMMAs.
+__device__ __forceinline__ void pin(uint32_t& v) { asm volatile("" : "+r"(v)::"memory"); }
+
+template <class Operand_, class Out_, class Bias_, bool kSource_, int kTokens_, int kPanels_, int kRowGroups_,
+          int kDepthGroups_, int kMulticast_, int kSplit_, int kStages_, bool kRoomy, bool kUneven_>
+struct PackedWgmmaConfig {
+  using Operand = Operand_;
+  using Out = Out_;
+  using Bias = Bias_;
+  static constexpr bool kSource = kSource_;
+  static constexpr int kTokens = kTokens_, kPanels = kPanels_, kRowGroups = kRowGroups_, kDepthGroups = kDepthGroups_;
+  static constexpr int kMulticast = kMulticast_, kSplit = kSplit_, kStages = kStages_;
+
+  static constexpr int kGroups = kRowGroups * kDepthGroups;
+  static constexpr int kThreads = 128 * (kGroups + 1);  // the last warpgroup produces
+  // What a thread starts with (a multiple of 8 that fits the SM), and what consumers have once the producer gave up its own.
+  static constexpr int kLaunchRegisters = 65536 / kThreads / 8 * 8;
+  static constexpr int kProducerRegisters = kGroups > 2 ? 32 : 24;
+  static constexpr int kConsumerRegisters = (kLaunchRegisters * (kGroups + 1) - kProducerRegisters) / kGroups / 8 * 8;
+  static constexpr int kMost = (kPanels + kRowGroups - 1) / kRowGroups;  // panels of a warpgroup
+  // If registers last (spec.py: roomy), row tiles may have a panel less: a warpgroup may skip its last panel, but not its only
+  // one; and two k-steps go to a group of WGMMAs, which ptxas would serialize without registers to spare.
+  static constexpr bool kUneven = kUneven_;
+  static constexpr bool kPairs = kRoomy;
+  static constexpr int kTokenBytes = kTokens * 128;
+  static constexpr int kTokenSlot = (kTokenBytes + 1023) / 1024 * 1024;
+  static constexpr int kWeightBytes = kPanels * kPackedBlockBytes;
+  // Partial sums of the tokens that this CTA writes. Without depth groups its own ones stay in registers.
+  static constexpr int kOwnFragments = kTokens / 8 / kSplit;
+  static constexpr int kPartials = kDepthGroups > 1 ? kDepthGroups* kSplit : kSplit - 1;
+  static constexpr int kPartialBytes = kOwnFragments * 128 * 16;
+  static constexpr int kReductionBytes = kPanels * kPartials * kPartialBytes;
+  // Results of 16 tokens, twice, for every row group: where it may, a warpgroup writes whole lines of D.
+  static constexpr bool kLines = Out::kBytes == 2 && kDepthGroups == 1 && kOwnFragments % 2 == 0;
+  static constexpr int kLineBytes = kLines ? kRowGroups * 4096 : 0;
+  static constexpr int kBarrierBytes = 1024;
+  static constexpr int kSharedBytes =
+      1024 + kBarrierBytes + kStages * (kTokenSlot + kWeightBytes) + kReductionBytes + kLineBytes;  // 1024: to align
+  static_assert(kTokens / 8 % kSplit == 0 && kRowGroups <= kPanels && kStages <= 60);
+  // A depth group waits for one stage while it holds another. Slots belong to one depth group each: a group that waited for
+  // a slot whose last filling another one has yet to see would take the parity of the filling before for its own.
+  static_assert(kStages >= 2 * kDepthGroups && kStages % kDepthGroups == 0);
+};
+
+}  // namespace fp4gemm

@@ -1,0 +1,161 @@
+"""The table of kernels: read, written, and asked for the nearest measured shape."""
+
+import json
+import stat
+from dataclasses import replace
+
+import pytest
+
+from fp4gemm import select, table
+from fp4gemm.table import Choice
+
+MMA, WGMMA = ("mma", (1, 8, 4, 2, 2, 0, 0)), ("wgmma", (128, 2, 2, 1, 1, 1, 6))
+
+
+def row(m, n=4096, k=4096, kernel=MMA):
+    return Choice(m, n, k, *kernel)
+
+
+ROWS = (row(1), row(16, kernel=WGMMA), row(1, 8192, 8192), row(64, 8192, 8192, kernel=WGMMA))
+
+
+@pytest.fixture
+def own(monkeypatch, tmp_path):
+    """An empty cache folder, in which `tuned_path` is; the name of a GPU."""
+    monkeypatch.setenv("FP4GEMM_CACHE_DIR", str(tmp_path / "cache"))
+    forget = table.rows_for.cache_clear
+    forget()
+    yield "NVIDIA H200 (test)"
+    forget()
+
+
+def test_what_is_written_is_read_back(tmp_path):
+    path = tmp_path / "new" / "table.json"
+    table.write(path, ROWS, gpu="NVIDIA H200", note='with "quotes"')
+    assert sorted(table.read(path), key=str) == sorted(ROWS, key=str)
+    document = json.loads(path.read_text())
+    assert (document["gpu"], document["note"]) == ("NVIDIA H200", 'with "quotes"')
+    keys = [(r["n"], r["k"], r["m"]) for r in document["rows"]]
+    assert keys == sorted(keys)
+    assert [p.name for p in path.parent.iterdir()] == ["table.json"]  # nothing temporary is left
+    assert path.stat().st_mode & stat.S_IROTH  # the packaged one is installed for others
+    table.write(path, ROWS[:1])
+    assert table.read(path) == ROWS[:1]
+
+
+def test_an_empty_table(tmp_path):
+    table.write(tmp_path / "table.json", [])
+    assert table.read(tmp_path / "table.json") == ()
+
+
+def entry(**changes):
+    good = {"m": 1, "n": 64, "k": 64, "kernel": "mma", "config": [1, 8, 4, 2, 2, 0, 0]} | changes
+    return {"schema": 1, "rows": [{name: value for name, value in good.items() if value is not None}]}
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "", "{", "[]", "null", '"text"', "{}", '{"schema": 2, "rows": []}', '{"schema": 1}',
+        '{"schema": 1, "rows": [7]}', '{"schema": 1, "rows": 7}',
+        *(json.dumps(entry(**{name: None})) for name in ("m", "n", "k", "kernel", "config")),
+        *(json.dumps(entry(**{name: "many"})) for name in ("m", "n", "k", "config")),
+    ],
+)  # fmt: skip
+def test_a_broken_table_is_named(tmp_path, text):
+    path = tmp_path / "tuned-broken.json"
+    path.write_text(text)
+    with pytest.raises(ValueError, match=r"tuned-broken\.json: not a table of kernels .*fp4gemm tune"):
+        table.read(path)
+
+
+def test_the_good_entry_of_that_test_is_good(tmp_path):
+    path = tmp_path / "table.json"
+    path.write_text(json.dumps(entry()))
+    assert table.read(path) == (Choice(1, 64, 64, "mma", (1, 8, 4, 2, 2, 0, 0)),)
+
+
+def test_a_tuned_table_of_this_gpu_comes_first(own):
+    assert table.rows_for(own) == table.read(table.PACKAGED)
+    path = table.tuned_path(own)
+    assert path.name == "tuned-nvidia-h200-test.json"
+    assert path != table.tuned_path("NVIDIA H200")
+    table.write(path, ROWS)
+    table.rows_for.cache_clear()
+    assert set(table.rows_for(own)[: len(ROWS)]) == set(ROWS)
+    assert table.rows_for(own)[len(ROWS) :] == table.read(table.PACKAGED)
+    path.write_text("not JSON")
+    table.rows_for.cache_clear()
+    with pytest.raises(ValueError, match=str(path)):
+        table.rows_for(own)
+
+
+def test_own_rows_win_where_packaged_ones_are_as_near():
+    mine, theirs = row(16, kernel=WGMMA), row(16, kernel=MMA)
+    for shape in ((16, 4096, 4096), (9, 5000, 300), (700, 64, 64)):
+        assert table.by_distance((mine, theirs), *shape) == [mine, theirs]
+        assert table.by_distance((theirs, mine), *shape) == [theirs, mine]
+
+
+def test_the_nearest_shape_then_the_least_m_that_covers_the_calls():
+    rows = [row(m, n, k) for n, k in ((1024, 4096), (4096, 4096), (4096, 16384)) for m in (1, 8, 64, 512)]
+
+    def nearest(m, n, k):
+        first = table.by_distance(rows, m, n, k)[0]
+        return first.m, first.n, first.k
+
+    assert nearest(8, 4096, 4096) == (8, 4096, 4096)
+    assert nearest(9, 4096, 4096) == (64, 4096, 4096)
+    assert nearest(65, 4096, 4096) == (512, 4096, 4096)
+    assert nearest(513, 4096, 4096) == (512, 4096, 4096)  # none covers it: the largest
+    assert nearest(1, 4096, 9000) == (1, 4096, 16384)
+    assert nearest(1, 1500, 4096) == (1, 1024, 4096)
+    # n counts twice: one octave of n is as far as two of k.
+    assert nearest(1, 2048 - 1, 4096) == (1, 1024, 4096)
+    assert nearest(1, 3000, 12000) == (1, 4096, 16384)
+    ordered = table.by_distance(rows, 9, 4096, 4096)
+    assert sorted(ordered, key=str) == sorted(rows, key=str)
+    assert [r.m for r in ordered[:4]] == [64, 512, 8, 1]
+
+
+def test_the_packaged_table():
+    rows = table.read(table.PACKAGED)
+    assert len({(r.m, r.n, r.k) for r in rows}) == len(rows)
+    assert {r.m for r in rows} >= {1, 8, 16, 32, 64, 128}
+    assert {r.kernel for r in rows} <= {"mma", "wgmma", "collective"}
+
+
+GPU = ("NVIDIA H200 (test)", 132)
+
+
+def spec_of(m, n, k, *, source=False, **options):
+    return select.packed_spec(GPU, m, n, k, "bf16", "bf16", None, source, **options)
+
+
+def test_selection_takes_the_first_row_that_can_serve(own, monkeypatch):
+    rows = (row(1), row(16, kernel=WGMMA))
+    monkeypatch.setattr(table, "rows_for", lambda gpu: rows)
+    assert spec_of(1, 4096, 4096) == select.packed_of(*MMA, "bf16", "bf16", None, False)
+    assert spec_of(1, 4096, 4096, source=True) == select.packed_of(*MMA, "bf16", "bf16", None, True)
+    assert spec_of(2, 4096, 4096) == select.packed_of(*WGMMA, "bf16", "bf16", None, False)
+    rows = (row(16),)
+    assert spec_of(8, 4096, 4096) == select.packed_of(*MMA, "bf16", "bf16", None, False)
+    fallback = select.packed_of(*select.FALLBACK, "bf16", "bf16", None, False)
+    assert spec_of(9, 4096, 4096) == fallback  # no row serves nine tokens
+    rows = (row(16, kernel=("mma", (1, 8, 12, 2, 2, 0, 0))),)
+    assert spec_of(1, 4096, 4096) == fallback  # nor one that no CTA has the memory for
+
+
+def test_a_collective_only_where_its_epilogue_can_store(own, monkeypatch):
+    rows = (row(512, kernel=("collective", (128, 256, 2))), replace(row(256), kernel="wgmma", config=WGMMA[1]))
+    monkeypatch.setattr(table, "rows_for", lambda gpu: rows)
+    assert spec_of(512, 4096, 4096).tile == (128, 256, 64)
+    assert spec_of(512, 4096, 4096, tma_output=False) == select.packed_of(*WGMMA, "bf16", "bf16", None, False)
+
+
+def test_every_problem_finds_a_kernel(own):
+    for m in (1, 7, 16, 33, 512, 5000, 100000):
+        for n in (1, 64, 4097, 28672, 150000):
+            for k in (1, 64, 1000, 28672, 200000):
+                for source in (False, True):
+                    assert spec_of(m, n, k, source=source, tma_output=n % 8 == 0) is not None
