@@ -44,7 +44,9 @@ def build_one(spec: KernelSpec) -> dict[str, Any]:
 
 def memory_need(spec: KernelSpec) -> int:
     """Bytes to reserve for compiling `spec`: measured peaks, rounded up."""
-    return GEMM_BYTES if spec.uses_cutlass else OTHER_BYTES
+    from fp4gemm.spec import GemmSpec, PackedCollectiveSpec
+
+    return GEMM_BYTES if isinstance(spec, (GemmSpec, PackedCollectiveSpec)) else OTHER_BYTES
 
 
 def free_memory() -> int:

@@ -248,7 +248,9 @@ def _weight(b: FP4Tensor) -> Weight:
 def gemm(a: FP4Tensor | Tensor, b: FP4Tensor, bias: Tensor | None, out: Output) -> None:
     """A . B^T of non-empty operands into ``out``; see ``ops.gemm``."""
     weight = _weight(b)
-    engine.gemm(_activations(a), weight, None if bias is None else bias.contiguous(), out)
+    engine.gemm(
+        _activations(a), weight, None if bias is None else bias.contiguous(), out, None if b.prepacked else False
+    )
 
 
 def quantize_gemm(
@@ -264,4 +266,4 @@ def quantize_gemm(
     weight = _weight(w)
     values, outer = quantize_values(x, per_tensor, convention, outer_scale)
     bias = None if bias is None else bias.contiguous()
-    engine.gemm(Activations(values, outer), weight, bias, Output(d, None, 0.0), dependent=True)
+    engine.gemm(Activations(values, outer), weight, bias, Output(d, None, 0.0), bool(w.prepacked))

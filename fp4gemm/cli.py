@@ -213,12 +213,12 @@ def _fail(message: str) -> None:
 
 
 def _variants(archs: Sequence[str] | None) -> list[Any]:
-    from fp4gemm import spec
+    from fp4gemm import spec, variants
 
     unknown = sorted(set(archs or ()) - set(spec.ARCHS))
     if unknown:
         raise ValueError(f"--arch: got {', '.join(unknown)}, expected one of {', '.join(spec.ARCHS)}")
-    return list(spec.default_variants(tuple(archs) if archs else spec.ARCHS))
+    return list(variants.default_variants(tuple(archs) if archs else spec.ARCHS))
 
 
 def _for_columns(ks: Sequence[int], archs: Sequence[str] | None) -> list[Any]:

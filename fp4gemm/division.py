@@ -67,7 +67,8 @@ def _divide_wgmma(spec: PackedWgmmaSpec, m: int, panels: int, sms: int) -> Divis
     cluster = spec.multicast * spec.split
     row_tiles, token_tiles = -(-panels // (spec.panels * spec.multicast)), -(-m // spec.tokens)
     # GPCs are whole pairs of SMs, but not whole fours.
-    clusters = min(sms // cluster if cluster <= 2 else sms * 9 // (10 * cluster), row_tiles * token_tiles)
+    resident = sms // cluster if cluster <= 2 else sms * 9 // (10 * cluster)
+    clusters = min(max(resident, 1), row_tiles * token_tiles)
     full_tiles = row_tiles * spec.multicast
     if spec.uneven:
         rounds = -(-row_tiles * token_tiles // clusters)

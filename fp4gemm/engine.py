@@ -12,7 +12,7 @@ from torch import Tensor
 from fp4gemm import select
 from fp4gemm.launch import GemmProblem, gemm_plan
 from fp4gemm.packed_plan import PackedProblem, packed_plan
-from fp4gemm.spec import PackedGemmSpec, PackedSpec
+from fp4gemm.spec import PackedCollectiveSpec, PackedSpec
 
 
 class Activations(NamedTuple):
@@ -77,10 +77,11 @@ def _has_tma_rows(d: Tensor) -> bool:
     )
 
 
-def gemm(a: Activations, w: Weight, bias: Tensor | None, out: Output, dependent: bool = False) -> None:
+def gemm(a: Activations, w: Weight, bias: Tensor | None, out: Output, dependent: bool | None = None) -> None:
     """D = cast(outer_a * (outer_b * acc) [+ bias] [+ beta * C]) of non-empty operands, into ``out.d``.
 
-    ``dependent``: the kernel in front is the one that wrote ``a``, so this one may begin before it has ended.
+    ``dependent``: whether this kernel may begin before the one in front has ended: True where that one wrote ``a``,
+    False where the weight has just been written, None (as ``launch.programmatic`` says) elsewhere.
     """
     x, d, c = tokens(a.values), out.d, out.c
     if c is not None and (c.stride() != d.stride() or c.data_ptr() % 16 != d.data_ptr() % 16):
@@ -91,7 +92,7 @@ def gemm(a: Activations, w: Weight, bias: Tensor | None, out: Output, dependent:
 
 
 def launch_spec(
-    spec: PackedSpec, a: Activations, w: Weight, bias: Tensor | None, out: Output, dependent: bool = False
+    spec: PackedSpec, a: Activations, w: Weight, bias: Tensor | None, out: Output, dependent: bool | None = None
 ) -> None:
     """``gemm`` by this kernel: x aligned as ``tokens`` makes it, C of D's strides.
 
@@ -104,7 +105,7 @@ def launch_spec(
     per_row = outer_a is not None and outer_a.dim() == 1, outer_b.dim() == 1
     stream = torch._C._cuda_getCurrentRawStream(device)
     bias_address = 0 if bias is None else bias.data_ptr()
-    if isinstance(spec, PackedGemmSpec):
+    if isinstance(spec, PackedCollectiveSpec):
         # C's stride stands in the place of ldb, its address and beta's bits in those of the block scales.
         plan = gemm_plan(spec, GemmProblem(m, w.n, w.k, x_stride, ldd, ldd, *per_row), device)
         scale = _one(device) if outer_a is None else outer_a

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from fp4gemm.load import DriverError, Kernel, bind_context, check, load
-from fp4gemm.spec import GemmSpec, KernelSpec, PackedGemmSpec
+from fp4gemm.spec import GemmSpec, KernelSpec, PackedCollectiveSpec
 from fp4gemm.tensor_map import SIZE, address_word, find_requests
 
 # The structs of templates/include/fp4gemm/{quantize,dequantize,pack,gemm}.hpp: keep both alike.
@@ -66,8 +66,8 @@ class Dispatch:
         self._address = ctypes.addressof(self._pointers)
         self._configs: dict[tuple[int, int, int], Any] = {}
 
-    def __call__(self, grid: tuple[int, int, int], stream: int, dependent: bool = False) -> None:
-        """Launch; ``dependent``: before the kernel in front has ended. Not thread-safe."""
+    def __call__(self, grid: tuple[int, int, int], stream: int, dependent: bool | None = None) -> None:
+        """Launch; ``dependent``: before the one in front has ended, None: as ``programmatic`` says. Not thread-safe."""
         status = self._launch(grid, stream, dependent)
         if status:  # CUDA_SUCCESS is 0
             if status == _driver().CUresult.CUDA_ERROR_INVALID_CONTEXT:
@@ -76,8 +76,8 @@ class Dispatch:
             if status:
                 raise DriverError(f"kernel launch, grid {grid}, {self._threads} threads: {status.name}")
 
-    def _launch(self, grid: tuple[int, int, int], stream: int, dependent: bool) -> Any:
-        if not (self._waits and (dependent or _programmatic.get())):
+    def _launch(self, grid: tuple[int, int, int], stream: int, dependent: bool | None) -> Any:
+        if not (self._waits and (_programmatic.get() if dependent is None else dependent)):
             return _driver().cuLaunchKernel(
                 self._handle, *grid, self._threads, 1, 1, self._shared, stream, self._address, 0
             )[0]
@@ -167,7 +167,7 @@ class GemmPlan:
 
 
 @lru_cache(maxsize=4096)
-def gemm_plan(spec: GemmSpec | PackedGemmSpec, problem: GemmProblem, device: int) -> GemmPlan:
+def gemm_plan(spec: GemmSpec | PackedCollectiveSpec, problem: GemmProblem, device: int) -> GemmPlan:
     """The plan of a (kernel, problem, device); the first call runs ``make_params`` there."""
     return GemmPlan(load(spec), problem, device)
 

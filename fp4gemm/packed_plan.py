@@ -85,10 +85,10 @@ class PackedPlan:
         self._lock = threading.Lock()
 
     def __call__(
-        self, stream: int, dependent: bool, x: int, w: int, d: int, c: int, outer_a: int, outer_b: int, bias: int,
-        beta: float,
+        self, stream: int, dependent: bool | None, x: int, w: int, d: int, c: int, outer_a: int, outer_b: int,
+        bias: int, beta: float,
     ) -> None:  # fmt: skip
-        """Launch with these addresses, 0 for what is absent; ``dependent``: see :func:`launch.programmatic`."""
+        """Launch with these addresses, 0 for what is absent; ``dependent``: see :class:`launch.Dispatch`."""
         with self._lock:
             words = self._words
             words[_X], words[_W], words[_D], words[_C] = x, w, d, c

@@ -9,7 +9,7 @@ from typing import Any
 import jinja2
 
 from fp4gemm import epilogue
-from fp4gemm.spec import GemmSpec, KernelSpec, PackedGemmSpec, check
+from fp4gemm.spec import GemmSpec, KernelSpec, PackedCollectiveSpec, check
 
 _ELEMENTS = {"bf16": "Bf16", "fp16": "Fp16", "fp32": "Fp32"}
 _FILTERS: dict[str, dict[Any, str]] = {
@@ -60,6 +60,6 @@ def render(spec: KernelSpec) -> str:
     context: dict[str, object] = {"spec": spec}
     if isinstance(spec, GemmSpec):
         context["epilogue"] = epilogue.rescale(spec.bias)
-    elif isinstance(spec, PackedGemmSpec):
+    elif isinstance(spec, PackedCollectiveSpec):
         context["epilogue"] = epilogue.packed_rescale(spec.bias, spec.source is not None)
     return _environment().get_template(spec.template).render(context)

@@ -13,16 +13,14 @@ from fp4gemm.formats import BLOCK, SF_LAYOUTS, scale_columns
 from fp4gemm.spec import (
     AmaxSpec,
     DequantizeSpec,
-    GemmSpec,
     KernelSpec,
-    PackedGemmSpec,
+    PackedCollectiveSpec,
     PackedMmaSpec,
     PackedSpec,
     PackedWgmmaSpec,
     PackSpec,
     QuantizeSpec,
     check,
-    sm90_gemms,
 )
 
 DTYPE_NAMES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
@@ -103,7 +101,7 @@ def prefetch_ctas(spec: QuantizeSpec, k: int, device: int) -> int:
 
 
 def bf16_specs(arch: str, k: int) -> list[KernelSpec]:
-    """Every kernel but the GEMMs that bf16 tensors of ``k`` columns can ask for: what to build before serving."""
+    """Every kernel that bf16 tensors of ``k`` columns can ask for, GEMMs without bias: what to build before serving."""
     quantizers = [
         quantize_spec(arch, "bf16", k, scaling, convention, sf_layout, vectorized=k % BLOCK == 0)
         for scaling, convention in (("per_row", "te_per_token"), ("per_tensor", "te"), ("given", "te_per_token"))
@@ -121,7 +119,9 @@ def bf16_specs(arch: str, k: int) -> list[KernelSpec]:
         for m in (1, _FEW_ROWS + 1)
     ]
     packers = [pack_spec(arch, sf_layout, way) for sf_layout in SF_LAYOUTS for way in ("pack", "unpack")]
-    return [*small, *values, *packers]
+    chosen = dict.fromkeys((c.kernel, c.config) for c in table.read(table.PACKAGED))
+    gemms = [packed_of(kernel, config, "bf16", "bf16", None, False) for kernel, config in chosen]
+    return [*small, *values, *packers, *gemms]
 
 
 def pack_spec(arch: str, sf_layout: str, direction: str) -> PackSpec:
@@ -148,7 +148,7 @@ def packed_of(
         rows, tokens, cluster = config
         tile, schedule = (rows, tokens, 64), _SCHEDULES[rows]
         c = out_dtype if source else None
-        return PackedGemmSpec("sm_90a", a_dtype, out_dtype, bias, tile, (cluster, 1), schedule, c)
+        return PackedCollectiveSpec("sm_90a", a_dtype, out_dtype, bias, tile, (cluster, 1), schedule, c)
     terms = ("sm_90a", a_dtype, out_dtype, bias, source)
     if kernel == "mma":
         tiles, warps, stages, blocks, split, loaders, pairs = config
@@ -175,15 +175,8 @@ def packed_spec(
     name, sms = gpu
     for kernel, config in [*((c.kernel, c.config) for c in table.by_distance(table.rows_for(name), m, n, k)), FALLBACK]:
         spec = packed_of(kernel, config, a_dtype, out_dtype, bias, source)
-        if check(spec) is None and (tma_output if isinstance(spec, PackedGemmSpec) else divide(spec, m, n, k, sms)):
+        if check(spec) is None and (
+            tma_output if isinstance(spec, PackedCollectiveSpec) else divide(spec, m, n, k, sms)
+        ):
             return spec
     raise AssertionError("the fallback serves everything")
-
-
-def gemm_spec(arch: str, m: int, n: int, out_dtype: str, bias: str | None) -> GemmSpec:
-    """Large tiles once they give most SMs one, small ones before."""
-    if arch != "sm_90a":
-        raise NotImplementedError(f"no GEMM is launched on {arch} yet")
-    large, small = sm90_gemms(out_dtype, bias)
-    tiles = -(-m // large.tile[0]) * -(-n // large.tile[1])
-    return large if tiles >= 96 else small

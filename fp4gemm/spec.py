@@ -146,20 +146,13 @@ class PackSpec:
         return _unknown("direction", self.direction, ("pack", "unpack"))
 
 
-# Tile rules of CUTLASS's collectives for each arch: (schedule, M of the tile) that exist.
-_TILE_M = {
-    "sm_90a": {"cooperative": (128, 256), "pingpong": (64, 128)},
-    "sm_100a": {"static": (128, 256)},
-    "sm_120a": {"static": (128, 256)},
-}
-
-
 @dataclass(frozen=True)
 class GemmSpec:
-    """D[M, N] = cast(outer_a * (outer_b * (A . B^T)) [+ bias]), A and B K-major ("tn"), D row-major.
+    """D[M, N] = cast(outer_a * (outer_b * (A . B^T)) [+ bias]) of packed NVFP4 with 128x4 block scales, on Blackwell.
 
-    On sm_90a operands are NVFP4 values as exact bf16; on sm_100a and sm_120a packed NVFP4 with 128x4 block scales."""
+    A and B are K-major ("tn"), D row-major."""
 
+    template: ClassVar[str] = "gemm_blockscaled.cu.jinja"
     uses_cutlass: ClassVar[bool] = True
     entry_points: ClassVar[tuple[str, ...]] = ("gemm", "make_params")
 
@@ -171,10 +164,6 @@ class GemmSpec:
     schedule: str
 
     @property
-    def template(self) -> str:
-        return "gemm_sm90.cu.jinja" if self.arch == "sm_90a" else "gemm_blockscaled.cu.jinja"
-
-    @property
     def name(self) -> str:
         tile = "x".join(map(str, self.tile))
         bias = f"_bias_{self.bias}" if self.bias else ""
@@ -182,11 +171,12 @@ class GemmSpec:
         return f"gemm_{_short(self.arch)}_tn_{tile}_{cluster}_{self.schedule}_{self.out_dtype}_rowcol{bias}"
 
     def why_not(self) -> str | None:
-        schedules = _TILE_M[self.arch]
-        if self.schedule not in schedules:
-            return f"schedule on {self.arch}: got {self.schedule!r}, expected one of {', '.join(schedules)}"
-        if self.tile[0] not in schedules[self.schedule]:
-            return f"tile M of {self.schedule} on {self.arch}: got {self.tile[0]}, expected {schedules[self.schedule]}"
+        if self.arch == "sm_90a":
+            return "arch: got 'sm_90a', which has no block-scaled tensor cores: expected sm_100a or sm_120a"
+        if self.schedule != "static":
+            return f"schedule on {self.arch}: got {self.schedule!r}, expected static"
+        if self.tile[0] not in (128, 256):
+            return f"tile M on {self.arch}: got {self.tile[0]}, expected 128 or 256"
         if self.arch == "sm_120a" and self.cluster != (1, 1):
             return f"cluster on sm_120a: got {self.cluster}, expected (1, 1)"
         if any(n not in (1, 2, 4) for n in self.cluster) or self.cluster[0] * self.cluster[1] > 8:
@@ -195,13 +185,13 @@ class GemmSpec:
 
 
 @dataclass(frozen=True)
-class PackedGemmSpec:
+class PackedCollectiveSpec:
     """D[M, N] = cast(outer_a * (outer_b * (x . w^T)) [+ bias] [+ beta * C]) on sm_90a, w a prepacked NVFP4 weight.
 
     ``a_dtype`` is that of x, ``source`` that of C or None; ``tile`` counts weight rows, tokens and K, ``cluster`` CTAs
     along weight rows, which share their tokens, and along tokens."""
 
-    template: ClassVar[str] = "gemm_packed_sm90.cu.jinja"
+    template: ClassVar[str] = "gemm_packed_collective.cu.jinja"
     uses_cutlass: ClassVar[bool] = True
     entry_points: ClassVar[tuple[str, ...]] = ("gemm", "make_params")
 
@@ -219,7 +209,7 @@ class PackedGemmSpec:
         tile = "x".join(map(str, self.tile))
         flags = (f"_bias_{self.bias}" if self.bias else "") + (f"_source_{self.source}" if self.source else "")
         parts = (tile, f"c{self.cluster[0]}x{self.cluster[1]}", self.schedule, self.a_dtype, self.out_dtype, "rowcol")
-        return f"gemm_packed_{_short(self.arch)}_" + "_".join(parts) + flags
+        return f"gemm_packed_collective_{_short(self.arch)}_" + "_".join(parts) + flags
 
     def why_not(self) -> str | None:
         rows = {"cooperative": 128, "pingpong": 64}.get(self.schedule)
@@ -240,7 +230,7 @@ class PackedGemmSpec:
 
 @dataclass(frozen=True)
 class PackedMmaSpec:
-    """The GEMM of PackedGemmSpec for a few tokens, by mma.sync (templates/include/fp4gemm/packed_mma.hpp).
+    """The GEMM of PackedCollectiveSpec for a few tokens, by mma.sync (templates/include/fp4gemm/packed_mma.hpp).
 
     ``token_tiles`` of 8; ``warps`` of a CTA, each with a ring of ``stages`` of ``blocks`` 64 x 64 blocks of the weight;
     ``split``: CTAs of a cluster, which divide K; ``loaders``: further warps, which load tokens; ``pairs``: two warps
@@ -272,8 +262,8 @@ class PackedMmaSpec:
         return _packed_name("mma", self)
 
     def why_not(self) -> str | None:
-        if self.token_tiles not in (1, 2, 4):
-            return f"token_tiles: got {self.token_tiles}, expected 1, 2 or 4"
+        if self.token_tiles not in (1, 2):
+            return f"token_tiles: got {self.token_tiles}, expected 1 or 2"
         if not 1 <= self.warps <= 32 or self.warps * self.stages > 100 or self.stages < 1 or self.blocks < 1:
             return f"warps x stages: got {self.warps} x {self.stages}, expected at most 32 warps and 100 stages in all"
         if self.ring_bytes < 2048 * self.token_tiles:
@@ -299,7 +289,7 @@ class PackedMmaSpec:
 
 @dataclass(frozen=True)
 class PackedWgmmaSpec:
-    """The GEMM of PackedGemmSpec by WGMMA, K split inside a cluster (templates/include/fp4gemm/packed_wgmma.hpp).
+    """The GEMM of PackedCollectiveSpec by WGMMA, K split inside a cluster (templates/include/fp4gemm/packed_wgmma.hpp).
 
     A CTA has ``tokens`` tokens and ``panels`` of 64 weight rows; ``row_groups`` x ``depth_groups`` warpgroups, which
     divide the panels and take turns along K; a cluster ``multicast`` row tiles that share tokens and ``split`` parts of
@@ -352,6 +342,12 @@ class PackedWgmmaSpec:
                 f"row_groups x depth_groups: got {self.row_groups} x {self.depth_groups} for {self.panels} panels, "
                 "expected at most 4, and a panel for each row group"
             )
+        groups, accumulators = (
+            self.row_groups * self.depth_groups,
+            -(-self.panels // self.row_groups) * self.tokens // 2,
+        )
+        if self.source and groups > 1 and accumulators > 64:
+            return f"source: {self.panels} panels x {self.tokens} tokens leave no registers for C"
         if self.multicast * self.split not in (1, 2, 4) or self.tokens // 8 % self.split:
             return f"multicast x split: got {self.multicast} x {self.split}, expected 1, 2 or 4 CTAs in all"
         if not 2 * self.depth_groups <= self.stages <= 60 or self.stages % self.depth_groups:
@@ -360,7 +356,7 @@ class PackedWgmmaSpec:
 
 
 WGMMA_TOKENS = (16, 32, 64, 96, 128, 192, 256)
-PackedSpec = PackedGemmSpec | PackedMmaSpec | PackedWgmmaSpec
+PackedSpec = PackedCollectiveSpec | PackedMmaSpec | PackedWgmmaSpec
 KernelSpec = QuantizeSpec | AmaxSpec | DequantizeSpec | PackSpec | GemmSpec | PackedSpec
 
 
@@ -395,71 +391,3 @@ def check(spec: KernelSpec) -> str | None:
     if isinstance(spec, (QuantizeSpec, DequantizeSpec, PackSpec)):
         problem = problem or _unknown("sf_layout", spec.sf_layout, SF_LAYOUTS)
     return problem or spec.why_not()
-
-
-def sm90_gemms(out_dtype: str, bias: str | None) -> tuple[GemmSpec, GemmSpec]:
-    """The two Hopper GEMMs that ``select`` chooses from: large tiles, and small ones for what would leave SMs idle."""
-    return (
-        GemmSpec("sm_90a", out_dtype, bias, (128, 256, 64), (2, 1), "cooperative"),
-        GemmSpec("sm_90a", out_dtype, bias, (64, 128, 64), (1, 1), "pingpong"),
-    )
-
-
-def _sm90_values() -> list[KernelSpec]:
-    """Quantizers that write values: for few rows of K = 8192, and for many."""
-    few = {"per_row": (128, 4, 1), "given": (128, 1, 1)}
-    return [
-        QuantizeSpec("sm_90a", "bf16", scaling, "te_per_token", "linear", *tile, output="values")
-        for scaling in few
-        for tile in (few[scaling], (256, 2, 1))
-    ]
-
-
-def _sm90_packed() -> list[KernelSpec]:
-    """GEMMs on prepacked weights: of each kind those for few tokens and for many, and each term and dtype once."""
-    one, two = (1, 16, 3, 1, 2, 0, 0), (2, 14, 2, 1, 2, 2, 1)
-    few, many = (16, 1, 1, 4, 1, 2, 16), (256, 2, 2, 1, 1, 1, 5)
-    return [
-        PackedMmaSpec("sm_90a", "bf16", "bf16", None, False, *one),
-        PackedMmaSpec("sm_90a", "bf16", "bf16", None, False, *two),
-        PackedMmaSpec("sm_90a", "fp16", "fp16", None, False, *one),
-        PackedMmaSpec("sm_90a", "bf16", "bf16", "bf16", False, *one),
-        PackedWgmmaSpec("sm_90a", "bf16", "bf16", None, False, *few),
-        PackedWgmmaSpec("sm_90a", "bf16", "bf16", None, False, 64, 7, 4, 1, 1, 2, 6),
-        PackedWgmmaSpec("sm_90a", "bf16", "bf16", None, False, 128, 2, 2, 1, 1, 2, 8),
-        PackedWgmmaSpec("sm_90a", "bf16", "bf16", None, False, *many),
-        PackedWgmmaSpec("sm_90a", "fp16", "fp16", None, False, *many),
-        PackedWgmmaSpec("sm_90a", "bf16", "fp32", None, False, *few),
-        PackedWgmmaSpec("sm_90a", "bf16", "bf16", None, True, *many),
-        PackedGemmSpec("sm_90a", "bf16", "bf16", None, (64, 256, 64), (1, 1), "pingpong"),
-        PackedGemmSpec("sm_90a", "bf16", "bf16", None, (128, 256, 64), (2, 1), "cooperative"),
-    ]
-
-
-def _default_gemms(arch: str) -> list[KernelSpec]:
-    if arch == "sm_100a":
-        return [GemmSpec(arch, "bf16", None, (128, 128, 256), (1, 1), "static")]
-    if arch == "sm_120a":
-        return [GemmSpec(arch, "bf16", None, (128, 128, 128), (1, 1), "static")]
-    return [spec for out, bias in (*((d, None) for d in DTYPES), ("bf16", "bf16")) for spec in sm90_gemms(out, bias)]
-
-
-def default_variants(archs: Iterable[str] = ARCHS) -> list[KernelSpec]:
-    """For each arch a bf16 kernel of each kind, and the GEMMs: what ``generated/`` shows, ``build --all`` builds."""
-    specs: list[KernelSpec] = []
-    for arch in archs:
-        specs += [
-            QuantizeSpec(
-                arch, "bf16", scaling, convention, layout, *((256, 2, 1) if layout == "linear" else (128, 4, 4))
-            )
-            for scaling, convention in (("per_row", "te_per_token"), ("per_tensor", "te"), ("given", "te_per_token"))
-            for layout in SF_LAYOUTS
-        ]
-        specs.append(AmaxSpec(arch, "bf16"))
-        specs += [DequantizeSpec(arch, "bf16", layout, False) for layout in SF_LAYOUTS]
-        if arch == "sm_90a":
-            specs += _sm90_values()
-            specs += [PackSpec(arch, layout, way) for layout in SF_LAYOUTS for way in ("pack", "unpack")]
-            specs += _sm90_packed()
-        specs += _default_gemms(arch)
-    return specs

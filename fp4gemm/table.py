@@ -18,6 +18,7 @@ from fp4gemm.env import settings
 
 PACKAGED = Path(__file__).with_name("sm90_table.json")
 _SCHEMA = 1
+_CONFIG_LENGTHS = {"mma": 7, "wgmma": 7, "collective": 3}
 
 
 @dataclass(frozen=True)
@@ -34,7 +35,10 @@ class Choice:
 
 def _choice(row: dict[str, Any]) -> Choice:
     m, n, k = (int(row[size]) for size in ("m", "n", "k"))
-    return Choice(m, n, k, str(row["kernel"]), tuple(map(int, row["config"])))
+    kernel, config = str(row["kernel"]), tuple(map(int, row["config"]))
+    if _CONFIG_LENGTHS.get(kernel) != len(config):
+        raise ValueError(f"kernel {kernel!r} with the configuration {config}")
+    return Choice(m, n, k, kernel, config)
 
 
 def read(path: Path) -> tuple[Choice, ...]:

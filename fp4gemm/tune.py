@@ -11,7 +11,7 @@ from fp4gemm import builder, cache, ops, select, table
 from fp4gemm.bench import timing
 from fp4gemm.division import divide
 from fp4gemm.engine import Activations, Output, Weight, launch_spec
-from fp4gemm.spec import PackedGemmSpec, PackedMmaSpec, PackedSpec, check
+from fp4gemm.spec import PackedCollectiveSpec, PackedMmaSpec, PackedSpec, check
 
 SIZES = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 1024, 2048, 4096, 8192)
 SHAPES = (
@@ -52,7 +52,7 @@ def _candidates(m: int, n: int, k: int, sms: int) -> Iterator[tuple[str, tuple[i
     for kernel, configs in (("mma", MMA), ("wgmma", WGMMA), ("collective", COLLECTIVE)):
         for config in configs:
             spec = select.packed_of(kernel, config, "bf16", "bf16", None, False)
-            possible = isinstance(spec, PackedGemmSpec) or divide(spec, m, n, k, sms) is not None
+            possible = isinstance(spec, PackedCollectiveSpec) or divide(spec, m, n, k, sms) is not None
             if check(spec) is None and possible and _tokens(spec) <= max(16, 2 * m):
                 yield kernel, config, spec
 
@@ -60,7 +60,7 @@ def _candidates(m: int, n: int, k: int, sms: int) -> Iterator[tuple[str, tuple[i
 def _tokens(spec: PackedSpec) -> int:
     if isinstance(spec, PackedMmaSpec):
         return 8 * spec.token_tiles
-    return spec.tile[1] if isinstance(spec, PackedGemmSpec) else spec.tokens
+    return spec.tile[1] if isinstance(spec, PackedCollectiveSpec) else spec.tokens
 
 
 def tune(shapes: Sequence[tuple[int, int]], sizes: Sequence[int]) -> Iterator[tuple[table.Choice, dict[str, float]]]:

@@ -51,7 +51,7 @@ class File:
 def sources() -> dict[str, str]:
     """File name -> text of every default variant."""
     from fp4gemm.render import render
-    from fp4gemm.spec import default_variants
+    from fp4gemm.variants import default_variants
 
     return {f"{spec.name}.cu": render(spec) for spec in default_variants()}
 

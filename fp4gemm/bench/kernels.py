@@ -13,18 +13,18 @@ from typing import Any
 
 import torch
 
-from fp4gemm import cache, report, select, spec
+from fp4gemm import cache, report, select, variants
 from fp4gemm.bench.common import ARCH, Config, Job
 from fp4gemm.report import Row
-from fp4gemm.spec import GemmSpec
+from fp4gemm.spec import PackedCollectiveSpec
 
 _PROBE = "fp4gemm.bench.load_probe"
 _COMPILE_FIELDS = ("seconds", "peak_mb", "registers", "spill_bytes", "smem_bytes")
 
 
-def default_gemm() -> GemmSpec:
+def default_gemm() -> PackedCollectiveSpec:
     """The first GEMM variant for this backend: the one that the load figure is about."""
-    return next(s for s in spec.default_variants((ARCH,)) if isinstance(s, GemmSpec))
+    return next(s for s in variants.default_variants((ARCH,)) if isinstance(s, PackedCollectiveSpec))
 
 
 def gemm_name(M: int, N: int, K: int) -> str:
@@ -70,7 +70,7 @@ def compile_jobs(config: Config) -> Iterator[Job]:
 
 
 def _compile_rows() -> list[Row]:
-    entries = ((s, cache.lookup(s)) for s in spec.default_variants())
+    entries = ((s, cache.lookup(s)) for s in variants.default_variants())
     return [_compile_row(s.name, s.arch, entry.meta) for s, entry in entries if entry is not None]
 
 

@@ -11,12 +11,12 @@ import time
 
 import torch
 
-from fp4gemm import load, spec
+from fp4gemm import load, variants
 
 
 def probe(name: str) -> dict[str, float]:
     """{"ms": milliseconds of one `load.load`}; CUDA is initialised before the clock starts."""
-    wanted = next(s for s in spec.default_variants() if s.name == name)
+    wanted = next(s for s in variants.default_variants() if s.name == name)
     torch.zeros(1, device="cuda")
     torch.cuda.synchronize()
     start = time.perf_counter()

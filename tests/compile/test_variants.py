@@ -26,18 +26,18 @@ from fp4gemm.spec import (
     DequantizeSpec,
     GemmSpec,
     KernelSpec,
-    PackedGemmSpec,
+    PackedCollectiveSpec,
     PackedMmaSpec,
     PackedWgmmaSpec,
     PackSpec,
     QuantizeSpec,
-    default_variants,
 )
+from fp4gemm.variants import default_variants
 
 pytestmark = pytest.mark.compile
 
 VARIANTS = default_variants()
-GEMMS = [spec for spec in VARIANTS if isinstance(spec, (GemmSpec, PackedGemmSpec))]  # of CUTLASS's collectives
+GEMMS = [spec for spec in VARIANTS if isinstance(spec, (GemmSpec, PackedCollectiveSpec))]  # of CUTLASS's collectives
 ENGINE = [spec for spec in VARIANTS if isinstance(spec, (PackedMmaSpec, PackedWgmmaSpec))]
 ARGUMENTS = {
     QuantizeSpec: QUANTIZE_ARGUMENTS,
@@ -80,7 +80,7 @@ def test_every_arch_has_a_gemm() -> None:
     assert {type(spec) for spec in VARIANTS if spec.arch == "sm_90a"} >= {
         PackedMmaSpec,
         PackedWgmmaSpec,
-        PackedGemmSpec,
+        PackedCollectiveSpec,
     }
 
 
@@ -135,7 +135,7 @@ def test_ptxas_leaves_wgmma_asynchronous(spec: PackedWgmmaSpec) -> None:
 
 
 @variants(GEMMS)
-def test_gemm_launch_struct(entry: cache.Entry, spec: GemmSpec | PackedGemmSpec) -> None:
+def test_gemm_launch_struct(entry: cache.Entry, spec: GemmSpec | PackedCollectiveSpec) -> None:
     """``launch._split`` cuts Params and the grid out of the Launch struct by these numbers."""
     meta = entry.meta
     assert meta["cluster"] == [*spec.cluster, 1]
@@ -161,7 +161,7 @@ def disassembled(cubin: Path) -> dict[str, str]:
 
 
 @variants(GEMMS)
-def test_gemm_uses_the_tensor_core_and_tma(entry: cache.Entry, spec: GemmSpec | PackedGemmSpec) -> None:
+def test_gemm_uses_the_tensor_core_and_tma(entry: cache.Entry, spec: GemmSpec | PackedCollectiveSpec) -> None:
     code = disassembled(entry.path / "kernel.cubin")["gemm"]
     for instruction in (MULTIPLIES[spec.arch], "UTMALDG", "UTMASTG"):
         assert re.search(rf"\s{instruction}\b", code), f"no {instruction}"
@@ -185,7 +185,7 @@ def test_engine_machine_code(entry: cache.Entry, spec: PackedMmaSpec | PackedWgm
 
 
 @variants(GEMMS)
-def test_make_params_has_no_breakpoint(entry: cache.Entry, spec: GemmSpec | PackedGemmSpec) -> None:
+def test_make_params_has_no_breakpoint(entry: cache.Entry, spec: GemmSpec | PackedCollectiveSpec) -> None:
     """CUTLASS's own uint128 divides through a breakpoint, at shapes that make_params is given: nvrtc/std.hpp."""
     code = disassembled(entry.path / "kernel.cubin")["make_params"]
     assert "EXIT" in code

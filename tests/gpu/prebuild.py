@@ -19,7 +19,7 @@ import gpu_cases as cases  # noqa: E402 - the line above must come first
 import sanitize_cases  # noqa: E402
 
 from fp4gemm import builder, cache, select  # noqa: E402
-from fp4gemm.spec import DTYPES, KernelSpec, PackedGemmSpec, check  # noqa: E402
+from fp4gemm.spec import DTYPES, KernelSpec, PackedCollectiveSpec, check  # noqa: E402
 
 
 def wanted() -> list[KernelSpec]:
@@ -49,8 +49,8 @@ def build(spec: KernelSpec) -> str | None:
 
 def main() -> int:
     missing = [spec for spec in wanted() if cache.lookup(spec) is None]
-    collectives = [spec for spec in missing if isinstance(spec, PackedGemmSpec)]
-    small = [spec for spec in missing if not isinstance(spec, PackedGemmSpec)]
+    collectives = [spec for spec in missing if isinstance(spec, PackedCollectiveSpec)]
+    small = [spec for spec in missing if not isinstance(spec, PackedCollectiveSpec)]
     start = time.perf_counter()
     # Not all by builder.build_all: it starts a process for each kernel, which takes longer than a small one does.
     with ProcessPoolExecutor(builder.default_jobs(), multiprocessing.get_context("spawn")) as pool:

@@ -14,7 +14,7 @@ import fp4gemm
 from fp4gemm import FP4Tensor, launch, reference, select
 from fp4gemm.division import divide
 from fp4gemm.formats import SF_LAYOUTS
-from fp4gemm.spec import PackedGemmSpec, PackedSpec, check
+from fp4gemm.spec import PackedCollectiveSpec, PackedSpec, check
 
 TORCH_DTYPES = {name: dtype for dtype, name in select.DTYPE_NAMES.items()}
 ACTIVATIONS = (torch.bfloat16, torch.float16)
@@ -67,7 +67,7 @@ def tokens_of(config: cases.Config) -> list[int]:
 
 
 def can_serve(spec: PackedSpec, m: int, n: int, k: int) -> bool:
-    if isinstance(spec, PackedGemmSpec):
+    if isinstance(spec, PackedCollectiveSpec):
         return check(spec) is None
     sms = torch.cuda.get_device_properties(0).multi_processor_count
     return divide(spec, m, n, k, sms) is not None
@@ -94,7 +94,7 @@ def check_forced(
         outer_a = a.outer_scale
     bias = None if bias_name is None else random_values(n, dtype=TORCH_DTYPES[bias_name], device=device)
     # Both ways of writing, but that the collective stores rows of whole 16 bytes.
-    column_major = source and not isinstance(spec, PackedGemmSpec)
+    column_major = source and not isinstance(spec, PackedCollectiveSpec)
     width = n if column_major else -(-n // 8) * 8
     whole = nan(m, width, dtype=out_dtype, device=device, column_major=column_major)
     d = whole[:, :n]

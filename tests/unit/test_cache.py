@@ -15,11 +15,11 @@ import pytest
 from fp4gemm import cache, toolchain
 from fp4gemm.cache import CacheError, KernelMissing
 from fp4gemm.compile import Compiled, CompileError
-from fp4gemm.spec import AmaxSpec, QuantizeSpec, sm90_gemms
+from fp4gemm.spec import AmaxSpec, PackedCollectiveSpec, QuantizeSpec
 
 SPEC = AmaxSpec("sm_90a", "bf16")
 QUANTIZE = QuantizeSpec("sm_90a", "bf16", "per_row", "te_per_token", "128x4", 128, 4, 4)
-GEMM = sm90_gemms("bf16", None)[0]
+GEMM = PackedCollectiveSpec("sm_90a", "bf16", "bf16", None, (64, 256, 64), (1, 1), "pingpong")
 CUBIN = b"\x7fELF, or so it says"
 
 
@@ -82,7 +82,7 @@ def touches(specs, change):
     [
         ("fp4gemm/dequantize.hpp", []),
         ("fp4gemm/quantize.hpp", [SPEC, QUANTIZE]),
-        ("fp4gemm/numeric.hpp", [SPEC, QUANTIZE]),  # included by an included header
+        ("fp4gemm/numeric.hpp", [SPEC, QUANTIZE, GEMM]),  # included by an included header
         ("fp4gemm/gemm.hpp", [GEMM]),
         ("fp4gemm/tensor_map.hpp", [GEMM]),  # included by a stand-in
         ("nvrtc/cute/atom/copy_traits_sm90_tma.hpp", [GEMM]),  # included by CUTLASS

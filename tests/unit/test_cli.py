@@ -8,7 +8,7 @@ import sys
 import pytest
 from typer.testing import CliRunner
 
-from fp4gemm import cache, cli, render, spec
+from fp4gemm import cache, cli, render, spec, variants
 from fp4gemm.formats import SF_LAYOUTS
 
 SMALL = spec.AmaxSpec("sm_90a", "bf16")  # a tenth of a second of NVRTC, no CUTLASS
@@ -39,7 +39,7 @@ def test_help_names_every_subcommand_and_loads_no_extra():
 
 def test_generate_writes_every_default_variant(tmp_path):
     output = call("generate", "--out", tmp_path / "out")
-    expected = {f"{variant.name}.cu": render.render(variant) for variant in spec.default_variants()}
+    expected = {f"{variant.name}.cu": render.render(variant) for variant in variants.default_variants()}
     written = {path.name: path.read_text() for path in (tmp_path / "out").iterdir()}
     assert written == expected
     assert f"{len(expected)} written" in output
@@ -60,7 +60,7 @@ def test_generate_deletes_only_when_asked(tmp_path):
 
 def test_generate_for_one_arch(tmp_path):
     call("generate", "--out", tmp_path, "--arch", "sm_100a")
-    assert {p.stem for p in tmp_path.glob("*.cu")} == {v.name for v in spec.default_variants(("sm_100a",))}
+    assert {p.stem for p in tmp_path.glob("*.cu")} == {v.name for v in variants.default_variants(("sm_100a",))}
 
 
 def test_unknown_arch_names_the_known_ones():
@@ -73,7 +73,7 @@ def test_list_shows_what_is_cached():
     cache.get(SMALL)
     lines = call("list").splitlines()
     assert [line for line in lines if re.search(r"\byes\b", line)] == [line for line in lines if SMALL.name in line]
-    assert sum(bool(re.search(r"\b(yes|no)\b", line)) for line in lines) == len(spec.default_variants())
+    assert sum(bool(re.search(r"\b(yes|no)\b", line)) for line in lines) == len(variants.default_variants())
 
 
 def test_build_compiles_once():

@@ -8,10 +8,12 @@ import pytest
 
 from fp4gemm import epilogue, render
 from fp4gemm.epilogue import CUTLASS_ELEMENT
-from fp4gemm.spec import ARCHS, AmaxSpec, GemmSpec, default_variants, sm90_gemms
+from fp4gemm.spec import AmaxSpec, GemmSpec, PackedCollectiveSpec
+from fp4gemm.variants import default_variants
 
 AMAX = AmaxSpec("sm_90a", "bf16")
 VARIANTS = default_variants()
+GEMM = next(variant for variant in VARIANTS if isinstance(variant, GemmSpec))
 
 
 @pytest.mark.parametrize("variant", VARIANTS, ids=lambda variant: variant.name)
@@ -43,7 +45,7 @@ def test_an_undefined_name_in_a_template_is_an_error():
     with pytest.raises(jinja2.UndefinedError, match="no attribute 'sf_layuot'"):
         environment.from_string("{{ spec.sf_layuot }}").render(spec=AMAX)
     with pytest.raises(jinja2.UndefinedError, match="'epilogue' is undefined"):
-        environment.get_template("gemm_sm90.cu.jinja").render(spec=sm90_gemms("bf16", None)[0])
+        environment.get_template(GEMM.template).render(spec=GEMM)
 
 
 def test_a_value_without_a_translation_is_an_error():
@@ -93,9 +95,10 @@ def test_epilogue_type_and_arguments_are_the_same_tree(bias):
     assert type_.count("ElementD") == 1
 
 
-@pytest.mark.parametrize("arch", ARCHS)
-def test_bias_reaches_the_source(arch):
-    plain = next(v for v in VARIANTS if isinstance(v, GemmSpec) and v.arch == arch and v.bias is None)
+@pytest.mark.parametrize(
+    "plain", [v for v in VARIANTS if isinstance(v, (GemmSpec, PackedCollectiveSpec))], ids=lambda spec: spec.name
+)
+def test_bias_reaches_the_source(plain):
     with_bias = render.render(replace(plain, bias="fp16"))
     assert "static_cast<cutlass::half_t const*>(args.bias)" in with_bias
     assert "args.bias" not in render.render(plain)

@@ -3,9 +3,11 @@
 import pytest
 import torch
 
-from fp4gemm import select
+from fp4gemm import select, table
+from fp4gemm.division import divide
 from fp4gemm.formats import SF_LAYOUTS, scale_columns
-from fp4gemm.spec import ARCHS, DTYPES, KERNEL_SCALINGS, PackSpec, QuantizeSpec, check, default_variants
+from fp4gemm.spec import ARCHS, DTYPES, KERNEL_SCALINGS, PackedCollectiveSpec, PackSpec, QuantizeSpec, check
+from fp4gemm.variants import default_variants
 
 # Around every power of two, where the number of threads or blocks changes, and some in between.
 KS = sorted({16, 17, 48, 1000, 12345, 99999, 100000, *(2**i + d for i in range(5, 17) for d in (-16, -1, 0, 1, 16))})
@@ -55,7 +57,6 @@ def test_selected_kernels_are_among_the_default_variants():
             for m in (1, 8192)
             for scaling in ("per_row", "given")
         ),
-        *(select.gemm_spec("sm_90a", m, 4096, "bf16", bias) for m in (1, 8192) for bias in (None, "bf16")),
     ]
     assert set(selected) - set(default_variants()) == set()
 
@@ -101,26 +102,24 @@ def test_kernels_of_k_are_those_that_calls_ask_for():
 
 @pytest.mark.parametrize("out_dtype", DTYPES)
 @pytest.mark.parametrize("bias", [None, *DTYPES])
-def test_gemms_of_every_size(out_dtype, bias):
-    for m in (1, 64, 129, 4096, 100000):
+@pytest.mark.parametrize("source", [False, True])
+def test_packed_gemms_of_every_size(out_dtype, bias, source):
+    for m in (1, 9, 64, 129, 300, 4096, 100000):
         for n in (1, 8, 255, 4096, 100000):
-            spec = select.gemm_spec("sm_90a", m, n, out_dtype, bias)
-            assert check(spec) is None
-            assert (spec.out_dtype, spec.bias) == (out_dtype, bias)
+            for k in (16, 4096, 100000):
+                spec = select.packed_spec(("NVIDIA H200", 132), m, n, k, "bf16", out_dtype, bias, source, n % 8 == 0)
+                assert check(spec) is None
+                assert (spec.out_dtype, spec.bias, bool(spec.source)) == (out_dtype, bias, source)
+                if isinstance(spec, PackedCollectiveSpec):
+                    assert n % 8 == 0
+                else:
+                    assert divide(spec, m, n, k, 132) is not None
 
 
-def test_large_tiles_where_they_fill_the_gpu():
-    def tile(m, n):
-        return select.gemm_spec("sm_90a", m, n, "bf16", None).tile[:2]
-
-    assert tile(8192, 8192) == tile(128 * 96, 256) == tile(128, 256 * 96) == (128, 256)
-    assert tile(1, 4096) == tile(128 * 95, 256) == (64, 128)
-
-
-@pytest.mark.parametrize("arch", ["sm_100a", "sm_120a"])
-def test_gemms_that_are_compiled_only_are_not_launched(arch):
-    with pytest.raises(NotImplementedError, match=f"no GEMM is launched on {arch}"):
-        select.gemm_spec(arch, 64, 64, "bf16", None)
+def test_measured_shapes_get_the_kernel_that_was_measured():
+    for row in table.read(table.PACKAGED):
+        spec = select.packed_spec(("another GPU", 132), row.m, row.n, row.k, "bf16", "bf16", None, False)
+        assert spec == select.packed_of(row.kernel, row.config, "bf16", "bf16", None, False)
 
 
 @pytest.fixture

@@ -12,23 +12,23 @@ from fp4gemm.spec import (
     AmaxSpec,
     DequantizeSpec,
     GemmSpec,
-    PackedGemmSpec,
+    PackedCollectiveSpec,
     PackedMmaSpec,
     PackedWgmmaSpec,
     PackSpec,
     QuantizeSpec,
     check,
-    default_variants,
 )
+from fp4gemm.variants import default_variants
 
 QUANTIZE = QuantizeSpec("sm_90a", "bf16", "per_row", "te_per_token", "128x4", 128, 4, 4)
 AMAX = AmaxSpec("sm_90a", "bf16")
 DEQUANTIZE = DequantizeSpec("sm_90a", "bf16", "linear", outer=True)
 PACK = PackSpec("sm_90a", "128x4", "pack")
-GEMM = GemmSpec("sm_90a", "bf16", None, (128, 256, 64), (2, 1), "cooperative")
+GEMM = GemmSpec("sm_100a", "bf16", None, (128, 128, 256), (1, 1), "static")
 PACKED_MMA = PackedMmaSpec("sm_90a", "bf16", "bf16", None, False, 1, 8, 4, 2, 2, 0, 0)
 PACKED_WGMMA = PackedWgmmaSpec("sm_90a", "bf16", "bf16", None, False, 128, 2, 2, 1, 1, 1, 6)
-PACKED_GEMM = PackedGemmSpec("sm_90a", "bf16", "bf16", None, (128, 256, 64), (2, 1), "cooperative")
+PACKED_GEMM = PackedCollectiveSpec("sm_90a", "bf16", "bf16", None, (128, 256, 64), (2, 1), "cooperative")
 PACKED = (PACKED_MMA, PACKED_WGMMA, PACKED_GEMM)
 ALL = (QUANTIZE, AMAX, DEQUANTIZE, GEMM, PACK, *PACKED)
 
@@ -69,11 +69,10 @@ def test_the_examples_are_possible(good):
         *((PACK, {"threads": n}, f"threads: got {n}, expected a multiple of 128") for n in (0, 64, 192, 1152)),
         (GEMM, {"out_dtype": "fp8"}, "out_dtype: got 'fp8'"),
         (GEMM, {"bias": "int8"}, "bias: got 'int8', expected one of bf16, fp16, fp32"),
-        (GEMM, {"schedule": "static"}, "schedule on sm_90a: got 'static', expected one of cooperative, pingpong"),
-        (GEMM, {"tile": (64, 128, 64)}, "tile M of cooperative on sm_90a: got 64"),
-        (GEMM, {"tile": (256, 128, 64), "schedule": "pingpong"}, "tile M of pingpong on sm_90a: got 256"),
-        (GEMM, {"arch": "sm_100a"}, "schedule on sm_100a: got 'cooperative', expected one of static"),
-        (GEMM, {"arch": "sm_120a", "schedule": "static"}, r"cluster on sm_120a: got (2, 1), expected (1, 1)"),
+        (GEMM, {"schedule": "pingpong"}, "schedule on sm_100a: got 'pingpong', expected static"),
+        (GEMM, {"tile": (64, 128, 64)}, "tile M on sm_100a: got 64, expected 128 or 256"),
+        (GEMM, {"arch": "sm_90a"}, "arch: got 'sm_90a', which has no block-scaled tensor cores"),
+        (GEMM, {"arch": "sm_120a", "cluster": (2, 1)}, r"cluster on sm_120a: got (2, 1), expected (1, 1)"),
         (GEMM, {"cluster": (3, 1)}, "cluster: got (3, 1), expected 1, 2 or 4 each way"),
         (GEMM, {"cluster": (1, 8)}, "cluster: got (1, 8), expected 1, 2 or 4 each way"),
         # 16 CTAs are more than a launch may ask for without CU_FUNC_ATTRIBUTE_NON_PORTABLE_CLUSTER_SIZE_ALLOWED.
@@ -82,13 +81,13 @@ def test_the_examples_are_possible(good):
         *((good, {"a_dtype": "fp32"}, "a_dtype: got 'fp32', expected one of bf16, fp16") for good in PACKED),
         *((good, {"out_dtype": "fp8"}, "out_dtype: got 'fp8', expected one of bf16, fp16, fp32") for good in PACKED),
         *((good, {"bias": "int8"}, "bias: got 'int8', expected one of bf16, fp16, fp32") for good in PACKED),
-        *((PACKED_MMA, {"token_tiles": n}, f"token_tiles: got {n}, expected 1, 2 or 4") for n in (0, 3, 8)),
+        *((PACKED_MMA, {"token_tiles": n}, f"token_tiles: got {n}, expected 1 or 2") for n in (0, 3, 4)),
         *((PACKED_MMA, {"warps": n}, f"warps x stages: got {n} x 4, expected at most 32 warps") for n in (0, 33)),
         (PACKED_MMA, {"warps": 26, "blocks": 1}, "warps x stages: got 26 x 4"),  # 104 barriers
         (PACKED_MMA, {"stages": 0}, "warps x stages: got 8 x 0"),
         (PACKED_MMA, {"blocks": 0}, "warps x stages: got 8 x 4"),
         *((PACKED_MMA, {"split": n}, f"split: got {n}, expected 1, 2 or 4") for n in (0, 3, 8)),
-        (PACKED_MMA, {"token_tiles": 4, "stages": 3, "blocks": 1}, "stages x blocks: got 3 x 1, expected room for"),
+        (PACKED_MMA, {"token_tiles": 2, "stages": 1, "blocks": 1}, "stages x blocks: got 1 x 1, expected room for"),
         (PACKED_MMA, {"loaders": 25}, "loaders: got 25, expected at most 24 beside 8 warps"),
         (PACKED_MMA, {"loaders": -1}, "loaders: got -1, expected at most 24"),
         (PACKED_MMA, {"pairs": 1}, "pairs: got 1 with 2 blocks, expected 0, or 1 with 1 block"),
@@ -99,6 +98,7 @@ def test_the_examples_are_possible(good):
         (PACKED_WGMMA, {"depth_groups": 3}, "row_groups x depth_groups: got 2 x 3 for 2 panels, expected at most 4"),
         (PACKED_WGMMA, {"row_groups": 3}, "row_groups x depth_groups: got 3 x 1 for 2 panels, expected at most 4"),
         (PACKED_WGMMA, {"panels": 1}, "row_groups x depth_groups: got 2 x 1 for 1 panels, expected at most 4"),
+        (PACKED_WGMMA, {"panels": 4, "source": True}, "source: 4 panels x 128 tokens leave no registers for C"),
         (PACKED_WGMMA, {"multicast": 3}, "multicast x split: got 3 x 1, expected 1, 2 or 4 CTAs in all"),
         (PACKED_WGMMA, {"multicast": 4, "split": 2}, "multicast x split: got 4 x 2"),
         (PACKED_WGMMA, {"tokens": 16, "split": 4}, "multicast x split: got 1 x 4"),  # two tiles of eight tokens
@@ -128,7 +128,7 @@ def test_check_names_the_field_and_what_it_expects(good, changes, reason):
     [
         *((good, {"a_dtype": a, "out_dtype": out, "bias": bias}) for good in PACKED
           for a in ("bf16", "fp16") for out in spec.DTYPES for bias in (None, *spec.DTYPES)),
-        (PACKED_MMA, {"token_tiles": 4, "stages": 4, "blocks": 1}),  # just enough for partial sums
+        (PACKED_MMA, {"token_tiles": 1, "stages": 1, "blocks": 1}),  # just enough for partial sums
         (PACKED_MMA, {"warps": 12, "stages": 4, "blocks": 2}),
         (PACKED_MMA, {"loaders": 24, "blocks": 1, "pairs": 1}),
         (PACKED_MMA, {"warps": 1, "stages": 1, "blocks": 1}),
@@ -191,8 +191,8 @@ def test_names_are_unique_and_are_file_names():
           (("arch", "sm_100a"), ("dtype", "fp32"), ("sf_layout", "8x4"), ("outer", False), ("threads", 64),
            ("units", 2))),
         *((GEMM, field, other) for field, other in
-          (("arch", "sm_100a"), ("out_dtype", "fp32"), ("bias", "bf16"), ("tile", (128, 128, 64)),
-           ("cluster", (1, 1)), ("schedule", "pingpong"))),
+          (("arch", "sm_120a"), ("out_dtype", "fp32"), ("bias", "bf16"), ("tile", (128, 128, 64)),
+           ("cluster", (2, 1)), ("schedule", "pingpong"))),
         *((PACKED_GEMM, field, other) for field, other in
           (("arch", "sm_100a"), ("a_dtype", "fp16"), ("out_dtype", "fp32"), ("bias", "bf16"), ("tile", (128, 128, 64)),
            ("cluster", (1, 1)), ("schedule", "pingpong"), ("source", "bf16"))),
@@ -218,9 +218,9 @@ def test_the_table_above_holds_every_field():
 @pytest.mark.parametrize("good", ALL, ids=kind)
 def test_specs_are_frozen_and_hash_by_value(good):
     with pytest.raises(dataclasses.FrozenInstanceError):
-        good.arch = "sm_100a"
+        good.arch = "sm_120a"
     assert {good: 1}[replace(good)] == 1
-    assert replace(good, arch="sm_100a") != good
+    assert replace(good, arch="sm_120a") != good
 
 
 def test_default_variants_serve_each_arch():
@@ -234,10 +234,10 @@ def test_default_variants_serve_each_arch():
         assert len(packers) == (2 * len(SF_LAYOUTS) if arch == "sm_90a" else 0)
         values = {v.scaling for v in chosen if isinstance(v, QuantizeSpec) and v.output == "values"}
         assert values == ({"per_row", "given"} if arch == "sm_90a" else set())
-        assert any(isinstance(v, GemmSpec) and v.out_dtype == "bf16" for v in chosen)
+        assert any(isinstance(v, GemmSpec) and v.out_dtype == "bf16" for v in chosen) == (arch != "sm_90a")
         packed = {(type(v), v.a_dtype) for v in chosen if isinstance(v, (PackedMmaSpec, PackedWgmmaSpec))}
         assert len(packed) == (4 if arch == "sm_90a" else 0)
-        assert {v.schedule for v in chosen if isinstance(v, PackedGemmSpec)} == (
+        assert {v.schedule for v in chosen if isinstance(v, PackedCollectiveSpec)} == (
             {"cooperative", "pingpong"} if arch == "sm_90a" else set()
         )
     assert default_variants() == [v for arch in ARCHS for v in default_variants([arch])]

@@ -1,0 +1,77 @@
+"""The default variants: a kernel of each kind, which ``generated/`` shows and ``fp4gemm build --all`` builds."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from fp4gemm.formats import SF_LAYOUTS
+from fp4gemm.spec import (
+    ARCHS,
+    AmaxSpec,
+    DequantizeSpec,
+    GemmSpec,
+    KernelSpec,
+    PackedCollectiveSpec,
+    PackedMmaSpec,
+    PackedWgmmaSpec,
+    PackSpec,
+    QuantizeSpec,
+)
+
+
+def _sm90_values() -> list[KernelSpec]:
+    """Quantizers that write values: for few rows of K = 8192, and for many."""
+    few = {"per_row": (128, 4, 1), "given": (128, 1, 1)}
+    return [
+        QuantizeSpec("sm_90a", "bf16", scaling, "te_per_token", "linear", *tile, output="values")
+        for scaling in few
+        for tile in (few[scaling], (256, 2, 1))
+    ]
+
+
+def _sm90_packed() -> list[KernelSpec]:
+    """GEMMs on prepacked weights: of each kind those for few tokens and for many, and each term and dtype once."""
+    one, two = (1, 16, 3, 1, 2, 0, 0), (2, 14, 2, 1, 2, 2, 1)
+    few, many = (16, 1, 1, 4, 1, 2, 16), (256, 2, 2, 1, 1, 1, 5)
+    return [
+        PackedMmaSpec("sm_90a", "bf16", "bf16", None, False, *one),
+        PackedMmaSpec("sm_90a", "bf16", "bf16", None, False, *two),
+        PackedMmaSpec("sm_90a", "fp16", "fp16", None, False, *one),
+        PackedMmaSpec("sm_90a", "bf16", "bf16", "bf16", False, *one),
+        PackedWgmmaSpec("sm_90a", "bf16", "bf16", None, False, *few),
+        PackedWgmmaSpec("sm_90a", "bf16", "bf16", None, False, 64, 7, 4, 1, 1, 2, 6),
+        PackedWgmmaSpec("sm_90a", "bf16", "bf16", None, False, 128, 2, 2, 1, 1, 2, 8),
+        PackedWgmmaSpec("sm_90a", "bf16", "bf16", None, False, *many),
+        PackedWgmmaSpec("sm_90a", "fp16", "fp16", None, False, *many),
+        PackedWgmmaSpec("sm_90a", "bf16", "fp32", None, False, *few),
+        PackedWgmmaSpec("sm_90a", "bf16", "bf16", None, True, 128, 2, 2, 1, 1, 1, 8),
+        PackedCollectiveSpec("sm_90a", "bf16", "bf16", None, (64, 256, 64), (1, 1), "pingpong"),
+        PackedCollectiveSpec("sm_90a", "bf16", "bf16", None, (128, 256, 64), (2, 1), "cooperative"),
+    ]
+
+
+def _block_scaled(arch: str) -> list[KernelSpec]:
+    depth = {"sm_100a": 256, "sm_120a": 128}[arch]
+    return [GemmSpec(arch, "bf16", None, (128, 128, depth), (1, 1), "static")]
+
+
+def default_variants(archs: Iterable[str] = ARCHS) -> list[KernelSpec]:
+    """For each arch a bf16 kernel of each kind, and the GEMMs: what ``generated/`` shows, ``build --all`` builds."""
+    specs: list[KernelSpec] = []
+    for arch in archs:
+        specs += [
+            QuantizeSpec(
+                arch, "bf16", scaling, convention, layout, *((256, 2, 1) if layout == "linear" else (128, 4, 4))
+            )
+            for scaling, convention in (("per_row", "te_per_token"), ("per_tensor", "te"), ("given", "te_per_token"))
+            for layout in SF_LAYOUTS
+        ]
+        specs.append(AmaxSpec(arch, "bf16"))
+        specs += [DequantizeSpec(arch, "bf16", layout, False) for layout in SF_LAYOUTS]
+        if arch == "sm_90a":
+            specs += _sm90_values()
+            specs += [PackSpec(arch, layout, way) for layout in SF_LAYOUTS for way in ("pack", "unpack")]
+            specs += _sm90_packed()
+        else:
+            specs += _block_scaled(arch)
+    return specs
