@@ -7,12 +7,12 @@ import pytest
 
 from fp4gemm import builder
 from fp4gemm.builder import GB, GEMM_BYTES, OTHER_BYTES
+from fp4gemm.spec import AmaxSpec, GemmSpec
 
 
 @dataclass(frozen=True)
 class Spec:
     name: str
-    uses_cutlass: bool = False
 
 
 class CannotBePickled(Exception):
@@ -28,7 +28,7 @@ def worker(spec: Spec) -> dict[str, object]:
     return {"name": spec.name, "pid": os.getpid()}
 
 
-GEMM, SMALL = Spec("gemm", uses_cutlass=True), Spec("quantize")
+GEMM, SMALL = GemmSpec("sm_100a", "bf16", None, (128, 128, 256), (1, 1), "static"), AmaxSpec("sm_90a", "bf16")
 
 
 @pytest.mark.parametrize(
