@@ -322,12 +322,17 @@ class PackedWgmmaSpec:
         return _packed_name("wgmma", self)
 
     @property
+    def accumulators(self) -> int:
+        """Registers of a thread for sums."""
+        return -(-self.panels // self.row_groups) * self.tokens // 2
+
+    @property
     def roomy(self) -> bool:
         """Whether accumulators leave registers: for two k-steps in flight, and for row tiles with a panel less."""
         groups = self.row_groups * self.depth_groups
         launch, producer = 65536 // (128 * (groups + 1)) // 8 * 8, 32 if groups > 2 else 24
         consumer = (launch * (groups + 1) - producer) // groups // 8 * 8
-        return -(-self.panels // self.row_groups) * self.tokens // 2 + 56 <= consumer
+        return self.accumulators + 56 <= consumer
 
     @property
     def uneven(self) -> bool:
@@ -342,12 +347,10 @@ class PackedWgmmaSpec:
                 f"row_groups x depth_groups: got {self.row_groups} x {self.depth_groups} for {self.panels} panels, "
                 "expected at most 4, and a panel for each row group"
             )
-        groups, accumulators = (
-            self.row_groups * self.depth_groups,
-            -(-self.panels // self.row_groups) * self.tokens // 2,
-        )
-        if self.source and groups > 1 and accumulators > 64:
-            return f"source: {self.panels} panels x {self.tokens} tokens leave no registers for C"
+        more_terms = self.source or (self.bias is not None and self.out_dtype == "fp32")
+        if more_terms and self.row_groups * self.depth_groups > 1 and self.accumulators > 64:
+            terms = "C" if self.source else "a bias beside fp32 results"
+            return f"source, bias: {self.panels} panels x {self.tokens} tokens leave no registers for {terms}"
         if self.multicast * self.split not in (1, 2, 4) or self.tokens // 8 % self.split:
             return f"multicast x split: got {self.multicast} x {self.split}, expected 1, 2 or 4 CTAs in all"
         if not 2 * self.depth_groups <= self.stages <= 60 or self.stages % self.depth_groups:

@@ -98,7 +98,7 @@ def test_the_examples_are_possible(good):
         (PACKED_WGMMA, {"depth_groups": 3}, "row_groups x depth_groups: got 2 x 3 for 2 panels, expected at most 4"),
         (PACKED_WGMMA, {"row_groups": 3}, "row_groups x depth_groups: got 3 x 1 for 2 panels, expected at most 4"),
         (PACKED_WGMMA, {"panels": 1}, "row_groups x depth_groups: got 2 x 1 for 1 panels, expected at most 4"),
-        (PACKED_WGMMA, {"panels": 4, "source": True}, "source: 4 panels x 128 tokens leave no registers for C"),
+        (PACKED_WGMMA, {"panels": 4, "source": True}, "source, bias: 4 panels x 128 tokens leave no registers for C"),
         (PACKED_WGMMA, {"multicast": 3}, "multicast x split: got 3 x 1, expected 1, 2 or 4 CTAs in all"),
         (PACKED_WGMMA, {"multicast": 4, "split": 2}, "multicast x split: got 4 x 2"),
         (PACKED_WGMMA, {"tokens": 16, "split": 4}, "multicast x split: got 1 x 4"),  # two tiles of eight tokens
