@@ -30,7 +30,8 @@ class FP4Linear(nn.Module):
 
     def __init__(self, linear: nn.Linear) -> None:
         super().__init__()
-        self.weight = fp4gemm.quantize(linear.weight.detach())
+        weight = fp4gemm.quantize(linear.weight.detach())
+        self.weight = weight.prepack() if linear.weight.is_cuda else weight
         self.register_buffer("bias", None if linear.bias is None else linear.bias.detach().clone())
 
     def forward(self, x: Tensor) -> Tensor:
