@@ -166,6 +166,9 @@ def _packer(device: int, sf_layout: str, direction: str) -> tuple[Launcher, int]
     return Launcher(spec, PACK_ARGUMENTS), spec.threads // 128
 
 
+_FUSED_CONVENTION = "te_per_token"  # that of packed_mma.hpp
+
+
 def _aligned(t: Tensor, size: int) -> Tensor:
     return t if t.data_ptr() % size == 0 else t.clone()
 
@@ -263,7 +266,15 @@ def quantize_gemm(
     d: Tensor,
 ) -> None:
     """The values of x, quantized, times a weight, non-empty both, into ``d``; see ``ops.quantize_gemm``."""
-    weight = _weight(w)
-    values, outer = quantize_values(x, per_tensor, convention, outer_scale)
+    weight, packed = _weight(w), w.prepacked is not None
     bias = None if bias is None else bias.contiguous()
-    engine.gemm(Activations(values, outer), weight, bias, Output(d, None, 0.0), bool(w.prepacked))
+    if (
+        outer_scale is not None
+        and convention == _FUSED_CONVENTION
+        and x.stride(1) == 1
+        and _vectorized(x)
+        and engine.quantize_gemm(x, outer_scale, weight, bias, d, packed)
+    ):
+        return
+    values, outer = quantize_values(x, per_tensor, convention, outer_scale)
+    engine.gemm(Activations(values, outer), weight, bias, Output(d, None, 0.0), packed)

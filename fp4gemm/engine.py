@@ -91,6 +91,21 @@ def gemm(a: Activations, w: Weight, bias: Tensor | None, out: Output, dependent:
     launch_spec(spec, Activations(x, a.outer_scale), w, bias, Output(d, c, out.beta), dependent)
 
 
+def quantize_gemm(x: Tensor, outer_scale: Tensor, w: Weight, bias: Tensor | None, d: Tensor, dependent: bool) -> bool:
+    """``gemm`` of what the quantizer makes of x with these outer scales, in one launch, where a kernel can.
+
+    ``x`` [M, K] has rows of whole 16 bytes that begin on 16 bytes, and K % 16 == 0. Returns whether it was launched.
+    """
+    bias_dtype = None if bias is None else bias.dtype
+    # The kernel that would multiply the values: the same sums, and so the same bits.
+    spec = _spec(x.device.index, d.shape[0], w.n, w.k, torch.bfloat16, d.dtype, bias_dtype, False, _has_tma_rows(d))
+    fused = select.quantizing(spec, select.DTYPE_NAMES[x.dtype])
+    if fused is None:
+        return False
+    launch_spec(fused, Activations(x, outer_scale), w, bias, Output(d, None, 0.0), None if dependent else False)
+    return True
+
+
 def launch_spec(
     spec: PackedSpec, a: Activations, w: Weight, bias: Tensor | None, out: Output, dependent: bool | None = None
 ) -> None:

@@ -154,8 +154,8 @@ def quantize_gemm(
 ) -> Tensor:
     """Quantize ``x`` [..., K] per row and multiply: x . w^T [..., N], in ``out_dtype`` (default: that of ``x``).
 
-    Bit for bit ``gemm(quantize(x), w, bias)``, in two launches where ``w`` is prepacked. ``outer_scale`` (float32, [],
-    [1] or [rows]) replaces the row amax. Raises what ``quantize`` and ``gemm`` raise.
+    Bit for bit ``gemm(quantize(x), w, bias)``, in two launches where ``w`` is prepacked, in one for a few rows with
+    ``outer_scale`` (float32, [], [1] or [rows], instead of the row amax). Raises what ``quantize`` and ``gemm`` raise.
     """
     check_quantize_gemm(x, w, bias, out_dtype)
     rows = x if x.dim() == 2 else x.flatten(0, -2)

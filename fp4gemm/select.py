@@ -157,6 +157,14 @@ def packed_of(
     return PackedWgmmaSpec(*terms, tokens, panels, row_groups, depth_groups, multicast, split, stages)
 
 
+def quantizing(spec: PackedSpec, x_dtype: str) -> PackedMmaSpec | None:
+    """``spec`` made to quantize x of this dtype, with given outer scales, on its way in; None where it cannot."""
+    if not isinstance(spec, PackedMmaSpec):
+        return None
+    fused = replace(spec, quantize=x_dtype)
+    return fused if check(fused) is None else None
+
+
 @cache
 def gpu_of(device: int) -> tuple[str, int]:
     """Name and number of SMs."""

@@ -234,7 +234,8 @@ class PackedMmaSpec:
 
     ``token_tiles`` of 8; ``warps`` of a CTA, each with a ring of ``stages`` of ``blocks`` 64 x 64 blocks of the weight;
     ``split``: CTAs of a cluster, which divide K; ``loaders``: further warps, which load tokens; ``pairs``: two warps
-    share a panel, in parts that give the SM's schedulers equal work."""
+    share a panel, in parts that give the SM's schedulers equal work. ``quantize``: the dtype of x, where the kernel
+    quantizes it on its way in, with the given outer scales; rows are then 16-byte aligned and K % 16 == 0."""
 
     template: ClassVar[str] = "gemm_packed_mma.cu.jinja"
     uses_cutlass: ClassVar[bool] = False
@@ -252,6 +253,7 @@ class PackedMmaSpec:
     split: int
     loaders: int
     pairs: int
+    quantize: str | None = None
 
     @property
     def config(self) -> tuple[int, ...]:
@@ -259,7 +261,7 @@ class PackedMmaSpec:
 
     @property
     def name(self) -> str:
-        return _packed_name("mma", self)
+        return _packed_name("mma", self) + (f"_quantize_{self.quantize}" if self.quantize else "")
 
     def why_not(self) -> str | None:
         if self.token_tiles not in (1, 2):
@@ -274,6 +276,8 @@ class PackedMmaSpec:
             return f"loaders: got {self.loaders}, expected at most {32 - self.warps} beside {self.warps} warps"
         if self.pairs not in (0, 1) or (self.pairs and self.blocks != 1):
             return f"pairs: got {self.pairs} with {self.blocks} blocks, expected 0, or 1 with 1 block"
+        if self.quantize is not None and (self.a_dtype != "bf16" or self.quantize not in DTYPES):
+            return f"quantize: got {self.quantize!r} to {self.a_dtype}, expected None, or one of {DTYPES} to bf16"
         return _packed_problem(self) or _shared_problem(self.shared_bytes)
 
     @property

@@ -38,6 +38,7 @@ def _sm90_packed() -> list[KernelSpec]:
         PackedMmaSpec("sm_90a", "bf16", "bf16", None, False, *two),
         PackedMmaSpec("sm_90a", "fp16", "fp16", None, False, *one),
         PackedMmaSpec("sm_90a", "bf16", "bf16", "bf16", False, *one),
+        PackedMmaSpec("sm_90a", "bf16", "bf16", None, False, *one, quantize="bf16"),
         PackedWgmmaSpec("sm_90a", "bf16", "bf16", None, False, *few),
         PackedWgmmaSpec("sm_90a", "bf16", "bf16", None, False, 64, 7, 4, 1, 1, 2, 6),
         PackedWgmmaSpec("sm_90a", "bf16", "bf16", None, False, 128, 2, 2, 1, 1, 2, 8),

@@ -2,7 +2,7 @@
 #include "fp4gemm/packed_mma.hpp"
 
 using namespace fp4gemm;
-using Config = PackedMmaConfig<OperandBf16, Bf16, None, false, 1, 16, 3, 1, 2, 0, 0>;
+using Config = PackedMmaConfig<OperandBf16, None, Bf16, None, false, 1, 16, 3, 1, 2, 0, 0>;
 
 extern "C" __device__ int fp4gemm_meta[6] = {Config::kThreads, Config::kSplit, 1, 1, Config::kSharedBytes, sizeof(PackedGemmArguments)};
 

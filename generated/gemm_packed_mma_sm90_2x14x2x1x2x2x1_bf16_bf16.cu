@@ -2,7 +2,7 @@
 #include "fp4gemm/packed_mma.hpp"
 
 using namespace fp4gemm;
-using Config = PackedMmaConfig<OperandBf16, Bf16, None, false, 2, 14, 2, 1, 2, 2, 1>;
+using Config = PackedMmaConfig<OperandBf16, None, Bf16, None, false, 2, 14, 2, 1, 2, 2, 1>;
 
 extern "C" __device__ int fp4gemm_meta[6] = {Config::kThreads, Config::kSplit, 1, 1, Config::kSharedBytes, sizeof(PackedGemmArguments)};
 

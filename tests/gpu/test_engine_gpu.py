@@ -417,6 +417,24 @@ def test_quantize_gemm_is_gemm_of_quantize(
             cases.assert_within_bound(want, quantized, plain, b, dtype, f"bias {b is not None}")
 
 
+@pytest.mark.parametrize("dtype", cases.DTYPES)
+@pytest.mark.parametrize("m", [1, 2, 3, 7, 8, 9, 15, 16])
+def test_quantization_inside_the_kernel(m: int, dtype: torch.dtype, device: torch.device) -> None:
+    """A few rows with given outer scales: NaN and Inf, scales that underflow or saturate, and every end of K."""
+    for n, k in ((64, 16), (200, 272), (1000, 2064), (4096, 4096), (8200, 1040)):
+        _, packed = weight(n, k, False, device)
+        x = random_values(m, k, dtype=dtype, device=device)
+        x[0, k // 2], x[m // 2, 3], x[m - 1, k - 1] = float("nan"), float("inf"), float("-inf")
+        x[m // 2, :16] = 0
+        rows = torch.logspace(-12, 4, m).to(device)
+        rows[m // 3] = 1e-39  # subnormal: its reciprocal overflows
+        for outer in (rows, torch.tensor(1 / 512, device=device), torch.tensor(0.0, device=device)):
+            want = fp4gemm.gemm(fp4gemm.quantize(x, outer_scale=outer), packed, out_dtype=torch.float32)
+            with cases.filled_with_nan():
+                got = fp4gemm.quantize_gemm(x, packed, out_dtype=torch.float32, outer_scale=outer)
+            cases.assert_same_bits(got, want, f"{m}x{n}x{k} {dtype} {tuple(outer.shape)}")
+
+
 # --- the same bits, always --------------------------------------------------------------------------------------------
 
 MANY = ((1, 4096, 4096), (8, 1000, 2048), (16, 4096, 14336), (33, 4096, 4096), (100, 6144, 4096), (300, 4097, 1032))

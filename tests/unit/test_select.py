@@ -1,5 +1,7 @@
 """Selection: every problem gets a kernel that can be built, and that covers its rows."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -114,6 +116,18 @@ def test_packed_gemms_of_every_size(out_dtype, bias, source):
                     assert n % 8 == 0
                 else:
                     assert divide(spec, m, n, k, 132) is not None
+
+
+def test_kernels_for_few_tokens_quantize_them():
+    mma = select.packed_of("mma", (1, 16, 3, 1, 2, 0, 0), "bf16", "bf16", None, False)
+    for dtype in DTYPES:
+        fused = select.quantizing(mma, dtype)
+        assert fused is not None
+        assert fused.quantize == dtype
+        assert fused.name != mma.name
+    assert select.quantizing(replace(mma, a_dtype="fp16"), "fp16") is None
+    for other in (("wgmma", (64, 2, 2, 2, 1, 2, 12)), ("collective", (128, 256, 2))):
+        assert select.quantizing(select.packed_of(*other, "bf16", "bf16", None, False), "bf16") is None
 
 
 def test_measured_shapes_get_the_kernel_that_was_measured():

@@ -90,6 +90,8 @@ def test_the_examples_are_possible(good):
         (PACKED_MMA, {"token_tiles": 2, "stages": 1, "blocks": 1}, "stages x blocks: got 1 x 1, expected room for"),
         (PACKED_MMA, {"loaders": 25}, "loaders: got 25, expected at most 24 beside 8 warps"),
         (PACKED_MMA, {"loaders": -1}, "loaders: got -1, expected at most 24"),
+        (PACKED_MMA, {"quantize": "fp8"}, "quantize: got 'fp8' to bf16, expected None, or one of"),
+        (PACKED_MMA, {"quantize": "fp16", "a_dtype": "fp16"}, "quantize: got 'fp16' to fp16"),
         (PACKED_MMA, {"pairs": 1}, "pairs: got 1 with 2 blocks, expected 0, or 1 with 1 block"),
         (PACKED_MMA, {"pairs": 2, "blocks": 1}, "pairs: got 2 with 1 blocks"),
         (PACKED_MMA, {"warps": 13, "blocks": 2}, "shared memory: 240640 bytes, a CTA has 232448 at most"),
@@ -162,7 +164,8 @@ def test_uneven_row_tiles_need_registers_and_a_warpgroup_that_may_skip_a_panel()
 def test_a_packed_spec_is_its_configuration():
     for good in (PACKED_MMA, PACKED_WGMMA):
         fields = [field.name for field in dataclasses.fields(good)]
-        assert good.config == tuple(getattr(good, name) for name in fields[fields.index("source") + 1 :])
+        given = [name for name in fields[fields.index("source") + 1 :] if name != "quantize"]
+        assert good.config == tuple(getattr(good, name) for name in given)
         assert type(good)("sm_90a", "bf16", "bf16", None, False, *good.config) == good
 
 
@@ -200,7 +203,8 @@ def test_names_are_unique_and_are_file_names():
           (("arch", "sm_100a"), ("a_dtype", "fp16"), ("out_dtype", "fp32"), ("bias", "bf16"), ("source", True),
            ("split", 4), ("stages", 5))),
         *((PACKED_MMA, field, other) for field, other in
-          (("token_tiles", 2), ("warps", 16), ("blocks", 1), ("loaders", 2), ("pairs", 1))),
+          (("token_tiles", 2), ("warps", 16), ("blocks", 1), ("loaders", 2), ("pairs", 1),
+           ("quantize", "fp16"))),
         *((PACKED_WGMMA, field, other) for field, other in
           (("tokens", 64), ("panels", 3), ("row_groups", 1), ("depth_groups", 2), ("multicast", 2))),
     ],

@@ -6,6 +6,7 @@
 #pragma once
 
 #include "fp4gemm/packed_gemm.hpp"
+#include "fp4gemm/quantize.hpp"
 
 namespace fp4gemm {
 
@@ -24,10 +25,12 @@ __device__ __forceinline__ void mma_16x8x16(float4& c, uint32_t const* a, uint32
   }
 }
 
-template <class Operand_, class Out_, class Bias_, bool kSource_, int kTokenTiles_, int kWarps_, int kStages_,
-          int kBlocks_, int kSplit_, int kLoaders_, bool kPairs_>
+// Quantized_: None, or the element of tokens that this kernel quantizes with the given outer scales, on their way in.
+template <class Operand_, class Quantized_, class Out_, class Bias_, bool kSource_, int kTokenTiles_, int kWarps_,
+          int kStages_, int kBlocks_, int kSplit_, int kLoaders_, bool kPairs_>
 struct PackedMmaConfig {
   using Operand = Operand_;
+  using Quantized = Quantized_;
   using Out = Out_;
   using Bias = Bias_;
   static constexpr bool kSource = kSource_;
@@ -55,6 +58,7 @@ struct PackedMmaConfig {
 
 template <class Config> class PackedMma {
   using Operand = typename Config::Operand;
+  static constexpr bool kQuantize = kPresent<typename Config::Quantized>;
 
   PackedGemmArguments const& args_;
   uint32_t const shared_, rings_, peers_;
@@ -103,12 +107,12 @@ template <class Config> class PackedMma {
     init_barriers();
     wait_for_inputs();
     if (!args_.launch_early) launch_dependents();
-    copy_first_piece();
+    bring_first_piece();
     __syncthreads();
-    barrier_arrive_after_copies(pieces(0));
+    arrive_with_tokens(pieces(0));
     if constexpr (Config::kSplit > 1) cluster_arrive();  // peers may write sums from here on
     if (active) ring.ask_stages(args_.early_stages, Config::kStages);
-    if (Config::kLoaders == 0 || warp_ >= Config::kWarps) copy_other_pieces();
+    if (Config::kLoaders == 0 || warp_ >= Config::kWarps) bring_other_pieces();
     Unit const unit(*this);  // its vectors are on their way while the main loop runs
     float4 acc[4][Config::kTokenTiles] = {};
     if (active) {
@@ -246,17 +250,55 @@ template <class Config> class PackedMma {
         copy_16_bytes(to + k * 2, from + (k < k_left ? k : -cta_first_ * 64), max(0, min(16, (k_left - k) * 2)));
     }
   }
-  // Everything waits for this one: all warps take part.
-  __device__ void copy_first_piece() const {
-    bool const by_row = 2 * args_.m >= Config::kAllWarps;
-    copy_piece(0, by_row ? warp_ : 0, by_row ? Config::kAllWarps : 1, by_row ? 0 : warp_,
-               by_row ? 1 : Config::kAllWarps);
+  // The same with the values that quantize.hpp makes of blocks, code * block scale. Rows are 16-byte aligned, k % 16 == 0.
+  __device__ void quantize_piece(int piece, int first_row, int row_step, int first_segment, int segment_step) const {
+    if constexpr (kQuantize) {
+      using Element = typename Config::Quantized;
+      int const piece_end = min((piece + 1) * args_.piece_blocks, cta_blocks_) * 4;  // blocks of 16 values
+      int const piece_first = piece * args_.piece_blocks * 4 + first_segment * 32 + threadIdx.x % 32;
+      for (int row = first_row; row < args_.m; row += row_step) {
+        auto const* const x = static_cast<char const*>(args_.x) + row * args_.x_stride * Element::kBytes;
+        auto const outer = TePerToken::from_decode(args_.outer_a[static_cast<int64_t>(row) * args_.outer_a_stride]);
+        for (int block = piece_first; block < piece_end; block += segment_step * 32) {
+          int const column = cta_first_ * 4 + block;
+          typename Element::Block values{};
+          if (column * kBlock < args_.k) values = load_block<Element, true>(x, column, args_.k);
+          float const amax = flagged_amax<Element>(values);
+          uint8_t const scale = TePerToken::block_scale(outer, fabsf(amax));
+          uint2 const codes = encode_block<Element, TePerToken>(values, amax, outer, scale);
+          BlockValues const exact(scale);
+          uint32_t const to = tokens_ + row * token_stride() + block * 32;
+          store_shared_128(to, exact.eight(codes.x));
+          store_shared_128(to + 16, exact.eight(codes.y));
+        }
+      }
+    }
   }
-  __device__ void copy_other_pieces() const {
+  __device__ void bring_piece(int piece, int first_row, int row_step, int first_segment, int segment_step) const {
+    if constexpr (kQuantize) {
+      quantize_piece(piece, first_row, row_step, first_segment, segment_step);
+    } else {
+      copy_piece(piece, first_row, row_step, first_segment, segment_step);
+    }
+  }
+  __device__ static void arrive_with_tokens(uint32_t bar) {
+    if constexpr (kQuantize) {
+      barrier_arrive(bar);
+    } else {
+      barrier_arrive_after_copies(bar);
+    }
+  }
+  // Everything waits for this one: all warps take part.
+  __device__ void bring_first_piece() const {
+    bool const by_row = 2 * args_.m >= Config::kAllWarps;
+    bring_piece(0, by_row ? warp_ : 0, by_row ? Config::kAllWarps : 1, by_row ? 0 : warp_,
+                by_row ? 1 : Config::kAllWarps);
+  }
+  __device__ void bring_other_pieces() const {
     int const first = Config::kLoaders ? warp_ - Config::kWarps : warp_;
     for (int piece = 1; piece * args_.piece_blocks < cta_blocks_; ++piece) {
-      copy_piece(piece, first, Config::kLoaders ? Config::kLoaders : Config::kWarps, 0, 1);
-      barrier_arrive_after_copies(pieces(piece));
+      bring_piece(piece, first, Config::kLoaders ? Config::kLoaders : Config::kWarps, 0, 1);
+      arrive_with_tokens(pieces(piece));
     }
   }
 

@@ -186,6 +186,16 @@ template <class Config> class ScaleWriter<Config, true> {
   }
 };
 
+// The codes of a block: by the quick way if no value is NaN, Inf or beyond the largest code.
+template <class Element, class Convention>
+__device__ __forceinline__ uint2 encode_block(typename Element::Block const& x, float amax,
+                                              typename Convention::Outer const& outer, uint8_t scale) {
+  auto const divider = Convention::divider(outer, scale);
+  bool const quick = __float_as_uint(amax) >> 31 == 0 && divider.quotient(amax) < kQuickLimit;
+  return quick ? uint2{encode_half<Element>(x, 0, divider), encode_half<Element>(x, 1, divider)}
+               : encode_any<Element>(x, divider);
+}
+
 template <class Config> class RowQuantizer {
   using Element = typename Config::Element;
   using Convention = typename Config::Convention;
@@ -289,13 +299,6 @@ template <class Config> class RowQuantizer {
     }
   }
 
-  __device__ static uint2 encode(Block const& x, float amax, typename Convention::Outer const& outer, uint8_t scale) {
-    auto const divider = Convention::divider(outer, scale);
-    bool const quick = __float_as_uint(amax) >> 31 == 0 && divider.quotient(amax) < kQuickLimit;
-    return quick ? uint2{encode_half<Element>(x, 0, divider), encode_half<Element>(x, 1, divider)}
-                 : encode_any<Element>(x, divider);
-  }
-
   __device__ void store_values(int first, Block const (&x)[Config::kBlocks], float const (&amax)[Config::kBlocks],
                                typename Convention::Outer const& outer) const {
     auto* const values = reinterpret_cast<uint4*>(static_cast<uint16_t*>(args_.data) + row_ * args_.out_stride);
@@ -309,7 +312,7 @@ template <class Config> class RowQuantizer {
       uint4 low{}, high{};
       if (real_ && column < args_.columns) {
         uint8_t const scale = Convention::block_scale(outer, fabsf(amax[i]));
-        uint2 const codes = encode(x[i], amax[i], outer, scale);
+        uint2 const codes = encode_block<Element, Convention>(x[i], amax[i], outer, scale);
         BlockValues const block(scale);
         low = block.eight(codes.x);
         high = block.eight(codes.y);
@@ -338,7 +341,8 @@ template <class Config> class RowQuantizer {
 #pragma unroll
     for (int i = 0; i < Config::kBlocks; ++i) {
       int const column = first + i * Config::kThreads + thread_;
-      if (real_ && column < args_.columns) data[column] = encode(x[i], amax[i], outer, scale[i]);
+      if (real_ && column < args_.columns)
+        data[column] = encode_block<Element, Convention>(x[i], amax[i], outer, scale[i]);
     }
   }
 
