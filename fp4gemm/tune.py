@@ -44,7 +44,7 @@ _REPEATS = 7
 
 
 def candidates(m: int, n: int, k: int, sms: int) -> list[PackedSpec]:
-    """Specs (bf16 in and out) that can serve the product, but for token tiles that would be mostly padding."""
+    """Specs (bf16 in and out) that can serve the product, with token tiles neither mostly padding nor very many."""
     return [spec for _, _, spec in _candidates(m, n, k, sms)]
 
 
@@ -52,8 +52,11 @@ def _candidates(m: int, n: int, k: int, sms: int) -> Iterator[tuple[str, tuple[i
     for kernel, configs in (("mma", MMA), ("wgmma", WGMMA), ("collective", COLLECTIVE)):
         for config in configs:
             spec = select.packed_of(kernel, config, "bf16", "bf16", None, False)
-            possible = isinstance(spec, PackedCollectiveSpec) or divide(spec, m, n, k, sms) is not None
-            if check(spec) is None and possible and _tokens(spec) <= max(16, 2 * m):
+            if isinstance(spec, PackedCollectiveSpec):
+                possible = n % 8 == 0  # rows of D are whole 16 bytes
+            else:
+                possible = divide(spec, m, n, k, sms) is not None
+            if check(spec) is None and possible and min(128, m // 8) <= _tokens(spec) <= max(16, 2 * m):
                 yield kernel, config, spec
 
 
