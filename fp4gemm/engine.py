@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from fp4gemm import select
-from fp4gemm.launch import GemmProblem, gemm_plan
+from fp4gemm.launch import GemmProblem, address_of_one, gemm_plan
 from fp4gemm.packed_plan import PackedProblem, packed_plan
 from fp4gemm.spec import PackedCollectiveSpec, PackedSpec
 
@@ -123,20 +123,14 @@ def launch_spec(
     if isinstance(spec, PackedCollectiveSpec):
         # C's stride stands in the place of ldb, its address and beta's bits in those of the block scales.
         plan = gemm_plan(spec, GemmProblem(m, w.n, w.k, x_stride, ldd, ldd, *per_row), device)
-        scale = _one(device) if outer_a is None else outer_a
+        scale_address = address_of_one(device) if outer_a is None else outer_a.data_ptr()
         (beta_bits,) = struct.unpack("<Q", struct.pack("<d", beta))
         plan(
             stream, x.data_ptr(), w.data.data_ptr(), 0 if c is None else c.data_ptr(), beta_bits, d.data_ptr(),
-            scale.data_ptr(), outer_b.data_ptr(), bias_address,
+            scale_address, outer_b.data_ptr(), bias_address,
         )  # fmt: skip
         return
     packed_plan(spec, PackedProblem(m, w.n, w.k, x_stride, ldd, not row_major, *per_row), device)(
         stream, dependent, x.data_ptr(), w.data.data_ptr(), d.data_ptr(), 0 if c is None else c.data_ptr(),
         0 if outer_a is None else outer_a.data_ptr(), outer_b.data_ptr(), bias_address, beta,
     )  # fmt: skip
-
-
-@lru_cache(maxsize=64)
-def _one(device: int) -> Tensor:
-    """The outer scale of what has none, for a kernel whose epilogue always multiplies."""
-    return torch.ones((), device=f"cuda:{device}")

@@ -184,7 +184,9 @@ class _ParamsMaker:
     def __init__(self, device: int) -> None:
         driver = _driver()
         self._stream = check(driver.cuStreamCreate(driver.CUstream_flags.CU_STREAM_NON_BLOCKING), "create a stream")
-        self._buffer = check(driver.cuMemAlloc(self._BUFFER_BYTES), "allocate Params")
+        self._buffer = check(driver.cuMemAlloc(self._BUFFER_BYTES + 64), "allocate Params")
+        self.one = int(self._buffer) + self._BUFFER_BYTES
+        check(driver.cuMemsetD32Async(self.one, 0x3F800000, 1, self._stream), "write 1.0")  # done before make_params is
         self._sms = torch.cuda.get_device_properties(device).multi_processor_count
         self._lock = threading.Lock()
 
@@ -222,6 +224,11 @@ def _make_params(kernel: Kernel, problem: GemmProblem, device: int) -> bytes:
         return _params_maker(device)(kernel, problem)
     finally:
         driver.cuThreadExchangeStreamCaptureMode(mode)
+
+
+def address_of_one(device: int) -> int:
+    """Where an fp32 1.0 stands on a device for which a plan was made: the outer scale of what has none."""
+    return _params_maker(device).one
 
 
 def _split(kernel: Kernel, launch_bytes: bytes) -> tuple[bytearray, tuple[int, int, int]]:
