@@ -23,7 +23,7 @@ help:  ## list the targets
 demo: $(VENV)/.demo  ## run the demo: a real sentence encoder in NVFP4
 	$(BIN)/fp4gemm demo
 
-test: $(VENV)/.dev  ## unit tests, and the GPU tests where there is a GPU
+test: $(VENV)/.dev  ## unit tests, kernels emulated on the CPU, and the GPU tests where there is a GPU
 	$(BIN)/python -m pytest
 
 test-compile: $(VENV)/.dev  ## compile every default variant with NVRTC and inspect it (minutes; no GPU needed)
@@ -32,10 +32,10 @@ test-compile: $(VENV)/.dev  ## compile every default variant with NVRTC and insp
 lint: $(VENV)/.dev  ## ruff and clang-format, without changing anything
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	find templates/include -name '*.hpp' -exec $(BIN)/clang-format --dry-run --Werror {} +
+	find templates/include tests/emulated -name '*.hpp' -exec $(BIN)/clang-format --dry-run --Werror {} +
 
 format: $(VENV)/.dev  ## let ruff and clang-format rewrite the sources
-	find templates/include -name '*.hpp' -exec $(BIN)/clang-format -i {} +
+	find templates/include tests/emulated -name '*.hpp' -exec $(BIN)/clang-format -i {} +
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 

@@ -1,0 +1,111 @@
+"""Compiles a GEMM kernel on prepacked weights for the CPU and runs it with the arguments that a launch would have."""
+
+from __future__ import annotations
+
+import ctypes
+import shutil
+import struct
+import subprocess
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+import torch
+import translate
+
+from fp4gemm import division
+from fp4gemm.division import Division
+from fp4gemm.packed_plan import PACKED_GEMM_ARGUMENTS, PACKED_GEMM_BYTES, PackedProblem
+from fp4gemm.render import render
+from fp4gemm.spec import PackedMmaSpec, PackedWgmmaSpec
+
+Spec = PackedMmaSpec | PackedWgmmaSpec
+_FLAGS = ("-std=c++17", "-O1", "-ffp-contract=off", "-fpermissive", "-w", "-shared", "-fPIC")
+_DRIVER = """
+static PackedGemmArguments const* arguments;
+extern "C" int arguments_bytes() { return sizeof(PackedGemmArguments); }
+extern "C" bool run(PackedGemmArguments const* args, int ctas, int cluster, int shared_bytes, unsigned seed) {
+  arguments = args;
+  return run_grid([] { KERNEL<Config>(*arguments, current->cta->shared).run(); }, ctas, cluster, Config::kThreads,
+                  shared_bytes, seed);
+}
+"""
+
+
+def missing() -> str | None:
+    """What this machine lacks; None when it has everything."""
+    return None if shutil.which("g++") else "needs g++ (12 or newer, on x86-64 Linux)"
+
+
+@dataclass(frozen=True)
+class Emulator:
+    """A folder with the translated headers, and what was compiled there."""
+
+    folder: Path
+
+    def compile(self, spec: Spec) -> ctypes.CDLL:
+        """Raises RuntimeError with the compiler's words."""
+        return _compile(self.folder, spec)
+
+    def run(self, spec: Spec, problem: PackedProblem, tensors: dict[str, torch.Tensor | None], how: How) -> bool:
+        """Whether all threads came to an end. ``tensors``: x, w, d, c, outer_a, outer_b, bias."""
+        library = self.compile(spec)
+        assert library.arguments_bytes() == PACKED_GEMM_BYTES
+        storage = ctypes.create_string_buffer(PACKED_GEMM_BYTES + 64)
+        at = -ctypes.addressof(storage) % 64
+        _pack(storage, at, spec, problem, tensors, how)
+        mma = isinstance(spec, PackedMmaSpec)
+        cluster = spec.split if isinstance(spec, PackedMmaSpec) else spec.split * spec.multicast
+        shared = how.division.shared_bytes if mma else division.wgmma_shared_bytes(spec)
+        ended = library.run(
+            ctypes.c_void_p(ctypes.addressof(storage) + at), how.division.ctas, cluster, shared, how.seed
+        )
+        return bool(ended)
+
+
+@dataclass(frozen=True)
+class How:
+    """How a problem is divided, the order of warps, and beta."""
+
+    division: Division
+    seed: int
+    beta: float
+
+
+def _pack(
+    storage: ctypes.Array[ctypes.c_char],
+    at: int,
+    spec: Spec,
+    p: PackedProblem,
+    tensors: dict[str, torch.Tensor | None],
+    how: How,
+) -> None:
+    names = ("x", "w", "d", "c", "outer_a", "outer_b", "bias")
+    addresses = (0 if (t := tensors[name]) is None else t.data_ptr() for name in names)
+    strides = (1, p.ldd) if p.column_major else (p.ldd, 1)
+    PACKED_GEMM_ARGUMENTS.pack_into(
+        storage, at, *addresses, p.x_stride, *strides, p.m, p.n, p.k, p.panels, p.k_blocks, *how.division.numbers,
+        p.outer_a_per_row, p.outer_b_per_row, how.beta,
+    )  # fmt: skip
+    if isinstance(spec, PackedWgmmaSpec):
+        x = tensors["x"]
+        assert x is not None
+        struct.pack_into("<5Q", storage, at, x.data_ptr(), p.k, p.m, p.x_stride, spec.tokens // spec.multicast)
+
+
+@cache
+def _compile(folder: Path, spec: Spec) -> ctypes.CDLL:
+    kernel = "PackedMma" if isinstance(spec, PackedMmaSpec) else "PackedWgmma"
+    head, _, _ = render(spec).partition('extern "C"')  # the kernel's own source, up to its entry point
+    source, target = folder / f"{spec.name}.cpp", folder / f"{spec.name}.so"
+    source.write_text('#include "cuda.hpp"\n' + head + _DRIVER.replace("KERNEL", kernel), encoding="utf-8")
+    command = ["g++", *_FLAGS, f"-I{folder}", str(source), "-o", str(target)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise RuntimeError(f"{' '.join(command)}\n{done.stderr[:4000]}")
+    return ctypes.CDLL(str(target))
+
+
+def make(folder: Path) -> Emulator:
+    translate.translate(folder)
+    return Emulator(folder)
