@@ -40,11 +40,6 @@ struct Index {
   int x, y = 0;
 };
 
-[[noreturn]] inline void fail(char const* what) {
-  std::fprintf(stderr, "emulator: %s\n", what);
-  std::abort();
-}
-
 // --- execution --------------------------------------------------------------------------------------------------------
 
 struct Barrier {  // an mbarrier
@@ -99,6 +94,13 @@ inline long events;  // counts whatever may let another thread go on
 
 inline void yield() { swapcontext(&current->context, &scheduler); }
 
+// Ends the run: the scheduler finds the message when this thread waits.
+inline char const* failure;
+[[noreturn]] inline void fail(char const* what) {
+  failure = what;
+  for (;;) yield();
+}
+
 inline void meet(Meeting& meeting, int threads) {
   int const generation = meeting.generation;
   if (++meeting.arrived == threads) {
@@ -124,10 +126,11 @@ template <class T> T shuffle(T v, int from) {
 template <class T> T __shfl_sync(unsigned, T v, int from) { return shuffle(v, from); }
 template <class T> T __shfl_xor_sync(unsigned, T v, int mask) { return shuffle(v, lane() ^ mask); }
 
-// Runs kernel() in `ctas` CTAs; false for a deadlock.
-inline bool run_grid(void (*kernel)(), int ctas, int cluster_size, int threads, int shared_bytes, unsigned seed) {
+// Runs kernel() in `ctas` CTAs; what went wrong, or null.
+inline char const* run_grid(void (*kernel)(), int ctas, int cluster_size, int threads, int shared_bytes,
+                            unsigned seed) {
   static void (*body)();
-  body = kernel, gridDim = {ctas}, cta_threads = threads;
+  body = kernel, gridDim = {ctas}, cta_threads = threads, failure = nullptr;
   std::mt19937 random(seed);
   for (int first = 0; first < ctas; first += cluster_size) {
     Cluster cluster;
@@ -166,15 +169,16 @@ inline bool run_grid(void (*kernel)(), int ctas, int cluster_size, int threads, 
           if (runs) {
             current = fiber.get();
             swapcontext(&scheduler, &fiber->context);
+            if (failure) return failure;
           }
           alive += !fiber->done;
         }
       }
       idle = events == before ? idle + 1 : 0;
-      if (idle > 400) return false;
+      if (idle > 400) return "deadlock";
     }
   }
-  return true;
+  return nullptr;
 }
 
 // --- numbers ----------------------------------------------------------------------------------------------------------

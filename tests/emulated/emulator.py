@@ -24,7 +24,7 @@ _FLAGS = ("-std=c++17", "-O1", "-ffp-contract=off", "-fpermissive", "-w", "-shar
 _DRIVER = """
 static PackedGemmArguments const* arguments;
 extern "C" int arguments_bytes() { return sizeof(PackedGemmArguments); }
-extern "C" bool run(PackedGemmArguments const* args, int ctas, int cluster, int shared_bytes, unsigned seed) {
+extern "C" char const* run(PackedGemmArguments const* args, int ctas, int cluster, int shared_bytes, unsigned seed) {
   arguments = args;
   return run_grid([] { KERNEL<Config>(*arguments, current->cta->shared).run(); }, ctas, cluster, Config::kThreads,
                   shared_bytes, seed);
@@ -47,20 +47,20 @@ class Emulator:
         """Raises RuntimeError with the compiler's words."""
         return _compile(self.folder, spec)
 
-    def run(self, spec: Spec, problem: PackedProblem, tensors: dict[str, torch.Tensor | None], how: How) -> bool:
-        """Whether all threads came to an end. ``tensors``: x, w, d, c, outer_a, outer_b, bias."""
+    def run(self, spec: Spec, problem: PackedProblem, tensors: dict[str, torch.Tensor | None], how: How) -> str | None:
+        """What went wrong, or None. ``tensors``: x, w, d, c, outer_a, outer_b, bias."""
         library = self.compile(spec)
         assert library.arguments_bytes() == PACKED_GEMM_BYTES
         storage = ctypes.create_string_buffer(PACKED_GEMM_BYTES + 64)
         at = -ctypes.addressof(storage) % 64
         _pack(storage, at, spec, problem, tensors, how)
-        mma = isinstance(spec, PackedMmaSpec)
-        cluster = spec.split if isinstance(spec, PackedMmaSpec) else spec.split * spec.multicast
-        shared = how.division.shared_bytes if mma else division.wgmma_shared_bytes(spec)
-        ended = library.run(
-            ctypes.c_void_p(ctypes.addressof(storage) + at), how.division.ctas, cluster, shared, how.seed
-        )
-        return bool(ended)
+        if isinstance(spec, PackedMmaSpec):
+            cluster, shared = spec.split, how.division.shared_bytes
+        else:
+            cluster, shared = spec.split * spec.multicast, division.wgmma_shared_bytes(spec)
+        arguments = ctypes.c_void_p(ctypes.addressof(storage) + at)
+        problem_text: bytes | None = library.run(arguments, how.division.ctas, cluster, shared, how.seed)
+        return None if problem_text is None else problem_text.decode()
 
 
 @dataclass(frozen=True)
@@ -103,7 +103,9 @@ def _compile(folder: Path, spec: Spec) -> ctypes.CDLL:
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
         raise RuntimeError(f"{' '.join(command)}\n{done.stderr[:4000]}")
-    return ctypes.CDLL(str(target))
+    library = ctypes.CDLL(str(target))
+    library.run.restype = ctypes.c_char_p
+    return library
 
 
 def make(folder: Path) -> Emulator:

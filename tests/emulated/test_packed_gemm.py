@@ -117,7 +117,8 @@ def run(emulator: emulation.Emulator, spec: Spec, p: Problem, schedule: int) -> 
     )
     tensors = {"x": x, "w": w.data, "d": d, "c": None if c is None else d, "outer_a": outer_a}
     tensors |= {"outer_b": w.outer_scale, "bias": bias}
-    assert emulator.run(spec, problem, tensors, emulation.How(divided, schedule, 0.37)), "deadlock"
+    wrong_run = emulator.run(spec, problem, tensors, emulation.How(divided, schedule, 0.37))
+    assert wrong_run is None, wrong_run
 
     values = x[:, : p.k]
     if quantizes:
