@@ -11,6 +11,7 @@ from typing import TypeVar
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from fp4gemm import calls, reference
 from fp4gemm.calls import Packed
@@ -170,12 +171,23 @@ def quantize_gemm(
 
 def _direct(x: Tensor, *others: Tensor | None) -> bool:
     """Whether nothing traces, wraps or differentiates this call, so that the dispatcher would only add time."""
+    if torch.compiler.is_compiling():
+        return False
+    if forward_ad._current_level >= 0:
+        _refuse_tangents(x, *others)
     return (
         type(x) in _PLAIN
-        and not torch.compiler.is_compiling()
         and not (torch.is_grad_enabled() and _require_grad(x, *others))
         and torch._C._len_torch_dispatch_stack() == 0
+        and not torch._C._are_functorch_transforms_active()
     )
+
+
+def _refuse_tangents(*tensors: Tensor | None) -> None:
+    # The dispatcher of custom ops would drop them in silence, where it raises for a gradient.
+    for t in tensors:
+        if t is not None and forward_ad.unpack_dual(t).tangent is not None:  # type: ignore[no-untyped-call]
+            raise NotImplementedError("forward-mode derivatives: an argument has a tangent, and FP4 has no derivative")
 
 
 def _require_grad(*tensors: Tensor | None) -> bool:

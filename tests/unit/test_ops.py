@@ -5,6 +5,7 @@ import itertools
 import pytest
 import torch
 from torch._dynamo.testing import CompileCounterWithBackend
+from torch.autograd import forward_ad
 
 import fp4gemm
 from fp4gemm import ops, reference
@@ -353,6 +354,31 @@ def test_no_gradient_is_dropped_in_silence(x, w, call):
         with mode():
             assert torch.equal(call(x, w), result)
             assert not call(x, w).requires_grad
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda x, w: fp4gemm.quantize_gemm(x, w),
+        lambda x, w: fp4gemm.quantize(x).outer_scale,
+        lambda x, w: fp4gemm.gemm(x.bfloat16(), w),
+    ],
+    ids=["quantize_gemm", "quantize", "gemm"],
+)
+def test_no_tangent_is_dropped_in_silence(x, w, call):
+    with forward_ad.dual_level():
+        assert torch.equal(call(x, w), call(x.clone(), w))  # without a tangent all is as ever
+        with pytest.raises(NotImplementedError, match="tangent"):
+            call(forward_ad.make_dual(x, torch.ones_like(x)), w)
+    with pytest.raises(NotImplementedError, match="tangent"):
+        torch.func.jvp(lambda x: call(x, w), (x,), (torch.ones_like(x),))
+
+
+@pytest.mark.filterwarnings("ignore:There is a performance drop")
+def test_vmap_is_a_loop(x, w, bias):
+    batch = torch.stack((x, -x, 2 * x))
+    result = torch.vmap(lambda x: fp4gemm.quantize_gemm(x, w, bias))(batch)
+    assert torch.equal(result, torch.stack([fp4gemm.quantize_gemm(x, w, bias) for x in batch]))
 
 
 @pytest.mark.parametrize(
