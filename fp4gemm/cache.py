@@ -21,7 +21,7 @@ from typing import Any
 from fp4gemm import compile as compiler
 from fp4gemm import env, toolchain
 from fp4gemm.render import render, template_dir
-from fp4gemm.spec import GemmSpec, KernelSpec, PackedCollectiveSpec
+from fp4gemm.spec import KernelSpec
 
 _log = logging.getLogger(__name__)
 
@@ -223,6 +223,6 @@ def _meta(spec: KernelSpec, compiled: compiler.Compiled) -> dict[str, Any]:
         "cutlass": _cutlass_version() if spec.uses_cutlass else None,
         "cubin_bytes": len(compiled.cubin),
     }
-    if isinstance(spec, (GemmSpec, PackedCollectiveSpec)):
+    if "make_params" in spec.entry_points:
         meta["launch_bytes"], meta["grid_offset"] = compiled.meta[6:8]
     return meta

@@ -10,9 +10,7 @@ import contextlib
 import json
 import math
 import os
-import re
 import subprocess
-import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -20,6 +18,8 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
+
+from fp4gemm.files import gpu_slug, write_whole
 
 SCHEMA = 1
 UNKNOWN = "unknown"
@@ -222,12 +222,6 @@ def validate(document: Any) -> None:
 # --- files ------------------------------------------------------------------------------------------------------------
 
 
-def gpu_slug(gpu: str) -> str:
-    """A GPU's name as file names carry it: 'NVIDIA H200' -> 'h200'."""
-    words = re.sub(r"[^a-z0-9]+", "-", gpu.lower()).strip("-")
-    return words.removeprefix("nvidia-") or UNKNOWN
-
-
 def file_name(document: Mapping[str, Any]) -> str:
     """`<bench>-<gpu>-<date>.json`."""
     return f"{document['bench']}-{gpu_slug(document['gpu'])}-{document['date'][:10]}.json"
@@ -243,19 +237,9 @@ def free_path(folder: Path, name: str) -> Path:
 
 
 def write(document: Mapping[str, Any], path: Path) -> Path:
-    """Validates, then writes `path` whole or not at all (temporary sibling, then rename)."""
+    """Validates, then writes `path` whole or not at all."""
     validate(document)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    text = json.dumps(document, indent=1, allow_nan=False) + "\n"
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as stream:
-            stream.write(text)
-        os.chmod(temporary, 0o644)  # mkstemp makes 0600; a measurement is a public file
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
+    write_whole(path, json.dumps(document, indent=1, allow_nan=False) + "\n")
     return path
 
 

@@ -5,9 +5,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
-import re
-import tempfile
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from functools import cache
@@ -15,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from fp4gemm.env import settings
+from fp4gemm.files import gpu_slug, write_whole
 
 PACKAGED = Path(__file__).with_name("sm90_table.json")
 _SCHEMA = 1
@@ -57,18 +55,12 @@ def write(path: Path, rows: Iterable[Choice], **about: str) -> None:
     ordered = sorted(rows, key=lambda row: (row.n, row.k, row.m))
     lines = [json.dumps(asdict(row)) for row in ordered]
     head = json.dumps({"schema": _SCHEMA, **about})[:-1]
-    text = head + ', "rows": [\n ' + ",\n ".join(lines) + "\n]}\n"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=path.name)
-    with os.fdopen(handle, "w", encoding="utf-8") as file:
-        file.write(text)
-    os.chmod(name, 0o644)  # mkstemp's files are their owner's alone
-    os.replace(name, path)
+    write_whole(path, head + ', "rows": [\n ' + ",\n ".join(lines) + "\n]}\n")
 
 
 def tuned_path(gpu: str) -> Path:
     """Where ``fp4gemm tune`` keeps what it measured on a GPU of this name."""
-    return settings().cache_dir / f"tuned-{re.sub(r'[^a-z0-9]+', '-', gpu.lower()).strip('-')}.json"
+    return settings().cache_dir / f"tuned-{gpu_slug(gpu)}.json"
 
 
 @cache

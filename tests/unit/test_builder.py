@@ -13,6 +13,7 @@ from fp4gemm.spec import AmaxSpec, GemmSpec
 @dataclass(frozen=True)
 class Spec:
     name: str
+    entry_points = ("main",)
 
 
 class CannotBePickled(Exception):

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from fp4gemm import report
+from fp4gemm import files, report
 
 ENVIRONMENT = report.Environment("0123456789abcdef", False, "NVIDIA H200", "580.159", {"torch": "2.11.0"})
 QUANTIZE_ROW = {
@@ -122,7 +122,7 @@ def test_a_failing_write_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest
     def full(*_: object) -> None:
         raise OSError("no space left on device")
 
-    monkeypatch.setattr(report.os, "replace", full)
+    monkeypatch.setattr(files.os, "replace", full)
     with pytest.raises(OSError, match="no space"):
         report.write(document(commit="other"), path)
     assert path.read_text() == before
@@ -161,7 +161,7 @@ def test_read_all_puts_the_newest_first(tmp_path: Path) -> None:
     ],
 )
 def test_gpu_slug(gpu: str, slug: str) -> None:
-    assert report.gpu_slug(gpu) == slug
+    assert files.gpu_slug(gpu) == slug
 
 
 def test_test_counts_from_json_and_junit(tmp_path: Path) -> None:

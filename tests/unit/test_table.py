@@ -78,7 +78,7 @@ def test_the_good_entry_of_that_test_is_good(tmp_path):
 def test_a_tuned_table_of_this_gpu_comes_first(own):
     assert table.rows_for(own) == table.read(table.PACKAGED)
     path = table.tuned_path(own)
-    assert path.name == "tuned-nvidia-h200-test.json"
+    assert path.name == "tuned-h200-test.json"
     assert path != table.tuned_path("NVIDIA H200")
     table.write(path, ROWS)
     table.rows_for.cache_clear()
