@@ -9,6 +9,8 @@ from fp4gemm.spec import PackedMmaSpec, PackedWgmmaSpec
 
 SM_SHARED_BYTES = 228 << 10
 SHARED_BYTES = 232448  # that a CTA of sm_90 can have
+_SYSTEM_BYTES = 1 << 10  # of shared memory that every CTA takes beside its own
+ALONE_BYTES = SM_SHARED_BYTES // 2 - _SYSTEM_BYTES + 16  # the least of which no two CTAs fit on an SM
 _ONE_PIECE = 256  # rows times blocks of tokens up to which they come in one piece
 _RASTER = 8  # token tiles that pass over the rows together
 
@@ -49,7 +51,7 @@ def _divide_mma(spec: PackedMmaSpec, m: int, panels: int, blocks: int, sms: int)
     pieces = 1 if m * cta_blocks <= _ONE_PIECE else 4
     piece_blocks = -(-cta_blocks // (4 * pieces)) * 4
     # Where two CTAs fit on an SM, an early dependent one would take the place of another of its own grid.
-    launch_early = int(2 * (shared + 1024) > SM_SHARED_BYTES)
+    launch_early = int(shared >= ALONE_BYTES)
     numbers = (0, 0, 0, depth, 65536 // depth + 1, first_turn, piece_blocks, 1, launch_early, each, extra)
     return Division(clusters * spec.split, shared, numbers)
 

@@ -99,7 +99,7 @@ def quantize_gemm(x: Tensor, outer_scale: Tensor, w: Weight, bias: Tensor | None
     bias_dtype = None if bias is None else bias.dtype
     # The kernel that would multiply the values: the same sums, and so the same bits.
     spec = _spec(x.device.index, d.shape[0], w.n, w.k, torch.bfloat16, d.dtype, bias_dtype, False, _has_tma_rows(d))
-    fused = select.quantizing(spec, select.DTYPE_NAMES[x.dtype])
+    fused = select.quantizing(spec, select.DTYPE_NAMES[x.dtype], d.shape[0])
     if fused is None:
         return False
     launch_spec(fused, Activations(x, outer_scale), w, bias, Output(d, None, 0.0), None if dependent else False)
@@ -126,8 +126,8 @@ def launch_spec(
         scale_address = address_of_one(device) if outer_a is None else outer_a.data_ptr()
         (beta_bits,) = struct.unpack("<Q", struct.pack("<d", beta))
         plan(
-            stream, x.data_ptr(), w.data.data_ptr(), 0 if c is None else c.data_ptr(), beta_bits, d.data_ptr(),
-            scale_address, outer_b.data_ptr(), bias_address,
+            stream, dependent, x.data_ptr(), w.data.data_ptr(), 0 if c is None else c.data_ptr(), beta_bits,
+            d.data_ptr(), scale_address, outer_b.data_ptr(), bias_address,
         )  # fmt: skip
         return
     packed_plan(spec, PackedProblem(m, w.n, w.k, x_stride, ldd, not row_major, *per_row), device)(

@@ -40,9 +40,9 @@ _programmatic: ContextVar[bool] = ContextVar("programmatic", default=False)
 def programmatic(enabled: bool = True) -> Iterator[None]:
     """Let GEMMs on prepacked weights begin before the kernel in front of them has ended (dependent launch).
 
-    They prefetch their weight meanwhile, and wait before they touch anything else: a chain of layers then has no gaps.
-    Only for weights that no kernel of the chain writes. Holds for calls, and captures, of this context; without it,
-    only the GEMM behind its own quantizer in ``quantize_gemm`` is launched so. CUTLASS's collective takes no part.
+    They prefetch their weight meanwhile (CUTLASS's collective only sets itself up), and wait before they touch anything
+    else: a chain of layers then has no gaps. Only for weights that no kernel of the chain writes. Holds for calls, and
+    captures, of this context; without it, only the GEMM behind its own quantizer in ``quantize_gemm`` is launched so.
     """
     token = _programmatic.set(enabled)
     try:
@@ -154,16 +154,18 @@ class GemmPlan:
         self._buffer = ctypes.create_string_buffer(bytes(params), len(params))
         self._words = memoryview(self._buffer).cast("B").cast("Q")
         address = ctypes.addressof(self._buffer)
-        self._dispatch = Dispatch(kernel, "gemm", kernel.meta["threads"], kernel.meta["smem_bytes"], address)
+        threads, shared_bytes = kernel.meta["threads"], kernel.meta["smem_bytes"]
+        self._dispatch = Dispatch(kernel, "gemm", threads, shared_bytes, address, waits=True)
         self._lock = threading.Lock()
 
-    def __call__(self, stream: int, *addresses: int) -> None:
-        """Launch with the addresses of ``OPERANDS``, in that order; 0 for those the kernel has not."""
+    def __call__(self, stream: int, dependent: bool | None, *addresses: int) -> None:
+        """Launch with the addresses of ``OPERANDS``, in that order, 0 for those the kernel has not; ``dependent``: see
+        :class:`Dispatch`."""
         with self._lock:
             words = self._words
             for word, operand in self.patches:
                 words[word] = addresses[operand]
-            self._dispatch(self.grid, stream)
+            self._dispatch(self.grid, stream, dependent)
 
 
 @lru_cache(maxsize=4096)

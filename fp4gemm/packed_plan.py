@@ -10,7 +10,7 @@ from functools import lru_cache
 
 import torch
 
-from fp4gemm.division import divide
+from fp4gemm.division import ALONE_BYTES, divide
 from fp4gemm.formats import PACKED_BLOCK
 from fp4gemm.launch import Dispatch
 from fp4gemm.load import DriverError, load
@@ -81,7 +81,11 @@ class PackedPlan:
         self._grid = (division.ctas, 1, 1)
         shared = kernel.meta["smem_bytes"] if division.shared_bytes is None else division.shared_bytes
         address = ctypes.addressof(self._buffer)
-        self._dispatch = Dispatch(kernel, "gemm", kernel.meta["threads"], shared, address, waits=True)
+        threads = kernel.meta["threads"]
+        self._dispatch = self._behind = Dispatch(kernel, "gemm", threads, shared, address, waits=True)
+        if division.ctas <= sms and shared < ALONE_BYTES:
+            # While a quantizer of a few CTAs still runs, two of these would share an SM and leave another one idle.
+            self._behind = Dispatch(kernel, "gemm", threads, ALONE_BYTES, address, waits=True)
         self._lock = threading.Lock()
 
     def __call__(
@@ -97,7 +101,8 @@ class PackedPlan:
                 words[self._map_word] = x
             if c:
                 struct.pack_into("<f", self._buffer, _BETA, beta)
-            self._dispatch(self._grid, stream, dependent)
+            dispatch = self._behind if dependent else self._dispatch
+            dispatch(self._grid, stream, dependent)
 
 
 def _tokens_request(spec: PackedWgmmaSpec, p: PackedProblem) -> Request:

@@ -54,15 +54,20 @@ def quantize_spec(
     columns = (scale_columns(k) + 3) // 4 * 4  # with the padding a tiled layout has
     tiled = sf_layout != "linear"
     blocks = min(4 if tiled and dtype != "fp32" else 2, max(1, columns // 32))
-    threads = max(32, 1 << (-(-columns // blocks) - 1).bit_length())
+    threads = _threads(columns, blocks)
     resident = threads <= 1024
     if not resident:
         threads, blocks = 512, 2
-    rows = max(4 if tiled and threads <= 128 else 1, 256 // threads)
+    rows = max(4 if tiled and threads <= 128 else 1, 1 << (256 // threads).bit_length() >> 1)
     return QuantizeSpec(arch, dtype, scaling, convention, sf_layout, threads, blocks, rows, vectorized, resident)
 
 
-_FEW_ROWS = 32
+def _threads(columns: int, blocks: int) -> int:
+    """Whole warps that hold a row, so many blocks a thread."""
+    return -(-columns // (32 * blocks)) * 32
+
+
+_FEW_ROWS = 64
 
 
 def values_spec(
@@ -82,7 +87,7 @@ def values_spec(
     if m > _FEW_ROWS:
         return spec, 1
     blocks = 4 if columns >= 512 else 2 if columns >= 256 else 1
-    threads = max(32, 1 << (-(-columns // blocks) - 1).bit_length())
+    threads = _threads(columns, blocks)
     if threads > 512:  # a thread would have too few registers: rows are streamed
         return spec, 1 if spec.resident else 8
     return replace(spec, threads=threads, blocks=blocks, rows=1, resident=True), blocks
@@ -157,9 +162,13 @@ def packed_of(
     return PackedWgmmaSpec(*terms, tokens, panels, row_groups, depth_groups, multicast, split, stages)
 
 
-def quantizing(spec: PackedSpec, x_dtype: str) -> PackedMmaSpec | None:
-    """``spec`` made to quantize x of this dtype, with given outer scales, on its way in; None where it cannot."""
-    if not isinstance(spec, PackedMmaSpec):
+def quantizing(spec: PackedSpec, x_dtype: str, m: int) -> PackedMmaSpec | None:
+    """``spec`` made to quantize x of this dtype, with given outer scales, on its way in; None where that does not pay.
+
+    Every CTA quantizes the tokens again: for one it takes as long as a launch, or up to a microsecond less in a chain
+    of dependent launches; for four it takes a microsecond more.
+    """
+    if not isinstance(spec, PackedMmaSpec) or m > 1:
         return None
     fused = replace(spec, quantize=x_dtype)
     return fused if check(fused) is None else None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -12,7 +12,7 @@ import torch
 from fp4gemm import engine, reference, select, table
 from fp4gemm.engine import Activations, Output, Weight
 from fp4gemm.formats import BLOCK, CONVENTIONS, SCALINGS, SF_LAYOUTS, padded_k, scale_columns
-from fp4gemm.spec import PackedSpec
+from fp4gemm.spec import PackedSpec, check
 from fp4gemm.tensor import FP4Tensor
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -268,8 +268,8 @@ EXTRA_CONFIGS: tuple[Config, ...] = (
     ("mma", (2, 8, 4, 2, 1, 0, 0)),
     ("mma", (2, 14, 2, 1, 2, 2, 1)),
     ("mma", (2, 8, 3, 1, 1, 0, 1)),
-    ("mma", (4, 8, 4, 1, 1, 4, 0)),
-    ("mma", (4, 12, 4, 1, 4, 0, 1)),
+    ("mma", (2, 8, 4, 1, 1, 4, 0)),
+    ("mma", (2, 12, 4, 1, 4, 0, 1)),
 )
 FORCED_VARIANTS: tuple[Variant, ...] = (
     ("bf16", "bf16", None, False),
@@ -288,6 +288,17 @@ def table_configs() -> list[Config]:
     """Every distinct kernel of the table that comes with the package, and the one that serves everything."""
     rows = ((row.kernel, row.config) for row in table.read(table.PACKAGED))
     return sorted({*rows, select.FALLBACK})
+
+
+def kernels(variants: Iterable[Variant]) -> list[tuple[Config, Variant]]:
+    """Every kernel of the table and every extra one, in those of the variants that exist."""
+    configs = [*table_configs(), *EXTRA_CONFIGS]
+    return [
+        (config, variant)
+        for config in configs
+        for variant in variants
+        if check(select.packed_of(*config, *variant)) is None
+    ]
 
 
 def force(

@@ -113,3 +113,10 @@ def test_exact_operands_sum_exactly_in_any_order() -> None:
     for order in (torch.arange(2000), torch.randperm(2000, generator=torch.Generator().manual_seed(3))):
         running = products[:, order].cumsum(dim=1)[:, -1]
         assert torch.equal(running.double(), products.double().sum(dim=1))
+
+
+def test_every_forced_kernel_exists() -> None:
+    """A configuration that no kernel has would only be found out on a GPU."""
+    plain = cases.FORCED_VARIANTS[0]
+    forced = [config for config, variant in cases.kernels(cases.FORCED_VARIANTS) if variant == plain]
+    assert forced == [*cases.table_configs(), *cases.EXTRA_CONFIGS]

@@ -123,7 +123,7 @@ def test_a_plan_writes_addresses_and_nothing_else(driver, launches, monkeypatch)
     plan = launch.GemmPlan(kernel(len(params())), launch.GemmProblem(4, 8, 64, 64, 64, 8, True, False), 0)
     for first in (0x1000, 0x9000):
         addresses = [first + 256 * i for i in range(len(OPERANDS))]
-        plan(5, *addresses)
+        plan(5, None, *addresses)
         handle, grid, threads, smem, stream, data = launches[-1]
         assert (handle, grid, threads, smem, stream) == ("handle", (132, 2, 1), 384, 1000, 5)
         words = list(struct.unpack("<48Q", data))

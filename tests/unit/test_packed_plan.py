@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from fp4gemm import launch, packed_plan
-from fp4gemm.division import divide
+from fp4gemm.division import SM_SHARED_BYTES, divide
 from fp4gemm.load import DriverError
 from fp4gemm.packed_plan import PACKED_GEMM_BYTES, PackedPlan, PackedProblem
 from fp4gemm.spec import PackedMmaSpec, PackedWgmmaSpec
@@ -155,3 +155,14 @@ def test_dependent_launches_are_passed_on(launches, monkeypatch):
     for dependent in (True, False):
         plan(3, dependent, *ADDRESSES.values(), 1.0)
     assert seen == [(True, grid, 3, True), (True, grid, 3, False)]
+
+
+@pytest.mark.parametrize("spec", [MMA, WGMMA], ids=lambda spec: type(spec).__name__)
+def test_behind_a_quantizer_a_cta_has_an_sm_to_itself(spec, launches, monkeypatch):
+    monkeypatch.setattr(launch.Dispatch, "_launch", lambda self, *arguments: launches.append(self._shared))
+    plan = PackedPlan(spec, PROBLEM, 0)
+    for dependent in (None, True):
+        plan(3, dependent, *ADDRESSES.values(), 1.0)
+    alone, behind = launches
+    assert alone <= behind
+    assert 2 * (behind + 1024) > SM_SHARED_BYTES

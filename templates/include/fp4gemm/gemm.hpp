@@ -3,6 +3,10 @@
 // (nvrtc/cute/atom/copy_traits_sm90_tma.hpp).
 #pragma once
 
+// CUTLASS's kernel layers take part in programmatic dependent launch: they wait before they load, and no sooner.
+#define CUTLASS_ENABLE_GDC_FOR_SM90
+#define CUTLASS_ENABLE_GDC_FOR_SM100
+
 #include "nvrtc/std.hpp"
 
 #include "cutlass/cutlass.h"
