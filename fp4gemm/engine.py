@@ -69,12 +69,14 @@ def is_row_major(d: Tensor) -> bool:
     return d.stride(1) == 1 or d.shape[1] == 1
 
 
-def _has_tma_rows(d: Tensor) -> bool:
-    """Whether ``d`` is row-major with rows of whole 16 bytes."""
-    size = d.element_size()
-    return (
-        is_row_major(d) and d.data_ptr() % 16 == 0 and (d.stride(0) if d.shape[0] > 1 else d.shape[1]) * size % 16 == 0
-    )
+def has_tma_rows(d: Tensor) -> bool:
+    """Whether TMA can store ``d`` and nothing else: row-major, and rows begin and end on 16 bytes.
+
+    A store that ends inside of 16 bytes of a row writes zeros to the rest of them.
+    """
+    step = 16 // d.element_size()
+    aligned = d.data_ptr() % 16 == 0 and (d.shape[0] == 1 or d.stride(0) % step == 0)
+    return is_row_major(d) and aligned and d.shape[1] % step == 0
 
 
 def gemm(a: Activations, w: Weight, bias: Tensor | None, out: Output, dependent: bool | None = None) -> None:
@@ -86,7 +88,7 @@ def gemm(a: Activations, w: Weight, bias: Tensor | None, out: Output, dependent:
     x, d, c = tokens(a.values), out.d, out.c
     if c is not None and (c.stride() != d.stride() or c.data_ptr() % 16 != d.data_ptr() % 16):
         c = torch.empty_strided(d.shape, d.stride(), dtype=d.dtype, device=d.device).copy_(c)
-    bias_dtype, tma_output = None if bias is None else bias.dtype, _has_tma_rows(d)
+    bias_dtype, tma_output = None if bias is None else bias.dtype, has_tma_rows(d)
     spec = _spec(x.device.index, d.shape[0], w.n, w.k, x.dtype, d.dtype, bias_dtype, c is not None, tma_output)
     launch_spec(spec, Activations(x, a.outer_scale), w, bias, Output(d, c, out.beta), dependent)
 
@@ -98,7 +100,7 @@ def quantize_gemm(x: Tensor, outer_scale: Tensor, w: Weight, bias: Tensor | None
     """
     bias_dtype = None if bias is None else bias.dtype
     # The kernel that would multiply the values: the same sums, and so the same bits.
-    spec = _spec(x.device.index, d.shape[0], w.n, w.k, torch.bfloat16, d.dtype, bias_dtype, False, _has_tma_rows(d))
+    spec = _spec(x.device.index, d.shape[0], w.n, w.k, torch.bfloat16, d.dtype, bias_dtype, False, has_tma_rows(d))
     fused = select.quantizing(spec, select.DTYPE_NAMES[x.dtype], d.shape[0])
     if fused is None:
         return False

@@ -32,7 +32,7 @@ def wanted() -> list[KernelSpec]:
         # They take most of a minute each: what large products of the tests need.
         *product(collectives, [v for v in nvfp4 if v[2] in (None, v[1])] + list(cases.FORCED_VARIANTS)),
         *product(cases.EXTRA_CONFIGS, cases.FORCED_VARIANTS),
-        *product(sanitize_cases.ENGINE_CONFIGS, [("bf16", "bf16", "bf16", True)]),
+        *product(sanitize_cases.ENGINE_CONFIGS, [("bf16", "bf16", "bf16", source) for source in (True, False)]),
     ]
     specs = dict.fromkeys(select.packed_of(*config, *variant) for config, variant in pairs)
     return [spec for spec in specs if check(spec) is None]

@@ -68,7 +68,7 @@ def tokens_of(config: cases.Config) -> list[int]:
 
 def can_serve(spec: PackedSpec, m: int, n: int, k: int) -> bool:
     if isinstance(spec, PackedCollectiveSpec):
-        return m > 1 or n % 8 == 0  # the stride of a single row is its length, and a collective wants whole 16 bytes
+        return n % 8 == 0
     sms = torch.cuda.get_device_properties(0).multi_processor_count
     return divide(spec, m, n, k, sms) is not None
 
@@ -137,6 +137,18 @@ def test_several_rounds_of_a_persistent_grid(config: cases.Config, cuda: torch.d
 
 def cuda_device(cuda: torch.device) -> torch.device:
     return torch.device("cuda", torch.cuda.current_device()) if cuda.index is None else cuda
+
+
+@pytest.mark.parametrize("out_dtype", TORCH_DTYPES.values())
+@pytest.mark.parametrize("n", [4088, 4092, 4095])
+@pytest.mark.parametrize("m", [1, 100, 1024])
+def test_the_rest_of_wider_rows_is_left_alone(m: int, n: int, out_dtype: torch.dtype, device: torch.device) -> None:
+    """Whole 16 bytes, a part of them, and an odd end; large products would be stored by TMA."""
+    plain, packed = weight(n, 64, True, device)
+    x, whole = activations(m, 64, torch.bfloat16, True, device), nan(m, 4096, dtype=out_dtype, device=device)
+    fp4gemm.gemm(x, packed, out=whole[:, :n])
+    assert_equal(whole[:, :n], reference.gemm(x, plain, out_dtype=out_dtype), f"{m} x {n}")
+    assert bool(whole[:, n:].isnan().all())
 
 
 # --- the identity, and every code -------------------------------------------------------------------------------------
