@@ -146,14 +146,12 @@ def tune(
         path = out or table.tuned_path(gpu)
         rows = list(table.read(path)) if path.exists() else []
         console = _console()
-        found = []
-        for choice, us in tuning.tune(shapes, m or tuning.SIZES):
-            found.append(choice)
-            best, *others = sorted(us.items(), key=lambda item: item[1])
-            second = f", next {others[0][0]} {others[0][1]:.1f}" if others else ""
-            console.print(f"{choice.m}x{choice.n}x{choice.k}: {best[0]} {best[1]:.1f} us{second}")
-            table.write(path, tuning.merge(rows, found), gpu=gpu)
-    console.print(f"{len(found)} products measured: {path}")
+        measured = []
+        for us in tuning.tune(shapes, m or tuning.SIZES):
+            measured.append(us)
+            console.print(tuning.described(us))
+            table.write(path, tuning.merge(rows, tuning.fewest(measured)), gpu=gpu)
+    console.print(f"{len(measured)} products measured: {path}")
 
 
 # `bench` is an application of its own with heavier imports: everything after the word is handed to it unread.

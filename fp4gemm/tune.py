@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator, Sequence
+import itertools
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 
@@ -66,8 +68,11 @@ def _tokens(spec: PackedSpec) -> int:
     return spec.tile[1] if isinstance(spec, PackedCollectiveSpec) else spec.tokens
 
 
-def tune(shapes: Sequence[tuple[int, int]], sizes: Sequence[int]) -> Iterator[tuple[table.Choice, dict[str, float]]]:
-    """For every (n, k) and m the fastest kernel, and the microseconds of all that were tried.
+Measured = dict[table.Choice, float]  # microseconds of every kernel that was tried for one product
+
+
+def tune(shapes: Sequence[tuple[int, int]], sizes: Sequence[int]) -> Iterator[Measured]:
+    """Measures the candidates of every (n, k) and m.
 
     Weights rotate through more memory than the L2 holds; a call is a node of a CUDA graph.
     """
@@ -82,13 +87,33 @@ def tune(shapes: Sequence[tuple[int, int]], sizes: Sequence[int]) -> Iterator[tu
         weight = ops.quantize(torch.randn(n, k, device=timing.DEVICE, dtype=torch.bfloat16)).prepack()
         weights = [Weight(weight.data.clone(), weight.outer_scale, n, k) for _ in range(timing.rotation(weight.nbytes))]
         for m in sizes:
-            known = {spec.name: (kernel, config) for kernel, config, spec in _candidates(m, n, k, sms)}
-            us = _measure(m, weights, candidates(m, n, k, sms))
-            best = min(us, key=us.__getitem__)
-            yield table.Choice(m, n, k, *known[best]), us
+            known = {table.Choice(m, n, k, kernel, config): spec for kernel, config, spec in _candidates(m, n, k, sms)}
+            yield _measure(m, weights, known)
 
 
-def _measure(m: int, weights: Sequence[Weight], specs: Sequence[PackedSpec]) -> dict[str, float]:
+def fewest(measured: Sequence[Measured], slack: float = 0.01) -> list[table.Choice]:
+    """A kernel for each product, no more than ``slack`` slower than its fastest, from a small set of kernels.
+
+    Closer than that, times decide nothing, and every kernel more is one more to build.
+    """
+    left = [{(c.kernel, c.config) for c, t in us.items() if t <= (1 + slack) * min(us.values())} for us in measured]
+    kernels = set()
+    while left:
+        ((kernel, _),) = Counter(itertools.chain.from_iterable(map(sorted, left))).most_common(1)
+        kernels.add(kernel)
+        left = [near for near in left if kernel not in near]
+    return [min((c for c in us if (c.kernel, c.config) in kernels), key=us.__getitem__) for us in measured]
+
+
+def described(us: Measured) -> str:
+    """The product and the three kernels that were fastest."""
+    best = sorted(us.items(), key=lambda item: item[1])[:3]
+    first = best[0][0]
+    times = "; ".join(f"{choice.kernel} {'x'.join(map(str, choice.config))} {t:.2f} us" for choice, t in best)
+    return f"{first.m}x{first.n}x{first.k}: {times}"
+
+
+def _measure(m: int, weights: Sequence[Weight], specs: Mapping[table.Choice, PackedSpec]) -> Measured:
     n, k = weights[0].n, weights[0].k
     x = [torch.randn(m, k, device=timing.DEVICE, dtype=torch.bfloat16) for _ in weights]
     d = [torch.empty(m, n, device=timing.DEVICE, dtype=torch.bfloat16) for _ in weights]
@@ -99,7 +124,8 @@ def _measure(m: int, weights: Sequence[Weight], specs: Sequence[PackedSpec]) -> 
             for a, w, out in zip(x, weights, d, strict=True)
         ]
 
-    return timing.interleave({spec.name: timing.GraphSampler(calls(spec)) for spec in specs}, _REPEATS)
+    samplers = {choice: timing.GraphSampler(calls(spec)) for choice, spec in specs.items()}
+    return timing.interleave(samplers, _REPEATS)
 
 
 def merge(rows: Sequence[table.Choice], new: Sequence[table.Choice]) -> list[table.Choice]:

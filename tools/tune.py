@@ -23,14 +23,13 @@ def main() -> int:
     parser.add_argument("--out", type=Path, default=table.PACKAGED)
     parser.add_argument("--commit", default="", help="of the sources, where they come without git history")
     args = parser.parse_args()
-    start, rows = time.monotonic(), []
-    for choice, us in tune.tune(tune.SHAPES, tune.SIZES):
-        rows.append(choice)
-        best = sorted(us.items(), key=lambda item: item[1])[:3]
-        print(f"{choice.m}x{choice.n}x{choice.k}:", "; ".join(f"{name} {t:.2f}" for name, t in best), flush=True)
+    start, measured = time.monotonic(), []
+    for us in tune.tune(tune.SHAPES, tune.SIZES):
+        measured.append(us)
+        print(tune.described(us), flush=True)
         about = {"gpu": torch.cuda.get_device_name(), "commit": args.commit}
-        table.write(args.out, rows, **about, date=datetime.date.today().isoformat())
-    print(f"{len(rows)} products, {time.monotonic() - start:.0f} s: {args.out}")
+        table.write(args.out, tune.fewest(measured), **about, date=datetime.date.today().isoformat())
+    print(f"{len(measured)} products, {time.monotonic() - start:.0f} s: {args.out}")
     return 0
 
 

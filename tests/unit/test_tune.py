@@ -48,6 +48,25 @@ def test_new_rows_replace_those_of_the_same_products():
     assert sorted(merged, key=lambda row: row.m) == [old[0], *new]
 
 
+def test_few_kernels_are_kept_where_times_are_close():
+    mma, other, third = (("mma", config) for config in tune.MMA[:3])
+
+    def product(m, **us):
+        return {Choice(m, 64, 64, *{"a": mma, "b": other, "c": third}[name]): t for name, t in us.items()}
+
+    measured = [
+        product(1, a=10.0, b=10.05),
+        product(2, b=20.0, c=19.9),
+        product(4, a=31.0, b=30.9),
+        product(8, c=9, b=10),
+    ]
+    kept = tune.fewest(measured)
+    assert [(row.m, row.kernel, row.config) for row in kept] == [(1, *other), (2, *third), (4, *other), (8, *third)]
+    for us, row in zip(measured, kept, strict=True):
+        assert us[row] <= 1.01 * min(us.values())
+    assert [row.config for row in tune.fewest(measured, slack=0)] == [mma[1], third[1], other[1], third[1]]
+
+
 @pytest.fixture
 def measured(monkeypatch, tmp_path):
     """The command with a made-up GPU and made-up times: the last candidate is fastest."""
@@ -55,10 +74,8 @@ def measured(monkeypatch, tmp_path):
     def measure(shapes, sizes):
         for n, k in shapes:
             for m in sizes:
-                names = [spec.name for spec in tune.candidates(m, n, k, SMS)]
-                us = {name: 100.0 - i for i, name in enumerate(names)}
-                kernel, config, _ = list(tune._candidates(m, n, k, SMS))[-1]
-                yield Choice(m, n, k, kernel, config), us
+                kernels = [(kernel, config) for kernel, config, _ in tune._candidates(m, n, k, SMS)]
+                yield {Choice(m, n, k, *kernel): 100.0 - i for i, kernel in enumerate(kernels)}
 
     monkeypatch.setattr(tune, "tune", measure)
     monkeypatch.setattr(cli, "_gpu_name", lambda: "NVIDIA Test")
