@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import functools
 import itertools
+import math
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 
-from fp4gemm import builder, cache, ops, select, table
+from fp4gemm import builder, cache, launch, ops, select, table
 from fp4gemm.bench import timing
 from fp4gemm.division import divide
 from fp4gemm.engine import Activations, Output, Weight, launch_spec
@@ -29,15 +30,19 @@ SHAPES = (
 
 # Configurations worth a measurement, as the specs have them.
 MMA = (
-    (1, 28, 2, 1, 2, 0, 0), (1, 16, 3, 1, 2, 0, 0), (1, 16, 2, 1, 2, 2, 0), (1, 8, 4, 1, 2, 0, 0),
-    (2, 14, 2, 1, 2, 2, 1), (2, 12, 3, 1, 2, 4, 0), (2, 16, 2, 1, 2, 4, 0), (2, 14, 2, 1, 2, 0, 0),
+    (1, 28, 2, 1, 2, 0, 0), (1, 16, 3, 1, 2, 0, 0), (1, 16, 2, 1, 2, 2, 0), (1, 12, 3, 1, 2, 0, 0),
+    (1, 8, 4, 1, 2, 0, 0), (2, 14, 2, 1, 2, 2, 1), (2, 12, 3, 1, 2, 4, 0), (2, 16, 2, 1, 2, 4, 0),
+    (2, 14, 2, 1, 2, 0, 0),
 )  # fmt: skip
 WGMMA = (
-    (16, 1, 1, 4, 1, 2, 16), (16, 2, 2, 2, 1, 2, 16), (16, 4, 4, 1, 1, 2, 12), (16, 7, 4, 1, 1, 2, 10),
-    (32, 1, 1, 4, 1, 2, 16), (32, 2, 2, 2, 1, 2, 16), (32, 4, 4, 1, 1, 2, 10), (32, 7, 4, 1, 1, 2, 9),
+    (16, 1, 1, 4, 1, 2, 16), (16, 2, 1, 4, 1, 2, 16), (16, 2, 2, 2, 1, 2, 16), (16, 4, 4, 1, 1, 2, 12),
+    (16, 7, 4, 1, 1, 2, 10),
+    (32, 1, 1, 4, 1, 2, 16), (32, 2, 1, 4, 1, 2, 16), (32, 2, 2, 2, 1, 2, 16), (32, 4, 4, 1, 1, 2, 10),
+    (32, 7, 4, 1, 1, 2, 9),
     (64, 1, 1, 2, 1, 2, 14), (64, 2, 2, 2, 1, 2, 12), (64, 4, 4, 1, 1, 2, 8), (64, 7, 4, 1, 1, 2, 6),
-    (128, 1, 1, 2, 1, 2, 8), (128, 2, 2, 1, 1, 2, 8), (128, 4, 2, 1, 1, 2, 6), (128, 2, 2, 1, 1, 1, 8),
-    (128, 4, 2, 1, 1, 1, 8), (256, 1, 1, 1, 1, 2, 5), (256, 2, 2, 1, 1, 2, 4), (256, 2, 2, 1, 1, 1, 5),
+    (128, 1, 1, 1, 1, 2, 8), (128, 1, 1, 2, 1, 2, 8), (128, 2, 2, 1, 1, 2, 8), (128, 4, 2, 1, 1, 2, 6),
+    (128, 2, 2, 1, 1, 1, 8), (128, 4, 2, 1, 1, 1, 8),
+    (256, 1, 1, 1, 1, 2, 5), (256, 2, 2, 1, 1, 2, 4), (256, 2, 2, 1, 1, 1, 5),
 )  # fmt: skip
 COLLECTIVE = (
     (128, 128, 1), (128, 256, 1), (128, 256, 2), (64, 64, 1), (64, 64, 4), (64, 128, 1), (64, 256, 1), (64, 256, 2)
@@ -74,7 +79,8 @@ Measured = dict[table.Choice, float]  # microseconds of every kernel that was tr
 def tune(shapes: Sequence[tuple[int, int]], sizes: Sequence[int]) -> Iterator[Measured]:
     """Measures the candidates of every (n, k) and m.
 
-    Weights rotate through more memory than the L2 holds; a call is a node of a CUDA graph.
+    Weights rotate through more memory than the L2 holds; a call is a node of a CUDA graph, once launched behind the
+    node in front and once dependent on it, and the geometric mean of both counts.
     """
     device = torch.cuda.current_device()
     sms = torch.cuda.get_device_properties(device).multi_processor_count
@@ -91,7 +97,7 @@ def tune(shapes: Sequence[tuple[int, int]], sizes: Sequence[int]) -> Iterator[Me
             yield _measure(m, weights, known)
 
 
-def fewest(measured: Sequence[Measured], slack: float = 0.01) -> list[table.Choice]:
+def fewest(measured: Sequence[Measured], slack: float = 0.005) -> list[table.Choice]:
     """A kernel for each product, no more than ``slack`` slower than its fastest, from a small set of kernels.
 
     Closer than that, times decide nothing, and every kernel more is one more to build.
@@ -124,8 +130,12 @@ def _measure(m: int, weights: Sequence[Weight], specs: Mapping[table.Choice, Pac
             for a, w, out in zip(x, weights, d, strict=True)
         ]
 
-    samplers = {choice: timing.GraphSampler(calls(spec)) for choice, spec in specs.items()}
-    return timing.interleave(samplers, _REPEATS)
+    samplers = {}
+    for dependent in (False, True):
+        with launch.programmatic(dependent):
+            samplers |= {(choice, dependent): timing.GraphSampler(calls(spec)) for choice, spec in specs.items()}
+    us = timing.interleave(samplers, _REPEATS)
+    return {choice: math.sqrt(us[choice, False] * us[choice, True]) for choice in specs}
 
 
 def merge(rows: Sequence[table.Choice], new: Sequence[table.Choice]) -> list[table.Choice]:

@@ -55,7 +55,7 @@ def test_few_kernels_are_kept_where_times_are_close():
         return {Choice(m, 64, 64, *{"a": mma, "b": other, "c": third}[name]): t for name, t in us.items()}
 
     measured = [
-        product(1, a=10.0, b=10.05),
+        product(1, a=10.0, b=10.02),
         product(2, b=20.0, c=19.9),
         product(4, a=31.0, b=30.9),
         product(8, c=9, b=10),
@@ -63,7 +63,7 @@ def test_few_kernels_are_kept_where_times_are_close():
     kept = tune.fewest(measured)
     assert [(row.m, row.kernel, row.config) for row in kept] == [(1, *other), (2, *third), (4, *other), (8, *third)]
     for us, row in zip(measured, kept, strict=True):
-        assert us[row] <= 1.01 * min(us.values())
+        assert us[row] <= 1.005 * min(us.values())
     assert [row.config for row in tune.fewest(measured, slack=0)] == [mma[1], third[1], other[1], third[1]]
 
 
