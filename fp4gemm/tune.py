@@ -130,7 +130,7 @@ def _measure(m: int, weights: Sequence[Weight], specs: Mapping[table.Choice, Pac
             for a, w, out in zip(x, weights, d, strict=True)
         ]
 
-    samplers = {}
+    samplers: dict[tuple[table.Choice, bool], timing.Sampler] = {}
     for dependent in (False, True):
         with launch.programmatic(dependent):
             samplers |= {(choice, dependent): timing.GraphSampler(calls(spec)) for choice, spec in specs.items()}
