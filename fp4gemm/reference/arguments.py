@@ -54,14 +54,9 @@ class QuantizeArguments(NamedTuple):
 
     @property
     def shape(self) -> tuple[int, int]:
-        """Shape of the result."""
-        return result_shape(self.source, self.options.hadamard, self.options.residual)
-
-
-def result_shape(source: Tensor, hadamard: int | None, residual: int) -> tuple[int, int]:
-    """Shape of what ``source`` [M, K] becomes: a transformed tail is a whole block, a companion adds columns."""
-    m, k = source.shape
-    return m, (k if hadamard is None else padded_k(k)) + residual
+        """Shape of the result: a transformed tail is a whole block, companions add columns."""
+        (m, k), options = self.source.shape, self.options
+        return (m, k) if options is PLAIN else (m, (k if options.hadamard is None else padded_k(k)) + options.residual)
 
 
 def check_quantize(
