@@ -349,8 +349,9 @@ def versions() -> dict[str, str]:
         "nvrtc": _try_version(lambda: str(toolchain.nvrtc_version())),
         "cutlass": _try_version(lambda: str(toolchain.find_headers().cutlass_version)),
     }
-    with contextlib.suppress(metadata.PackageNotFoundError):  # a peer, measured where it is installed
-        found["humming-kernels"] = metadata.version("humming-kernels")
+    for peer in ("humming-kernels", "nvidia-modelopt", "torchao"):  # measured where they are installed
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            found[peer] = metadata.version(peer)
     return found
 
 

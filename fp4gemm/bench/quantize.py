@@ -1,74 +1,126 @@
-"""Quantizer and dequantizer against a copy of the same number of bytes."""
+"""The quantizer, option by option, and the dequantizer, against a copy of the same bytes and against peers."""
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from itertools import product
+from typing import Any
 
 import torch
 
 import fp4gemm
-from fp4gemm.bench import timing
+from fp4gemm.bench import peers, timing
 from fp4gemm.bench.common import Config, Job, nbytes, random_inputs
 from fp4gemm.report import Row
+from fp4gemm.tensor import FP4Tensor
 
-LARGE = ((4096, 4096), (8192, 8192), (16384, 8192))
+LARGE = tuple(product((1024, 2048, 4096, 8192, 16384, 32768), (2048, 4096, 8192)))  # M, K
 SMALL = ((1, 8192), (16, 8192), (128, 8192))
+DEQUANTIZED = ((4096, 4096), (8192, 8192), (16384, 8192))
+PEERS_AT = (8192, 8192)
 _GIVEN = 1.0 / 512  # a decode multiplier that suits N(0, 1): amax about 5.2 = 512 / 2688 * 5.2 of the range
+_MASK, _SEED, _RESIDUAL = 0xACE1, 1, 512
+_BOTH = "both"
 
 
 @dataclass(frozen=True)
 class Variant:
-    """A quantizer's options as the rows record them; `given` means that the caller gives the outer scale."""
+    """A quantizer's options as the rows record them.
+
+    ``given``: the caller gives the outer scale; ``outputs``: the result of x ("row"), of its transpose, or both.
+    """
 
     scaling: str = "per_row"
     sf_layout: str = "128x4"
     given: bool = False
+    outputs: str = "row"
+    hadamard: bool = False
+    stochastic: bool = False
+    adaptive: str | None = None
+    residual: int = 0
+    square: bool = False
 
     def options(self) -> dict[str, object]:
+        rare = {"adaptive": self.adaptive, "residual": self.residual, "block": "16x16" if self.square else None}
         return {
             "scaling": self.scaling,
             "outer_scale": "given" if self.given else "amax",
-            "outputs": "row",
+            "outputs": self.outputs,
             "sf_layout": self.sf_layout,
-            "rht": False,
-            "sr": False,
+            "rht": self.hadamard,
+            "sr": self.stochastic,
+            **{name: value for name, value in rare.items() if value},
         }
 
+    def call(self) -> Callable[[torch.Tensor], object]:
+        """x [M, K] -> FP4Tensor, or two of them."""
+        arguments: dict[str, Any] = {"scaling": self.scaling, "sf_layout": self.sf_layout}
+        if self.given:
+            arguments["outer_scale"] = torch.tensor(_GIVEN, device=timing.DEVICE)
+        if self.outputs == "transposed":
+            arguments["transposed"] = True
+        if self.hadamard:
+            arguments["hadamard"] = _MASK
+        if self.stochastic:
+            arguments["seed"] = _SEED
+        if self.adaptive:
+            arguments["adaptive"] = self.adaptive
+        if self.residual:
+            arguments["residual"] = self.residual
+        if self.square:
+            arguments["block"] = (16, 16)
+        return functools.partial(fp4gemm.quantize_both if self.outputs == _BOTH else fp4gemm.quantize, **arguments)
+
+    @property
+    def reads(self) -> int:
+        """How often x is read: a column's amax is only known when all of x has been read."""
+        return 2 if self.outputs != "row" and self.scaling == "per_row" and not self.given else 1
+
     def __str__(self) -> str:
-        return f"{self.scaling}{' given' if self.given else ''} {self.sf_layout}"
+        return " ".join(f"{name}={value}" for name, value in self.options().items() if value and value != "amax")
 
 
+_TRAINING = Variant(outputs=_BOTH)
 VARIANTS = (
     Variant(),
     Variant(sf_layout="linear"),
     Variant(sf_layout="8x4"),
     Variant(scaling="per_tensor"),
     Variant(given=True),
+    Variant(stochastic=True),
+    Variant(adaptive="mse"),
+    Variant(residual=_RESIDUAL),
+    Variant(scaling="per_tensor", square=True),
+    Variant(outputs="transposed"),
+    _TRAINING,
+    replace(_TRAINING, hadamard=True),
+    replace(_TRAINING, stochastic=True),
+    replace(_TRAINING, hadamard=True, stochastic=True),
 )
 
 
 def jobs(config: Config) -> Iterator[Job]:
-    """Per-row in three layouts, per-tensor and given scale, then dequantize; large and small M, both modes."""
-    shapes: Sequence[tuple[int, int]] = ((8192, 8192), (16, 8192)) if config.quick else (*LARGE, *SMALL)
+    """Every option at every shape, small ones without options that training alone has; then dequantize."""
     for variant in VARIANTS[:1] if config.quick else VARIANTS:
-        for M, K in shapes:
+        small: Sequence[tuple[int, int]] = SMALL if variant.outputs == "row" else ()
+        for M, K in ((8192, 8192), (16, 8192)) if config.quick else (*LARGE, *small):
             yield Job(f"quantize {M}x{K} {variant}", functools.partial(_quantize_rows, variant, M, K, config))
-    for M, K in shapes[:1] if config.quick else LARGE:
+    for M, K in DEQUANTIZED[:1] if config.quick else DEQUANTIZED:
         yield Job(f"dequantize {M}x{K}", functools.partial(_dequantize_rows, M, K, config))
 
 
 def _quantize_rows(variant: Variant, M: int, K: int, config: Config) -> list[Row]:
     xs = random_inputs(timing.rotation(2 * M * K), M, K)
-    outer = torch.tensor(_GIVEN, device=timing.DEVICE) if variant.given else None
-    quantize = functools.partial(
-        fp4gemm.quantize, scaling=variant.scaling, sf_layout=variant.sf_layout, outer_scale=outer
-    )
-    moved = nbytes(xs[0], quantize(xs[0]))
-    calls: list[timing.Call] = [functools.partial(quantize, x) for x in xs]
+    quantize = variant.call()
+    made = quantize(xs[0])
+    results = made if isinstance(made, tuple) else (made,)
+    moved = variant.reads * nbytes(xs[0]) + nbytes(*(t for t in results if isinstance(t, FP4Tensor)))
+    ours: list[timing.Call] = [functools.partial(quantize, x) for x in xs]
+    others = peers.calls(xs) if (M, K) == PEERS_AT and variant == VARIANTS[0] else {}
     row = {"bench": "quantize", "M": M, "K": K, "dtype": "bf16", "options": variant.options()}
-    return _rows(row, "quantize", calls, moved, config)
+    return _rows(row, "quantize", ours, moved, config, others)
 
 
 def _dequantize_rows(M: int, K: int, config: Config) -> list[Row]:
@@ -78,23 +130,27 @@ def _dequantize_rows(M: int, K: int, config: Config) -> list[Row]:
     moved = nbytes(first, fp4gemm.dequantize(first, torch.bfloat16))
     calls: list[timing.Call] = [functools.partial(fp4gemm.dequantize, t, torch.bfloat16) for t in packed]
     row = {"bench": "dequantize", "M": M, "K": K, "dtype": "bf16", "options": {"sf_layout": "128x4"}}
-    return _rows(row, "dequantize", calls, moved, config)
+    return _rows(row, "dequantize", calls, moved, config, {})
 
 
-def _rows(row: Row, name: str, calls: list[timing.Call], moved: int, config: Config) -> list[Row]:
-    """One row per mode. `moved`: what the job must read and write at least, whatever the kernel reads twice."""
-    return [_row(row, name, calls, moved, mode, config.repeats) for mode in timing.MODES]
+def _rows(
+    row: Row, name: str, calls: list[timing.Call], moved: int, config: Config, others: dict[str, list[timing.Call]]
+) -> list[Row]:
+    """One row per mode. ``moved``: what the job must read and write at least."""
+    return [_row(row, name, calls, moved, mode, config.repeats, others) for mode in timing.MODES]
 
 
-def _row(row: Row, name: str, calls: list[timing.Call], moved: int, mode: str, repeats: int) -> Row:
-    us = timing.compare({name: calls, "copy_same_bytes": timing.copies_of(moved)}, mode, repeats)
-    copy = us["copy_same_bytes"]
+def _row(
+    row: Row, name: str, calls: list[timing.Call], moved: int, mode: str, repeats: int,
+    others: dict[str, list[timing.Call]],
+) -> Row:  # fmt: skip
+    us = timing.compare({name: calls, "copy_same_bytes": timing.copies_of(moved), **others}, mode, repeats)
     return {
         **row,
         "mode": mode,
         "us": us[name],
         "bytes": moved,
         "gb_s": moved / us[name] / 1e3,
-        "copy_fraction": copy / us[name],
-        "vs_us": {"copy_same_bytes": copy},
+        "copy_fraction": us["copy_same_bytes"] / us[name],
+        "vs_us": {other: us[other] for other in ("copy_same_bytes", *others)},
     }

@@ -6,7 +6,7 @@ import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from fp4gemm.bench import sweep
+from fp4gemm.bench import peers, sweep
 from fp4gemm.report import Row
 
 
@@ -64,7 +64,17 @@ def _tflop_s(row: Row) -> str:
 
 def _scaling(row: Row) -> str:
     options = row["options"]
-    return f"{options.get('scaling', '')}{', given scale' if options.get('outer_scale') == 'given' else ''}"
+    words = {
+        "given scale": options.get("outer_scale") == "given",
+        "transposed": options.get("outputs") == "transposed",
+        "row + transposed": options.get("outputs") == "both",
+        "16 x 16 blocks": options.get("block"),
+        "Hadamard": options.get("rht"),
+        "stochastic": options.get("sr"),
+        f"4/6 ({options.get('adaptive')})": options.get("adaptive"),
+        f"residual {options.get('residual')}": options.get("residual"),
+    }
+    return ", ".join([str(options.get("scaling", "")), *(word for word, given in words.items() if given)])
 
 
 def _layout(row: Row) -> str:
@@ -91,13 +101,15 @@ TABLES: dict[str, tuple[str, tuple[Column, ...]]] = {
         "Quantize (M x K, bf16)",
         (
             _SHAPE,
-            ("scaling", _scaling),
+            ("scaling, options", _scaling),
             ("scale layout", _layout),
             _MODE,
             _US,
             ("GB/s", _gb_s),
             ("copy of the same bytes, us", _versus("copy_same_bytes")),
             ("of copy bandwidth", _share_of_copy),
+            ("Model Optimizer fake-quant, us", _versus(peers.MODELOPT)),
+            ("torchao, compiled, us", _versus(peers.TORCHAO)),
         ),
     ),
     "dequantize": (
@@ -170,8 +182,13 @@ TABLES: dict[str, tuple[str, tuple[Column, ...]]] = {
 }
 
 
+_SUMMARY_SHAPES = ((8192, 8192), (16384, 8192), (1, 8192), (128, 8192))  # M, K of quantizers
+
+
 def _in_summary(row: Row) -> bool:
     """The rows that README shows: CUDA-graph time in the default scale layout; the rest is for the docs."""
+    if row["bench"] == "quantize" and (row["M"], row["K"]) not in _SUMMARY_SHAPES:
+        return False
     in_graph = row["bench"] == "overhead" or row.get("mode", "graph") == "graph"
     default_layout = row.get("options", {}).get("sf_layout", "128x4") == "128x4"
     return bool(in_graph and default_layout and row["bench"] not in ("compile", "tiles"))

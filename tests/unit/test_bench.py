@@ -13,7 +13,7 @@ import torch
 from typer.testing import CliRunner
 
 from fp4gemm import report
-from fp4gemm.bench import cli, common, kernels, overhead, quantize, tables, tiles, timing
+from fp4gemm.bench import cli, common, kernels, overhead, peers, quantize, tables, tiles, timing
 from fp4gemm.formats import BLOCK
 
 
@@ -164,19 +164,40 @@ def rows_of(jobs: Iterator[common.Job]) -> list[report.Row]:
 
 @pytest.mark.usefixtures("on_cpu")
 def test_quantize_suite(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(quantize, "LARGE", ((128, 256),))
-    monkeypatch.setattr(quantize, "SMALL", ((1, 64),))
+    monkeypatch.setattr(quantize, "LARGE", ((128, 512),))
+    monkeypatch.setattr(quantize, "SMALL", ((1, 512),))
+    monkeypatch.setattr(quantize, "DEQUANTIZED", ((128, 256),))
     rows = rows_of(quantize.jobs(common.Config()))
-    assert len(rows) == 5 * 2 * 2 + 2
-    first = rows[0]
-    assert (
-        first["bytes"] == 128 * 256 * 2 + 128 * 128 + 128 * 16 + 128 * 4
-    )  # bf16 in; codes, block and outer scales out
-    assert first["copy_fraction"] == 0.5
-    assert {(row["options"].get("scaling"), row["options"].get("outer_scale")) for row in rows} == {
-        *(("per_row", "amax"), ("per_tensor", "amax"), ("per_row", "given")),
-        (None, None),  # dequantize
-    }
+    both = [variant for variant in quantize.VARIANTS if variant.outputs != "row"]
+    assert len(rows) == 2 * (2 * len(quantize.VARIANTS) - len(both) + 1)
+    plain = 128 * 256 + 128 * 32 + 128 * 4  # codes, block and outer scales
+    assert rows[0]["bytes"] == 128 * 512 * 2 + plain  # bf16 in
+    assert rows[0]["copy_fraction"] == 0.5
+    (training,) = (r for r in rows if r["options"].get("outputs") == "both" and not r["options"]["rht"]
+                   and not r["options"]["sr"] and r["mode"] == "graph")  # fmt: skip
+    assert training["bytes"] == 2 * 128 * 512 * 2 + plain + 512 * 64 + 512 * 8 + 512 * 4  # x is read twice
+    shown = {tables._scaling(row) for row in rows if row["bench"] == "quantize"}
+    assert len(shown) == len(quantize.VARIANTS) - 2  # two of them differ in the layout alone
+    assert "per_row, row + transposed, Hadamard, stochastic" in shown
+
+
+@pytest.mark.usefixtures("on_cpu")
+def test_peers_stand_beside_one_row(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(quantize, "VARIANTS", quantize.VARIANTS[:2])
+    monkeypatch.setattr(quantize, "LARGE", ((128, 512),))
+    monkeypatch.setattr(quantize, "SMALL", ())
+    monkeypatch.setattr(quantize, "DEQUANTIZED", ())
+    monkeypatch.setattr(quantize, "PEERS_AT", (128, 512))
+    monkeypatch.setattr(peers, "calls", lambda xs: {peers.MODELOPT: [lambda: None] * len(xs)})
+    rows = rows_of(quantize.jobs(common.Config()))
+    assert [peers.MODELOPT in row["vs_us"] for row in rows] == [True, True, False, False]
+
+
+def test_a_peer_that_computes_something_else_is_refused() -> None:
+    x = torch.randn(4, 16)
+    peers._check("peer", x, x * 1.05)
+    with pytest.raises(RuntimeError, match=r"peer: relative error 1\.00"):
+        peers._check("peer", x, x * 2)
 
 
 @pytest.mark.usefixtures("on_cpu")
