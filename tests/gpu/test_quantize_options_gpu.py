@@ -1,0 +1,200 @@
+"""Bytes of the quantizer's options against the reference on the CPU: 500 random problems of each set of options."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import gpu_cases as cases
+import pytest
+import torch
+
+import fp4gemm
+from fp4gemm import FP4Tensor, reference
+
+Options = dict[str, Any]
+PROBLEMS, CHUNK = 500, 50
+BOTH_CONVENTIONS = ("te_per_token", "te")
+MASKS = (0, 0xACE1, 0xD7E8, 0xFFFF)
+
+
+def seed_of(rng: random.Random) -> int:
+    return rng.choice((0, 1, rng.getrandbits(32), rng.getrandbits(63)))
+
+
+def transposed(rng: random.Random) -> Options:
+    return {"transposed": True}
+
+
+def hadamard(rng: random.Random) -> Options:
+    return {"transposed": True, "hadamard": rng.choice(MASKS)}
+
+
+def stochastic(rng: random.Random) -> Options:
+    return {"seed": seed_of(rng)}
+
+
+def everything_transposed(rng: random.Random) -> Options:
+    return {**hadamard(rng), **stochastic(rng), "sf_layout": "128x4"}
+
+
+def adaptive(rng: random.Random) -> Options:
+    return {"adaptive": rng.choice(("mse", "mae")), "transposed": rng.random() < 0.3}
+
+
+def squares(rng: random.Random) -> Options:
+    extra = rng.choice(({}, stochastic(rng), {"transposed": True}, {"adaptive": "mse"}))
+    return {"block": (16, 16), "scaling": "per_tensor", **extra}
+
+
+def residual(rng: random.Random) -> Options:
+    side = rng.choice(("activation", "activation", "weight"))
+    return {"residual": rng.choice((16, 32, 64, 256)), "residual_side": side, "order": rng.random() < 0.3}
+
+
+def residual_stochastic(rng: random.Random) -> Options:
+    return {**residual(rng), **stochastic(rng), "scaling": "per_row"}
+
+
+def e4m3(rng: random.Random) -> Options:
+    extra = rng.choice(({}, {"transposed": True}, stochastic(rng), hadamard(rng)))
+    return {"dtype": torch.float8_e4m3fn, **extra}
+
+
+SETS: tuple[Callable[[random.Random], Options], ...] = (
+    transposed, hadamard, stochastic, everything_transposed, adaptive, squares, residual, residual_stochastic, e4m3,
+)  # fmt: skip
+
+
+def draw(make: Callable[[random.Random], Options], seed: int) -> tuple[str, torch.Tensor, Options]:
+    """x on the CPU and all arguments of `quantize`; the outer scale is given, or an amax is taken."""
+    rng = random.Random(f"{make.__name__} {seed}")
+    options = make(rng)
+    scaling = options.pop("scaling", None) or rng.choice(("per_row", "per_row", "per_tensor"))
+    case = replace(cases.QuantizeCase.draw(seed), scaling=scaling, given="no")
+    if case.rows * case.k > 40_000:  # most problems are small, so that there can be many
+        case = replace(case, rows=min(case.rows, 20), k=case.k if seed % 25 == 0 else case.k % 2000 + 1)
+    if options.get("residual"):
+        case = replace(case, k=max(options["residual"], case.k // 16 * 16))
+    needs = options.get("adaptive") or options.get("residual")
+    convention = rng.choice((None, *BOTH_CONVENTIONS)) if needs else case.convention
+    if options.pop("order", False):
+        options["channel_order"] = torch.randperm(case.k, generator=torch.Generator().manual_seed(seed))
+    x = case.x()
+    if dtype := options.pop("dtype", None):
+        x = x.float().clamp(-448, 448).to(dtype)
+    if rng.random() < 0.3:
+        single = scaling == "per_tensor" or options.get("block")
+        case = replace(case, given="scalar" if single else "rows", rows=x.shape[1 if options.get("transposed") else 0])
+        options["outer_scale"] = case.outer_scale()
+    arguments = {"scaling": scaling, "sf_layout": case.sf_layout, "convention": convention, **options}
+    return f"{make.__name__} {seed}: {case} {options}", x, arguments
+
+
+def moved(arguments: Options, device: torch.device) -> Options:
+    return {name: v.to(device) if isinstance(v, torch.Tensor) else v for name, v in arguments.items()}
+
+
+@pytest.mark.parametrize("first", range(0, PROBLEMS, CHUNK))
+@pytest.mark.parametrize("make", SETS, ids=lambda make: make.__name__)
+def test_bytes_equal_the_reference(make: Callable[[random.Random], Options], first: int, device: torch.device) -> None:
+    for seed in range(first, first + CHUNK):
+        what, x, arguments = draw(make, seed)
+        want = reference.quantize(x, **arguments)
+        cases.poison_for(want, device)
+        cases.assert_same(fp4gemm.quantize(x.to(device), **moved(arguments, device)), want, what)
+
+
+@pytest.mark.parametrize("first", range(0, PROBLEMS, CHUNK))
+def test_both_results_from_one_call(first: int, device: torch.device) -> None:
+    for seed in range(first, first + CHUNK):
+        rng = random.Random(seed)
+        what, x, arguments = draw(rng.choice((transposed, hadamard, stochastic, everything_transposed, squares)), seed)
+        for name in ("outer_scale", "transposed"):
+            arguments.pop(name, None)
+        if arguments.get("adaptive"):
+            arguments.pop("adaptive")
+        other = rng.choice((None, "linear", "128x4", "8x4"))
+        want = reference.quantize_both(x, transposed_sf_layout=other, **arguments)
+        for t in want:
+            cases.poison_for(t, device)
+        got = fp4gemm.quantize_both(x.to(device), transposed_sf_layout=other, **moved(arguments, device))
+        for name, g, w in zip(("row", "transposed"), got, want, strict=True):
+            cases.assert_same(g, w, f"{name}: {what}")
+
+
+@pytest.mark.parametrize("first", range(0, 100, CHUNK))
+def test_amaxes_and_the_two_calls_that_take_them(first: int, device: torch.device) -> None:
+    for seed in range(first, first + CHUNK):
+        what, x, arguments = draw(hadamard if seed % 2 else transposed, seed)
+        arguments.pop("outer_scale", None)
+        mask = arguments.get("hadamard")
+        want = reference.amax(x, rows=True, columns=True, tensor=True, hadamard=mask)
+        got = fp4gemm.amax(x.to(device), rows=True, columns=True, tensor=True, hadamard=mask)
+        for name, g, w in zip(("rows", "columns", "tensor"), got, want, strict=True):
+            cases.assert_same_bits(g, w, f"amax of {name}: {what}")
+        arguments |= {"scaling": "per_row"}
+        split = fp4gemm.quantize(x.to(device), amax=got[1], **moved(arguments, device))
+        cases.assert_same(split, reference.quantize(x, **arguments), f"in two calls: {what}")
+
+
+def test_a_seed_on_the_device_is_read_when_the_kernel_runs(cuda: torch.device) -> None:
+    x = torch.randn(64, 512, generator=torch.Generator().manual_seed(0)).bfloat16()
+    on_device, seed = x.to(cuda), torch.zeros((), dtype=torch.int64, device=cuda)
+    fp4gemm.quantize(on_device, seed=seed)
+    fp4gemm.quantize_both(on_device, seed=seed, hadamard=7)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        one, two = fp4gemm.quantize(on_device, seed=seed), fp4gemm.quantize_both(on_device, seed=seed, hadamard=7)
+    for value in (5, 2**62 + 11):
+        seed.fill_(value)
+        graph.replay()
+        torch.cuda.synchronize()
+        cases.assert_same(one, reference.quantize(x, seed=value), f"seed {value}")
+        for got, want in zip(two, reference.quantize_both(x, seed=value, hadamard=7), strict=True):
+            cases.assert_same(got, want, f"both, seed {value}")
+
+
+@pytest.mark.parametrize("options", [{}, {"transposed": True}, {"seed": 3}, {"residual": 16}], ids=str)
+def test_a_flag_on_the_device_skips_the_work(options: Options, cuda: torch.device) -> None:
+    old, new = (torch.randn(48, 160, generator=torch.Generator().manual_seed(i)).bfloat16() for i in (0, 1))
+    out = fp4gemm.quantize(old.to(cuda), **options)
+    x, flag = new.to(cuda), torch.ones(1, dtype=torch.int32, device=cuda)
+    assert fp4gemm.quantize(x, noop=flag, out=out, **options) is out
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        fp4gemm.quantize(x, noop=flag, out=out, **options)
+    graph.replay()
+    cases.assert_same(out, reference.quantize(old, **options), "skipped")
+    flag.zero_()
+    graph.replay()
+    cases.assert_same(out, reference.quantize(new, **options), "not skipped")
+
+
+def test_offsets_beyond_32_bits(cuda: torch.device) -> None:
+    """The end of a tensor of more than 2**31 values; its rows are those of a small one."""
+    rows, k = 2**18 + 3, 8192
+    x = torch.randn(3, k, generator=torch.Generator().manual_seed(0)).bfloat16()
+    whole = torch.zeros(rows, k, dtype=torch.bfloat16, device=cuda)
+    whole[-3:] = x.to(cuda)
+    got = fp4gemm.quantize(whole, sf_layout="linear")
+    want = reference.quantize(x, sf_layout="linear")
+    cases.assert_same_bits(got.data[-3:], want.data, "data")
+    cases.assert_same_bits(got.block_scale[-3:], want.block_scale, "block_scale")
+    del got
+    turned = fp4gemm.quantize(whole, transposed=True, sf_layout="linear")
+    tail = torch.cat([torch.zeros(13, k, dtype=torch.bfloat16), x])  # the last block of 16 rows, three of them there
+    amax = tail.abs().amax(dim=0).float()
+    assert turned.shape == (k, rows)
+    cases.assert_same_bits(turned.outer_scale, amax * (1 / 2688), "outer_scale")
+    last = reference.quantize(
+        torch.cat([x, torch.zeros(13, k, dtype=torch.bfloat16)]), transposed=True, sf_layout="linear"
+    )
+    cases.assert_same_bits(turned.data[:, -8:], last.data, "transposed data")
+    both: tuple[FP4Tensor, FP4Tensor] = fp4gemm.quantize_both(whole, sf_layout="linear")
+    cases.assert_same_bits(both[0].data[-3:], want.data, "row data of both")
+    cases.assert_same_bits(both[1].data[:, -8:], last.data, "transposed data of both")
