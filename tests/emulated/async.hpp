@@ -5,8 +5,6 @@
 
 namespace fp4gemm {
 
-using uint64_t = unsigned long long;
-
 struct alignas(64) TensorMap {
   uint64_t words[16];  // here: address, columns, rows, elements between rows, rows of a box
 };

@@ -73,6 +73,7 @@ _RULES: dict[str, tuple[tuple[str, str], ...]] = {
         (r'asm volatile\("bar\.sync 1, %0;" ::"n"\(([^;]*?)\)\s*: "memory"\);', r"sync_named(1, \1);"),
     ),
     "convention.hpp": (),
+    "philox.hpp": (),
     "layout.hpp": (),
 }
 

@@ -5,8 +5,6 @@
 
 namespace fp4gemm {
 
-using uint64_t = unsigned long long;
-
 // A TMA descriptor, encoded by the host; must be a kernel parameter.
 struct alignas(64) TensorMap {
   uint64_t words[16];
