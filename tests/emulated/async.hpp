@@ -108,6 +108,8 @@ inline void copy_16_bytes(uint32_t to, void const* from, int valid) {
   store_shared(to, v);
 }
 
+inline void wait_for_copies() {}
+
 inline void launch_dependents() {}
 inline void wait_for_inputs() {}
 
@@ -126,6 +128,10 @@ inline uint4 load_matrices(uint32_t address) {
   for (int i = 0; i < 4; ++i) v[i] = load_shared<uint32_t>(words[8 * i + lane() / 4][0] + lane() % 4 * 4);
   __syncwarp();
   return {v[0], v[1], v[2], v[3]};
+}
+inline uint4 load_matrices_transposed(uint32_t address) {
+  uint4 const v = load_matrices(address);
+  return {transpose_matrix(v.x), transpose_matrix(v.y), transpose_matrix(v.z), transpose_matrix(v.w)};
 }
 inline void store_transposed(uint32_t address, uint32_t const (&v)[4]) {
   auto& words = warp().words;

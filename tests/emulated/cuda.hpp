@@ -195,6 +195,7 @@ inline float __uint_as_float(uint32_t bits) {
   std::memcpy(&v, &bits, 4);
   return v;
 }
+inline float __int_as_float(int bits) { return __uint_as_float(static_cast<uint32_t>(bits)); }
 inline int __float_as_int(float v) { return static_cast<int>(__float_as_uint(v)); }
 inline float __fmul_rn(float a, float b) { return a * b; }
 inline float __fadd_rn(float a, float b) { return a + b; }

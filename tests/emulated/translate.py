@@ -73,7 +73,10 @@ _RULES: dict[str, tuple[tuple[str, str], ...]] = {
         (r'asm volatile\("bar\.sync 1, %0;" ::"n"\(([^;]*?)\)\s*: "memory"\);', r"sync_named(1, \1);"),
     ),
     "convention.hpp": (),
+    "hadamard.hpp": (),
     "philox.hpp": (),
+    "quantize_tile.hpp": (),
+    "tile.hpp": (),
     "layout.hpp": (),
 }
 

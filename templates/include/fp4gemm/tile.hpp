@@ -1,0 +1,118 @@
+// A tile of 128 x 128 values of x in shared memory, from which 16-value blocks along rows and along columns are read: what
+// the tile quantizer and the row and column amaxes share. All reads and writes of 16 bytes are free of bank conflicts.
+#pragma once
+
+#include "fp4gemm/async.hpp"
+
+namespace fp4gemm {
+
+inline constexpr int kTile = 128;  // rows and columns of x; 128x4 scales of both results then are whole pieces
+inline constexpr int kTileBlocks = kTile / kBlock;
+inline constexpr int kTileThreads = 256;
+
+// x [rows, columns], as kernels' arguments hold it.
+struct TileSource {
+  void const* x;
+  int64_t row_stride, column_stride;  // in elements; the second is 1 where loads are vectorized
+  int64_t rows;
+  int columns;
+  int column_tiles;  // ceil(columns / 128)
+};
+
+template <class Element> class Tile {
+  using Block = typename Element::Block;
+  static constexpr int kRowBytes = kTile * Element::kBytes;
+  static constexpr int kChunks = kRowBytes / 16;
+
+  uint8_t* const shared_;
+  int const warp_ = threadIdx.x / 32, lane_ = threadIdx.x % 32;
+
+  // Rows are 128 or more bytes apart, so 16-byte chunks of one column fall in the same banks; those of rows 32 apart, and of
+  // two neighbours, change places, which are the eight rows that are read at once.
+  __device__ static int offset(int row, int chunk) {
+    return row * kRowBytes + (chunk ^ ((row & 1) | row >> 5 << 1)) * 16;
+  }
+
+ public:
+  static constexpr int kBytes = kTile * kRowBytes;
+
+  __device__ explicit Tile(uint8_t* shared) : shared_(shared) {}
+
+  // Starts to copy the tile at (row, column); what is outside of x becomes 0.
+  template <bool kVectorized> __device__ void load(TileSource const& source, int64_t row0, int column0) const {
+    auto const* const x = static_cast<char const*>(source.x);
+    if constexpr (kVectorized) {
+      constexpr int kPerChunk = 16 / Element::kBytes;
+#pragma unroll
+      for (int i = threadIdx.x; i < kTile * kChunks; i += kTileThreads) {
+        int const row = i / kChunks, column = column0 + i % kChunks * kPerChunk;
+        int const valid = row0 + row < source.rows ? min(max(source.columns - column, 0), kPerChunk) : 0;
+        int64_t const element = (row0 + row) * source.row_stride + column;
+        copy_16_bytes(shared_address(shared_) + offset(row, i % kChunks),
+                      x + (valid > 0 ? element * Element::kBytes : 0), valid * Element::kBytes);
+      }
+    } else {
+      using Raw = typename Element::Raw;
+      for (int i = threadIdx.x; i < kTile * kTile; i += kTileThreads) {
+        int const row = i / kTile, column = i % kTile;
+        Raw value{};
+        if (row0 + row < source.rows && column0 + column < source.columns)
+          value = reinterpret_cast<Raw const*>(
+              x)[(row0 + row) * source.row_stride + (column0 + column) * source.column_stride];
+        int const at = column * Element::kBytes;
+        *reinterpret_cast<Raw*>(shared_ + offset(row, at / 16) + at % 16) = value;
+      }
+    }
+  }
+
+  __device__ static void wait() {
+    wait_for_copies();
+    __syncthreads();
+  }
+
+  // A thread has two steps along rows and two along columns, and in each a pair of neighbouring blocks of a row, or of a
+  // column: line is that row or column, pair the number of the blocks, divided by 2. Four lanes have a whole line.
+  struct Place {
+    int line, pair;
+  };
+
+  __device__ Place row_place(int step) const {
+    return {lane_ % 8 / 2 * 32 + (2 * warp_ + step) * 2 + lane_ % 2, lane_ / 8};
+  }
+  __device__ Block row_block(Place const& place, int half) const {
+    Block x;
+#pragma unroll
+    for (int i = 0; i < Element::kBytes; ++i) {
+      int const chunk = (place.pair * 2 + half) * Element::kBytes + i;
+      reinterpret_cast<uint4*>(x.w)[i] = load_shared_128(shared_address(shared_) + offset(place.line, chunk));
+    }
+    return x;
+  }
+
+  __device__ Place column_place(int step) const { return {(warp_ + 8 * step) * 8 + lane_ / 4, lane_ % 4}; }
+  __device__ Block column_block(int step, int half) const {
+    int const group = warp_ + 8 * step;  // of eight columns
+    Block x;
+    if constexpr (Element::kBytes == 2) {
+      // Of a transposed matrix lane l gets rows 2 (l % 4) and the next of column l / 4. Rows are where their addresses say: rows
+      // 2 q and 2 q + 1 of matrix i are 32 q + 2 i and the next, so that a lane gets 16 in a row.
+      int const row = lane_ % 8 / 2 * 32 + lane_ / 8 * 2 + lane_ % 2;
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        int const at = offset(row, group) + (half * kBlock + i * 8) * kRowBytes;
+        reinterpret_cast<uint4*>(x.w)[i] = load_matrices_transposed(shared_address(shared_) + at);
+      }
+    } else {
+      static_assert(Element::kBytes == 4, "elements of two or four bytes");
+      Place const place = column_place(step);
+#pragma unroll
+      for (int i = 0; i < kBlock; ++i) {
+        int const at = offset(place.pair * 32 + half * kBlock + i, place.line / 4) + place.line % 4 * 4;
+        x.w[i] = *reinterpret_cast<uint32_t const*>(shared_ + at);
+      }
+    }
+    return x;
+  }
+};
+
+}  // namespace fp4gemm
