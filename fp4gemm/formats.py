@@ -36,7 +36,35 @@ PACKED_BLOCK = 64
 PACKED_CODE_BYTES = 2048
 PACKED_BLOCK_BYTES = PACKED_CODE_BYTES + 256
 
+ADAPTIVE = ("mse", "mae")
+RESIDUAL_SIDES = ("activation", "weight")
+RECIPE_SIGNS = 0xACE1
+"""A sign mask of the 16-point Hadamard transform: both operands of a GEMM need the same one."""
+
 Index = TypeVar("Index", int, Tensor)
+
+
+@dataclass(frozen=True)
+class QuantizeOptions:
+    """What ``quantize`` does beyond a convention's plain rule; docs/numerics.md gives each option its arithmetic.
+
+    Attributes:
+        hadamard: None, or the sign mask (0..65535) of the Hadamard transform of each 16 values along K of the result.
+        stochastic: round codes stochastically; the seed is data, and travels on its own.
+        adaptive: None, or the error that chooses between a largest code of 6 and of 4: a name in ``ADAPTIVE``.
+        residual: KE, a multiple of 16: how many columns at the end of K get a companion block.
+        residual_side: a name in ``RESIDUAL_SIDES``: companions hold the error (activation), or repeat (weight).
+    """
+
+    hadamard: int | None = None
+    stochastic: bool = False
+    adaptive: str | None = None
+    residual: int = 0
+    residual_side: str = "activation"
+
+
+PLAIN = QuantizeOptions()
+"""No option."""
 
 
 def scale_columns(k: int) -> int:

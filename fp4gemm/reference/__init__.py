@@ -1,6 +1,6 @@
 """The numerics of fp4gemm in plain torch, on any device: the definition of right (docs/numerics.md)."""
 
 from fp4gemm.reference.matmul import gemm
-from fp4gemm.reference.quantize import dequantize, quantize
+from fp4gemm.reference.quantize import amax, dequantize, quantize, quantize_both
 
-__all__ = ["dequantize", "gemm", "quantize"]
+__all__ = ["amax", "dequantize", "gemm", "quantize", "quantize_both"]

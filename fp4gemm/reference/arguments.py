@@ -5,24 +5,40 @@ Nothing here reads tensor data (fake tensors pass), except :func:`check_finite_v
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from fp4gemm.formats import BLOCK, CONVENTIONS, SCALINGS, scale_layout
+from fp4gemm.formats import (
+    ADAPTIVE,
+    BLOCK,
+    CONVENTIONS,
+    PLAIN,
+    RESIDUAL_SIDES,
+    SCALINGS,
+    QuantizeOptions,
+    padded_k,
+    scale_layout,
+)
 from fp4gemm.tensor import FP4Tensor
 
 FLOATS = (torch.bfloat16, torch.float16, torch.float32)
+QUANTIZABLE = (*FLOATS, torch.float8_e4m3fn)
 ACTIVATIONS = (torch.bfloat16, torch.float16)
 BLOCKS = ((1, BLOCK), (BLOCK, BLOCK))
 
 
-@dataclass(frozen=True)
-class QuantizeArguments:
+FLAGS = (torch.bool, torch.uint8, torch.int32, torch.float32)
+# What has an S that 4/6 and companion blocks measure errors in.
+ENCODE_CONVENTIONS = ("te_per_token", "te")
+
+
+class QuantizeArguments(NamedTuple):
     """Checked arguments of ``quantize``.
 
-    ``source`` is x, or a view of its transpose for ``per_column``; ``outer_scale`` is None, [] or [rows of source].
+    ``source`` is x, or a view of its transpose for a transposed result; ``outer_scale`` and ``amax`` (one of them at
+    the most) are None, [] or [rows of source]; ``seed`` is there where ``options`` say stochastic.
     """
 
     source: Tensor
@@ -31,6 +47,21 @@ class QuantizeArguments:
     convention: str
     block: tuple[int, int]
     outer_scale: Tensor | None
+    amax: Tensor | None = None
+    options: QuantizeOptions = PLAIN
+    seed: Tensor | int | None = None
+    channel_order: Tensor | None = None
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Shape of the result."""
+        return result_shape(self.source, self.options.hadamard, self.options.residual)
+
+
+def result_shape(source: Tensor, hadamard: int | None, residual: int) -> tuple[int, int]:
+    """Shape of what ``source`` [M, K] becomes: a transformed tail is a whole block, a companion adds columns."""
+    m, k = source.shape
+    return m, (k if hadamard is None else padded_k(k)) + residual
 
 
 def check_quantize(
@@ -41,6 +72,14 @@ def check_quantize(
     convention: str | None = None,
     block: tuple[int, int] = (1, BLOCK),
     outer_scale: Tensor | None = None,
+    transposed: bool = False,
+    hadamard: int | None = None,
+    seed: Tensor | int | None = None,
+    adaptive: str | None = None,
+    residual: int = 0,
+    residual_side: str = "activation",
+    channel_order: Tensor | None = None,
+    amax: Tensor | None = None,
 ) -> QuantizeArguments:
     """Checks and resolves the arguments of ``quantize``. Raises TypeError or ValueError that names the argument."""
     _check_matrix(x)
@@ -50,16 +89,107 @@ def check_quantize(
     _check_name("convention", convention, CONVENTIONS)
     scale_layout(sf_layout)
     block = _check_block(block)
-    source = x.t() if scaling == "per_column" else x
+    transposed = transposed or scaling == "per_column"
+    source = x.t() if transposed else x
+    per_tensor = scaling == "per_tensor"
     if outer_scale is not None:
-        outer_scale = _resolve_outer_scale(outer_scale, source, scaling)
-    per_tensor = scaling == "per_tensor" if outer_scale is None else outer_scale.dim() == 0
+        outer_scale = _resolve_outer("outer_scale", outer_scale, source, scaling)
+        per_tensor = outer_scale.dim() == 0
+    if amax is not None:
+        if outer_scale is not None:
+            raise ValueError("amax: expected None where outer_scale is given, which takes its place, got a tensor")
+        amax = _resolve_outer("amax", amax, source, scaling)
+        per_tensor = amax.dim() == 0
     if block == (BLOCK, BLOCK) and not per_tensor:
         raise ValueError(
             f"block: (16, 16) needs one outer scale for the whole tensor (scaling='per_tensor', or a scalar "
             f"outer_scale), got scaling={scaling!r}"
         )
-    return QuantizeArguments(source, per_tensor, sf_layout, convention, block, outer_scale)
+    options = PLAIN
+    if (
+        hadamard is not None
+        or seed is not None
+        or adaptive is not None
+        or residual != 0
+        or residual_side != "activation"
+        or channel_order is not None
+    ):
+        options = QuantizeOptions(hadamard, seed is not None, adaptive, residual, residual_side)
+        _check_options(options, convention, block, transposed)
+        _check_seed(seed, source.device)
+        _check_residual(options, source)
+        if channel_order is not None:
+            _check_channel_order(channel_order, options, source)
+    return QuantizeArguments(
+        source, per_tensor, sf_layout, convention, block, outer_scale, amax, options, seed, channel_order
+    )
+
+
+def check_out(args: QuantizeArguments, out: FP4Tensor | None, noop: Tensor | None) -> None:
+    """Checks ``out`` and ``noop`` of ``quantize`` against its other arguments. Raises TypeError or ValueError."""
+    if out is None:
+        if noop is not None:
+            raise ValueError("noop: expected None where out is None: a call that may do nothing needs a result to keep")
+        return
+    if not isinstance(out, FP4Tensor):
+        raise TypeError(f"out: expected an FP4Tensor or None, got {type(out).__name__}")
+    if out.prepacked is not None:
+        raise ValueError(f"out: expected a tensor that is not prepacked, got prepacked={out.prepacked!r}")
+    if tuple(out.shape) != args.shape:
+        raise ValueError(f"out: expected shape {args.shape}, got {tuple(out.shape)}")
+    if out.sf_layout != args.sf_layout:
+        raise ValueError(f"out: expected sf_layout {args.sf_layout!r}, got {out.sf_layout!r}")
+    outer = () if args.per_tensor else (args.shape[0],)
+    if tuple(out.outer_scale.shape) != outer:
+        raise ValueError(f"out: expected outer scales of shape {list(outer)}, got {list(out.outer_scale.shape)}")
+    if out.device != args.source.device:
+        raise ValueError(f"out: expected device {args.source.device} (that of x), got {out.device}")
+    if noop is not None:
+        _check_scalar("noop", noop, FLAGS, args.source.device)
+
+
+def check_quantize_both(
+    x: Tensor,
+    *,
+    scaling: str,
+    sf_layout: str,
+    transposed_sf_layout: str | None,
+    convention: str | None,
+    block: tuple[int, int],
+    outer_scale: Tensor | tuple[Tensor, Tensor] | None,
+    hadamard: int | None,
+    seed: Tensor | int | None,
+    adaptive: str | None,
+    amax: Tensor | tuple[Tensor, Tensor] | None,
+) -> tuple[QuantizeArguments, QuantizeArguments]:
+    """The arguments of the row-wise and of the transposed result of ``quantize_both``, checked and resolved.
+
+    Raises TypeError or ValueError that names the argument.
+    """
+    _check_name("scaling", scaling, SCALINGS[:2])
+    outer_rows, outer_columns = _pair("outer_scale", outer_scale)
+    amax_rows, amax_columns = _pair("amax", amax)
+    shared = {"scaling": scaling, "convention": convention, "block": block, "seed": seed, "adaptive": adaptive}
+    rows = check_quantize(x, sf_layout=sf_layout, outer_scale=outer_rows, amax=amax_rows, **shared)  # type: ignore[arg-type]
+    columns = check_quantize(
+        x,
+        transposed=True,
+        sf_layout=transposed_sf_layout or sf_layout,
+        outer_scale=outer_columns,
+        amax=amax_columns,
+        hadamard=hadamard,
+        **shared,  # type: ignore[arg-type]
+    )
+    return rows, columns
+
+
+def check_amax(x: Tensor, columns: bool, hadamard: int | None) -> None:
+    """Checks the arguments of ``amax``. Raises TypeError or ValueError."""
+    _check_matrix(x)
+    if hadamard is not None:
+        _check_mask(hadamard)
+        if not columns:
+            raise ValueError(f"hadamard: needs columns=True, as only columns are transformed, got {hadamard}")
 
 
 def check_gemm(
@@ -111,15 +241,25 @@ def _check_output(name: str, t: Tensor, shape: tuple[int, int], dtype: torch.dty
         raise ValueError(f"{name}: expected device {device} (that of a), got {t.device}")
 
 
-def check_quantize_gemm(x: Tensor, w: FP4Tensor, bias: Tensor | None, out_dtype: torch.dtype | None) -> None:
-    """Checks x [..., K], the weight w [N, K] and bias [N] of ``quantize_gemm``. Raises TypeError or ValueError."""
+def check_quantize_gemm(
+    x: Tensor, w: FP4Tensor, bias: Tensor | None, out_dtype: torch.dtype | None, residual: int = 0
+) -> None:
+    """Checks x [..., K], the weight w [N, K + residual] and bias [N] of ``quantize_gemm``.
+
+    Raises TypeError or ValueError.
+    """
     if not isinstance(x, Tensor):
         raise TypeError(f"x: expected a torch.Tensor, got {type(x).__name__}")
     if not isinstance(w, FP4Tensor):
         raise TypeError(f"w: expected an FP4Tensor, got {type(w).__name__}")
-    if x.dim() < 2 or x.shape[-1] != w.k:
+    check_float("x.dtype", x.dtype)
+    if residual != 0:
+        _check_columns(residual)
+    if x.dim() < 2 or x.shape[-1] != w.k - residual:
+        less = f" less the residual {residual}" if residual else ""
         raise ValueError(
-            f"x: expected [..., K] with K = {w.k} (that of w, shape {w.shape}), got shape {tuple(x.shape)}"
+            f"x: expected [..., K] with K = {w.k - residual} (that of w, shape {w.shape}{less}), "
+            f"got shape {tuple(x.shape)}"
         )
     if x.device != w.device:
         raise ValueError(f"w: expected device {x.device} (that of x), got {w.device}")
@@ -135,22 +275,26 @@ def check_float(name: str, dtype: torch.dtype) -> None:
         raise TypeError(f"{name}: expected one of {', '.join(map(str, FLOATS))}, got {dtype}")
 
 
-def check_finite_values(x: Tensor, outer_scale: Tensor | None) -> None:
-    """Raises ValueError when ``x`` holds NaN or Inf, or ``outer_scale`` these or a negative value.
+def check_finite_values(x: Tensor, outer_scale: Tensor | None, amax: Tensor | None = None) -> None:
+    """Raises ValueError when ``x`` holds NaN or Inf, or ``outer_scale`` or ``amax`` these or a negative value.
 
     Reads data: on a GPU this waits for the stream.
     """
-    for name, values in (("x", x), ("outer_scale", outer_scale)):
-        if values is not None and (count := int((~values.isfinite()).sum())):
+    for name, values in (("x", x), ("outer_scale", outer_scale), ("amax", amax)):
+        if values is None:
+            continue
+        values = values.float() if values.dtype == torch.float8_e4m3fn else values
+        if count := int((~values.isfinite()).sum()):
             raise ValueError(f"{name}: expected finite values (check_finite=True), got {count} NaN or Inf")
-    if outer_scale is not None and bool((outer_scale < 0).any()):
-        raise ValueError(f"outer_scale: expected values >= 0 (check_finite=True), got {float(outer_scale.min())}")
+        if name != "x" and bool((values < 0).any()):
+            raise ValueError(f"{name}: expected values >= 0 (check_finite=True), got {float(values.min())}")
 
 
 def _check_matrix(x: Tensor) -> None:
     if not isinstance(x, Tensor):
         raise TypeError(f"x: expected a torch.Tensor, got {type(x).__name__}")
-    check_float("x.dtype", x.dtype)
+    if x.dtype not in QUANTIZABLE:
+        raise TypeError(f"x.dtype: expected one of {', '.join(map(str, QUANTIZABLE))}, got {x.dtype}")
     if x.dim() != 2:
         raise ValueError(f"x: expected 2 dimensions [M, K], got shape {tuple(x.shape)}")
 
@@ -167,14 +311,14 @@ def _check_block(block: tuple[int, int]) -> tuple[int, int]:
     raise ValueError(f"block: expected {' or '.join(map(str, BLOCKS))}, got {tuple(block)}")
 
 
-def _resolve_outer_scale(outer: Tensor, source: Tensor, scaling: str) -> Tensor:
+def _resolve_outer(name: str, outer: Tensor, source: Tensor, scaling: str) -> Tensor:
     """[] when one scale covers the tensor, else [rows]. Its shape decides; [1] is [rows] only when there is one row."""
     if not isinstance(outer, Tensor):
-        raise TypeError(f"outer_scale: expected a torch.Tensor, got {type(outer).__name__}")
+        raise TypeError(f"{name}: expected a torch.Tensor, got {type(outer).__name__}")
     if outer.dtype != torch.float32:
-        raise TypeError(f"outer_scale: expected dtype torch.float32, got {outer.dtype}")
+        raise TypeError(f"{name}: expected dtype torch.float32, got {outer.dtype}")
     if outer.device != source.device:
-        raise ValueError(f"outer_scale: expected device {source.device} (that of x), got {outer.device}")
+        raise ValueError(f"{name}: expected device {source.device} (that of x), got {outer.device}")
     rows = source.shape[0]
     shape = tuple(outer.shape)
     if scaling != "per_tensor" and shape == (rows,):
@@ -182,7 +326,96 @@ def _resolve_outer_scale(outer: Tensor, source: Tensor, scaling: str) -> Tensor:
     if shape in ((), (1,)):
         return outer.reshape(())
     expected = "[] or [1]" if scaling == "per_tensor" else f"[], [1] or [{rows}]"
-    raise ValueError(f"outer_scale: expected shape {expected} for scaling={scaling!r}, got {list(shape)}")
+    raise ValueError(f"{name}: expected shape {expected} for scaling={scaling!r}, got {list(shape)}")
+
+
+def _pair(name: str, given: Tensor | tuple[Tensor, Tensor] | None) -> tuple[Tensor | None, Tensor | None]:
+    """For the row-wise and for the transposed result."""
+    if given is None:
+        return None, None
+    if isinstance(given, Tensor):
+        if tuple(given.shape) not in ((), (1,)):
+            raise ValueError(f"{name}: expected shape [] or [1], or a pair (rows, columns), got {list(given.shape)}")
+        return given.reshape(()), given.reshape(())
+    if isinstance(given, (tuple, list)) and len(given) == 2:
+        return given[0], given[1]
+    raise TypeError(f"{name}: expected a torch.Tensor, a pair of them (rows, columns) or None, got {given!r}")
+
+
+def _check_options(options: QuantizeOptions, convention: str, block: tuple[int, int], transposed: bool) -> None:
+    if options.hadamard is not None:
+        _check_mask(options.hadamard)
+        if not transposed:
+            raise ValueError("hadamard: needs transposed=True, as only a transposed result is transformed, got False")
+    if options.adaptive is not None:
+        _check_name("adaptive", options.adaptive, ADAPTIVE)
+        if options.hadamard is not None or options.stochastic or options.residual:
+            raise ValueError(f"adaptive: expected None beside hadamard, seed or residual, got {options.adaptive!r}")
+    if options.residual != 0:
+        _check_columns(options.residual)
+        if options.hadamard is not None or block != (1, BLOCK):
+            raise ValueError(f"residual: expected 0 beside hadamard or 16 x 16 blocks, got {options.residual}")
+    if (options.adaptive is not None or options.residual) and convention not in ENCODE_CONVENTIONS:
+        name = "residual" if options.residual else "adaptive"
+        raise ValueError(f"convention: expected one of {', '.join(ENCODE_CONVENTIONS)} with {name}, got {convention!r}")
+    _check_name("residual_side", options.residual_side, RESIDUAL_SIDES)
+
+
+def _check_mask(hadamard: int) -> None:
+    if not isinstance(hadamard, int) or isinstance(hadamard, bool):
+        raise TypeError(f"hadamard: expected an int (a mask of 16 signs) or None, got {type(hadamard).__name__}")
+    if not 0 <= hadamard < 1 << BLOCK:
+        raise ValueError(f"hadamard: expected a mask in 0..65535, got {hadamard}")
+
+
+def _check_seed(seed: Tensor | int | None, device: torch.device) -> None:
+    if seed is None:
+        return
+    if isinstance(seed, Tensor):
+        _check_scalar("seed", seed, (torch.int64,), device)
+    elif not isinstance(seed, int) or isinstance(seed, bool):
+        raise TypeError(f"seed: expected an int, an int64 tensor or None, got {type(seed).__name__}")
+    elif not 0 <= seed < 1 << 63:
+        raise ValueError(f"seed: expected 0..2**63-1, got {seed}")
+
+
+def _check_scalar(name: str, t: Tensor, dtypes: tuple[torch.dtype, ...], device: torch.device) -> None:
+    if not isinstance(t, Tensor):
+        raise TypeError(f"{name}: expected a torch.Tensor or None, got {type(t).__name__}")
+    if t.dtype not in dtypes:
+        raise TypeError(f"{name}: expected dtype {' or '.join(map(str, dtypes))}, got {t.dtype}")
+    if tuple(t.shape) not in ((), (1,)):
+        raise ValueError(f"{name}: expected shape [] or [1], got {list(t.shape)}")
+    if t.device != device:
+        raise ValueError(f"{name}: expected device {device} (that of x), got {t.device}")
+
+
+def _check_columns(residual: int) -> None:
+    if not isinstance(residual, int) or isinstance(residual, bool):
+        raise TypeError(f"residual: expected an int, got {type(residual).__name__}")
+    if residual < 0 or residual % BLOCK:
+        raise ValueError(f"residual: expected a multiple of {BLOCK}, at least 0, got {residual}")
+
+
+def _check_residual(options: QuantizeOptions, source: Tensor) -> None:
+    k = source.shape[1]
+    if options.residual and k % BLOCK:
+        raise ValueError(f"x: expected K to be a multiple of {BLOCK} with a residual, got {k}")
+    if options.residual > k:
+        raise ValueError(f"residual: expected at most K = {k}, got {options.residual}")
+
+
+def _check_channel_order(order: Tensor, options: QuantizeOptions, source: Tensor) -> None:
+    if not options.residual:
+        raise ValueError("channel_order: expected None without a residual, got one")
+    if not isinstance(order, Tensor):
+        raise TypeError(f"channel_order: expected a torch.Tensor or None, got {type(order).__name__}")
+    if order.dtype not in (torch.int64, torch.int32):
+        raise TypeError(f"channel_order: expected dtype torch.int64 or torch.int32, got {order.dtype}")
+    if tuple(order.shape) != (source.shape[1],):
+        raise ValueError(f"channel_order: expected shape [{source.shape[1]}] (K of x), got {list(order.shape)}")
+    if order.device != source.device:
+        raise ValueError(f"channel_order: expected device {source.device} (that of x), got {order.device}")
 
 
 def _check_bias(bias: Tensor, columns: int, device: torch.device) -> None:

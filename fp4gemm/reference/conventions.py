@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 RANGE = E2M1_MAX * E4M3_MAX  # 2688: the largest code times the largest block scale
+ADAPTIVE_RANGE = E2M1_MAX * 256  # 256 * 1.5 is still a block scale: 4/6 stretches scales by that
 AMAX_FLOOR = 1e-12
 
 
@@ -57,11 +58,14 @@ class Convention(ABC):
         """``x`` in units of e2m1, given the rounded block scale."""
 
 
+@dataclass(frozen=True)
 class _EncodeLevel(Convention):
-    """Conventions of Transformer Engine: the level is S = 2688 / amax, and x is multiplied by a coefficient."""
+    """Conventions of Transformer Engine: the level is S = range / amax, and x is multiplied by a coefficient."""
+
+    range: float = RANGE
 
     def outer_scale(self, amax: Tensor) -> Tensor:
-        return amax * (1 / RANGE)
+        return amax * (1 / self.range)
 
     def level_of(self, outer: Tensor) -> Tensor:
         return torch.fmin(divide(1.0, outer), constant(FLT_MAX, outer))
@@ -76,7 +80,7 @@ class TransformerEnginePerToken(_EncodeLevel):
     name = "te_per_token"
 
     def level(self, amax: Tensor) -> Tensor:
-        return torch.fmin(divide(RANGE, amax.clamp(min=AMAX_FLOOR)), constant(FLT_MAX, amax))
+        return torch.fmin(divide(self.range, amax.clamp(min=AMAX_FLOOR)), constant(FLT_MAX, amax))
 
     def scaled(self, x: Tensor, scale: Tensor, level: Tensor) -> Tensor:
         return x * torch.where(scale == 0, 0.0, divide(level, scale))
@@ -88,7 +92,7 @@ class TransformerEngine(_EncodeLevel):
     name = "te"
 
     def level(self, amax: Tensor) -> Tensor:
-        level = torch.fmin(divide(RANGE, amax), constant(FLT_MAX, amax))
+        level = torch.fmin(divide(self.range, amax), constant(FLT_MAX, amax))
         return torch.where(amax == 0, 1.0, level)
 
     def scaled(self, x: Tensor, scale: Tensor, level: Tensor) -> Tensor:
@@ -142,3 +146,8 @@ class ModelOpt(_DecodeLevel):
 CONVENTIONS: Mapping[str, Convention] = MappingProxyType(
     {rule.name: rule for rule in (TransformerEnginePerToken(), TransformerEngine(), TorchAO(), ModelOpt())}
 )
+
+ADAPTIVE_CONVENTIONS: Mapping[str, Convention] = MappingProxyType(
+    {rule.name: rule for rule in (TransformerEnginePerToken(ADAPTIVE_RANGE), TransformerEngine(ADAPTIVE_RANGE))}
+)
+"""The conventions that 4/6 is defined for."""

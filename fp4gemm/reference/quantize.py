@@ -2,16 +2,38 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
 
-from fp4gemm.formats import BLOCK, decode_e2m1, pack_e2m1, padded_k, scale_columns, scale_layout, unpack_e2m1
-from fp4gemm.reference.arguments import check_finite_values, check_float, check_quantize
-from fp4gemm.reference.conventions import CONVENTIONS, Convention
+from fp4gemm.formats import (
+    BLOCK,
+    QuantizeOptions,
+    decode_e2m1,
+    pack_e2m1,
+    padded_k,
+    scale_columns,
+    scale_layout,
+    unpack_e2m1,
+)
+from fp4gemm.reference.adaptive import STRETCH, block_errors, sum_over_squares
+from fp4gemm.reference.arguments import (
+    QuantizeArguments,
+    check_amax,
+    check_finite_values,
+    check_float,
+    check_out,
+    check_quantize,
+    check_quantize_both,
+)
+from fp4gemm.reference.conventions import ADAPTIVE_CONVENTIONS, CONVENTIONS, Convention
+from fp4gemm.reference.hadamard import rotate
 from fp4gemm.reference.packed import unpack
-from fp4gemm.reference.rounding import encode_e2m1, encode_e4m3
+from fp4gemm.reference.philox import random_bytes
+from fp4gemm.reference.residual import companions, interleave, places_of, without_zeros
+from fp4gemm.reference.rounding import encode_e2m1, encode_e2m1_stochastic, encode_e4m3
 from fp4gemm.tensor import FP4Tensor
 
 if TYPE_CHECKING:
@@ -35,46 +57,109 @@ def quantize(
     block: tuple[int, int] = (1, BLOCK),
     outer_scale: Tensor | None = None,
     check_finite: bool = False,
+    transposed: bool = False,
+    hadamard: int | None = None,
+    seed: Tensor | int | None = None,
+    adaptive: str | None = None,
+    residual: int = 0,
+    residual_side: str = "activation",
+    channel_order: Tensor | None = None,
+    amax: Tensor | None = None,
+    noop: Tensor | None = None,
+    out: FP4Tensor | None = None,
 ) -> FP4Tensor:
-    """Quantizes ``x`` to NVFP4.
+    """Quantizes ``x`` to NVFP4; arguments, results and errors are those of :func:`fp4gemm.quantize`.
 
-    Args:
-        x: bfloat16, float16 or float32 [M, K], any strides, any M, K >= 0.
-        scaling: ``per_row``, ``per_tensor`` or ``per_column``. The result of ``per_column`` is the FP4Tensor of the
-            transpose: shape (K, M), one outer scale for each column of ``x``.
-        sf_layout: layout of the block scales, a name in :data:`fp4gemm.formats.SF_LAYOUTS`.
-        convention: ``te_per_token``, ``te``, ``torchao`` or ``modelopt``; None takes ``te`` for ``per_tensor`` and
-            ``te_per_token`` otherwise.
-        block: (1, 16), or (16, 16) for one block scale for 16 x 16 values (needs a single outer scale).
-        outer_scale: decode multiplier, float32, [] or [1] (one for the tensor) or [rows of the result]. It is stored
-            unchanged and no amax is taken. It should be finite and positive.
-        check_finite: raise if ``x`` or ``outer_scale`` holds NaN or Inf, or ``outer_scale`` a negative value. Without
-            it NaN and Inf have the results that docs/numerics.md gives.
-
-    Raises:
-        TypeError: ``x`` or ``outer_scale`` is not a tensor of an accepted dtype.
-        ValueError: another argument is not one of the above, or ``check_finite`` found something.
+    Here ``x`` may be on any device.
     """
     args = check_quantize(
-        x, scaling=scaling, sf_layout=sf_layout, convention=convention, block=block, outer_scale=outer_scale
-    )
+        x, scaling=scaling, sf_layout=sf_layout, convention=convention, block=block, outer_scale=outer_scale,
+        transposed=transposed, hadamard=hadamard, seed=seed, adaptive=adaptive, residual=residual,
+        residual_side=residual_side, channel_order=channel_order, amax=amax,
+    )  # fmt: skip
+    check_out(args, out, noop)
     if check_finite:
-        check_finite_values(x, args.outer_scale)
-    rule = CONVENTIONS[args.convention]
-    bmax = _block_amax(args.source)
+        check_finite_values(x, args.outer_scale, args.amax)
+    return quantize_checked(args) if out is None else write(out, quantize_checked(args), noop)
+
+
+@torch.no_grad()
+def quantize_both(
+    x: Tensor,
+    *,
+    scaling: str = "per_row",
+    sf_layout: str = "128x4",
+    transposed_sf_layout: str | None = None,
+    convention: str | None = None,
+    block: tuple[int, int] = (1, BLOCK),
+    outer_scale: Tensor | tuple[Tensor, Tensor] | None = None,
+    hadamard: int | None = None,
+    seed: Tensor | int | None = None,
+    adaptive: str | None = None,
+    amax: Tensor | tuple[Tensor, Tensor] | None = None,
+) -> tuple[FP4Tensor, FP4Tensor]:
+    """The FP4Tensors of ``x`` and of its transpose; see :func:`fp4gemm.quantize_both`."""
+    rows, columns = check_quantize_both(
+        x, scaling=scaling, sf_layout=sf_layout, transposed_sf_layout=transposed_sf_layout, convention=convention,
+        block=block, outer_scale=outer_scale, hadamard=hadamard, seed=seed, adaptive=adaptive, amax=amax,
+    )  # fmt: skip
+    return quantize_checked(rows), quantize_checked(columns)
+
+
+@torch.no_grad()
+def amax(
+    x: Tensor, *, rows: bool = True, columns: bool = False, tensor: bool = False, hadamard: int | None = None
+) -> tuple[Tensor, ...]:
+    """Largest magnitudes of ``x`` [M, K], float32: rows [M], columns [K], tensor [], those asked for, in this order.
+
+    ``hadamard``: columns are transformed first, as for a transposed result. See :func:`fp4gemm.amax`.
+    """
+    check_amax(x, columns, hadamard)
+    by_row = _amax(_block_amax(x), False)
+    results = [by_row] if rows else []
+    if columns:
+        results.append(_amax(_block_amax(x.t(), hadamard), False))
+    if tensor:
+        results.append(_amax(by_row, True))
+    return tuple(results)
+
+
+@torch.no_grad()
+def quantize_checked(args: QuantizeArguments) -> FP4Tensor:
+    """``quantize`` of arguments that ``check_quantize`` has resolved."""
+    options, source = args.options, args.source
+    if args.channel_order is not None:
+        source = _columns(source, args.channel_order)
+    rule = (ADAPTIVE_CONVENTIONS if options.adaptive else CONVENTIONS)[args.convention]
+    bmax = _block_amax(source, options.hadamard)
     if args.outer_scale is None:
-        amax = _amax(bmax, args.per_tensor)
-        outer, level = rule.outer_scale(amax), rule.level(amax)
+        largest = _amax(bmax, args.per_tensor) if args.amax is None else args.amax
+        outer, level = rule.outer_scale(largest), rule.level(largest)
     else:
         # A copy: the result must not change when the caller reuses its calibration buffer.
         outer, level = args.outer_scale.clone(), rule.level_of(args.outer_scale)
-    if args.block == (BLOCK, BLOCK):
+    square = args.block == (BLOCK, BLOCK)
+    if square:
         bmax = _share_over_rows(bmax)
     level = level.reshape(-1, 1)
-    scales = encode_e4m3(rule.block_scale(bmax, level))
-    data = _encode(args.source, scales, level, rule)
-    m, k = args.source.shape
-    return FP4Tensor(data, scale_layout(sf_layout).from_linear(scales), outer, (m, k), sf_layout)
+    scales = rule.block_scale(bmax, level)
+    if options.adaptive is None:
+        scales = encode_e4m3(scales)
+    else:
+        scales = _adapt(source, scales, level, rule, options.adaptive, square)
+    if options.residual:
+        pairs = slice(scales.shape[1] - options.residual // BLOCK, None)
+        scales[:, pairs] = without_zeros(scales[:, pairs])
+    data, scales = _encode(source, scales, level, rule, options, args.seed)
+    return FP4Tensor(data, scale_layout(args.sf_layout).from_linear(scales), outer, args.shape, args.sf_layout)
+
+
+def write(out: FP4Tensor, result: FP4Tensor, noop: Tensor | None) -> FP4Tensor:
+    """``out``, which holds ``result`` afterwards, or what it held where ``noop`` is nonzero; nothing is read back."""
+    for old, new in zip((out.data, out.block_scale, out.outer_scale), _tensors(result), strict=True):
+        old, new = (t.view(torch.uint8) if t.dtype == torch.float8_e4m3fn else t for t in (old, new))
+        old.copy_(new if noop is None else torch.where(noop.reshape(()) != 0, old, new))
+    return out
 
 
 @torch.no_grad()
@@ -111,21 +196,33 @@ def _rows_of(per_row: Tensor, rows: slice) -> Tensor:
     return per_row if per_row.shape[0] == 1 else per_row[rows]
 
 
-def _blocks(x: Tensor) -> Tensor:
-    """float32 [rows, ceil(K/16), 16], zero-padded along K."""
+def _tensors(t: FP4Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    return t.data, t.block_scale, t.outer_scale
+
+
+def _columns(x: Tensor, order: Tensor) -> Tensor:
+    """Columns of ``x`` in this order."""
+    if x.dtype == torch.float8_e4m3fn:  # has no gather
+        return x.view(torch.uint8)[:, order.long()].view(x.dtype)
+    return x[:, order.long()]
+
+
+def _blocks(x: Tensor, hadamard: int | None = None) -> Tensor:
+    """float32 [rows, ceil(K/16), 16], zero-padded along K, then transformed."""
     k = x.shape[1]
     values = x.float().contiguous()
     if padded_k(k) != k:
         values = F.pad(values, (0, padded_k(k) - k))
-    return values.reshape(x.shape[0], scale_columns(k), BLOCK)
+    values = values.reshape(x.shape[0], scale_columns(k), BLOCK)
+    return values if hadamard is None else rotate(values, hadamard)
 
 
-def _block_amax(x: Tensor) -> Tensor:
+def _block_amax(x: Tensor, hadamard: int | None = None) -> Tensor:
     """Largest magnitude of each block, float32 [M, ceil(K/16)]; NaN counts as 0, as in CUDA's fmaxf."""
     m, k = x.shape
     bmax = torch.empty(m, scale_columns(k), dtype=torch.float32, device=x.device)
     for rows in _row_chunks(x, k):
-        magnitude = torch.nan_to_num(_blocks(x[rows]).abs(), nan=0.0, posinf=float("inf"))
+        magnitude = torch.nan_to_num(_blocks(x[rows], hadamard).abs(), nan=0.0, posinf=float("inf"))
         bmax[rows] = magnitude.amax(dim=-1)
     return bmax
 
@@ -145,12 +242,49 @@ def _share_over_rows(bmax: Tensor) -> Tensor:
     return padded.reshape(squares, BLOCK, columns).amax(dim=1).repeat_interleave(BLOCK, dim=0)[:m]
 
 
-def _encode(x: Tensor, scales: Tensor, level: Tensor, rule: Convention) -> Tensor:
-    """Packed e2m1 codes, uint8 [M, ceil16(K) / 2]; codes past K are 0."""
+def _adapt(x: Tensor, scales: Tensor, level: Tensor, rule: Convention, measure: str, square: bool) -> Tensor:
+    """e4m3 block scales of 4/6 from those that map to 6, not yet rounded."""
+    candidates = [encode_e4m3(scales), encode_e4m3(scales * STRETCH)]
+    errors = []
+    for candidate in candidates:
+        error = torch.empty_like(scales)
+        for rows in _row_chunks(x, x.shape[1]):
+            scale, s = candidate[rows].float().unsqueeze(-1), _rows_of(level, rows).unsqueeze(-1)
+            error[rows] = block_errors(_blocks(x[rows]), scale, s, rule, measure)
+        errors.append(sum_over_squares(error) if square else error)
+    six, four = (candidate.view(torch.uint8) for candidate in candidates)
+    return torch.where(errors[1] < errors[0], four, six).view(torch.float8_e4m3fn)
+
+
+def _encode(
+    x: Tensor, scales: Tensor, level: Tensor, rule: Convention, options: QuantizeOptions, seed: Tensor | int | None
+) -> tuple[Tensor, Tensor]:
+    """Packed e2m1 codes, uint8 [M, columns of the result / 2], and scales; companions in place, codes past K are 0."""
     m, k = x.shape
-    data = torch.empty(m, padded_k(k) // 2, dtype=torch.uint8, device=x.device)
+    extra = options.residual // BLOCK
+    columns, single = scales.shape[1] + extra, scales.shape[1] - extra
+    places = places_of(scales.shape[1], options.residual, x.device)
+    data = torch.empty(m, columns * BLOCK // 2, dtype=torch.uint8, device=x.device)
+    result = torch.empty(m, columns, dtype=torch.float8_e4m3fn, device=x.device) if extra else scales
     for rows in _row_chunks(x, k):
+        blocks, s = _blocks(x[rows], options.hadamard), _rows_of(level, rows).unsqueeze(-1)
         scale = scales[rows].float().unsqueeze(-1)
-        values = rule.scaled(_blocks(x[rows]), scale, _rows_of(level, rows).unsqueeze(-1))
-        data[rows] = pack_e2m1(encode_e2m1(values).flatten(1))
-    return data
+        codes = _round(rule.scaled(blocks, scale, s), seed, rows, places, columns)
+        if extra:
+            pairs = slice(single, None)
+            second = codes[:, pairs], scales[rows, pairs]
+            if options.residual_side == "activation":
+                encode = partial(_round, seed=seed, rows=rows, places=places[pairs] + 1, columns=columns)
+                second = companions(blocks[:, pairs], codes[:, pairs], scale[:, pairs], s, encode)
+            codes = interleave(codes, second[0], single)
+            result[rows] = interleave(scales[rows], second[1], single)
+        data[rows] = pack_e2m1(codes.flatten(1))
+    return data, result
+
+
+def _round(values: Tensor, seed: Tensor | int | None, rows: slice, places: Tensor, columns: int) -> Tensor:
+    """Codes of scaled values [rows, G, 16] whose blocks are number ``places`` [G] of the ``columns`` of their row."""
+    if seed is None:
+        return encode_e2m1(values)
+    row = torch.arange(rows.start, rows.stop, device=values.device).unsqueeze(-1)
+    return encode_e2m1_stochastic(values, random_bytes(seed, row * columns + places))

@@ -25,6 +25,24 @@ def encode_e2m1(values: Tensor) -> Tensor:
     return magnitude | (negative.to(torch.uint8) << 3)
 
 
+def encode_e2m1_stochastic(values: Tensor, random: Tensor) -> Tensor:
+    """Rounds float32 values to e2m1 codes up or down by chance: uint8 ``random`` / 256 of a step is added, then floor.
+
+    A value between neighbours a < b becomes b with probability floor(256 (|v| - a) / (b - a)) / 256, where the sum
+    below is exact. Sign, saturation and NaN as in :func:`encode_e2m1`.
+    """
+    magnitude = values.abs()
+    raised = magnitude + random.float() * (1 / 256) * _step(magnitude)  # the product is exact
+    step = _step(raised)
+    rounded = (raised / step).floor() * step  # a code, or more than 6
+    return encode_e2m1(torch.copysign(rounded, values))
+
+
+def _step(magnitude: Tensor) -> Tensor:
+    """Distance of the e2m1 values around a magnitude."""
+    return torch.where(magnitude < 2, 0.5, torch.where(magnitude < 4, 1.0, 2.0))
+
+
 def encode_e4m3(values: Tensor) -> Tensor:
     """Rounds non-negative float32 values to float8_e4m3fn: nearest even, saturating at 448; NaN becomes 448.
 
