@@ -6,20 +6,18 @@ implementation directly, because the dispatcher of Python custom ops costs more 
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import TypeVar
-
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 
 from fp4gemm import calls, reference
 from fp4gemm.calls import Packed
+from fp4gemm.dispatch import direct, on_its_device, on_kernels
 from fp4gemm.engine import Output
-from fp4gemm.formats import BLOCK, packed_shape, padded_k, scale_layout
+from fp4gemm.formats import BLOCK, PLAIN, QuantizeOptions, packed_shape, padded_k, scale_layout
+from fp4gemm.quantize_ops import amax, quantize, quantize_both, run
 from fp4gemm.reference import packed as packed_form
 from fp4gemm.reference.arguments import (
-    check_finite_values,
+    QuantizeArguments,
     check_float,
     check_gemm,
     check_quantize,
@@ -27,46 +25,11 @@ from fp4gemm.reference.arguments import (
 )
 from fp4gemm.tensor import FP4Tensor
 
-_PLAIN = (Tensor, torch.nn.Parameter)
+__all__ = ["amax", "dequantize", "gemm", "prepack", "quantize", "quantize_both", "quantize_gemm", "unpack"]
+
 # On Hopper a quantized activation never leaves quantize_gemm, so its scales take the layout that has no padding.
 _ACTIVATION_LAYOUT = "linear"
 _ACTIVATION_CONVENTION = "te_per_token"
-_T = TypeVar("_T")
-
-
-def quantize(
-    x: Tensor,
-    *,
-    scaling: str = "per_row",
-    sf_layout: str = "128x4",
-    convention: str | None = None,
-    block: tuple[int, int] = (1, BLOCK),
-    outer_scale: Tensor | None = None,
-    check_finite: bool = False,
-) -> FP4Tensor:
-    """Quantize ``x`` [M, K] (bf16, fp16 or fp32, any strides) to NVFP4; bytes are the same on every device.
-
-    ``scaling``: ``per_row``, ``per_tensor``, or ``per_column``, whose result is the FP4Tensor of the transpose, shape
-    (K, M). ``outer_scale`` (float32 decode multiplier, [], [1] or [rows]) replaces the amax: static calibration.
-    ``block=(16, 16)`` gives weights one block scale for 16 x 16 values. docs/numerics.md describes ``convention`` and
-    the results for NaN and Inf; ``check_finite=True`` raises for them instead and waits for the device.
-
-    Raises:
-        TypeError: a dtype is not one of the above.
-        ValueError: a shape, a name or a device does not fit; the message says which argument.
-        NotImplementedError: ``x`` is on a CUDA device for which there is no kernel.
-    """
-    args = check_quantize(
-        x, scaling=scaling, sf_layout=sf_layout, convention=convention, block=block, outer_scale=outer_scale
-    )
-    if check_finite:
-        check_finite_values(x, args.outer_scale)
-    implementation = _quantize if _direct(x, args.outer_scale) else torch.ops.fp4gemm.quantize
-    data, block_scale, outer = implementation(
-        args.source, args.per_tensor, sf_layout, args.convention, args.block[0], args.outer_scale
-    )
-    m, k = args.source.shape
-    return FP4Tensor(data, block_scale, outer, (m, k), sf_layout)
 
 
 def dequantize(t: FP4Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -79,21 +42,21 @@ def dequantize(t: FP4Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
     check_float("dtype", dtype)
     if t.prepacked is not None:
         t = unpack(t)
-    implementation = _dequantize if _direct(t.data, t.outer_scale) else torch.ops.fp4gemm.dequantize
+    implementation = _dequantize if direct(t.data, t.outer_scale) else torch.ops.fp4gemm.dequantize
     result: Tensor = implementation(t.data, t.block_scale, t.outer_scale, t.sf_layout, t.k, dtype)
     return result
 
 
 def prepack(t: FP4Tensor) -> FP4Tensor:
     """``t`` [N, K], not prepacked, in the prepacked form "sm90"; see :meth:`FP4Tensor.prepack`."""
-    implementation = _prepack if _direct(t.data, t.outer_scale) else torch.ops.fp4gemm.prepack
+    implementation = _prepack if direct(t.data, t.outer_scale) else torch.ops.fp4gemm.prepack
     data = implementation(t.data, t.block_scale, t.sf_layout, t.k)
     return FP4Tensor(data, t.block_scale.new_empty(0), t.outer_scale, t.shape, t.sf_layout, "sm90")
 
 
 def unpack(t: FP4Tensor) -> FP4Tensor:
     """Inverse of :func:`prepack`, block scales in ``t.sf_layout``."""
-    implementation = _unpack if _direct(t.data, t.outer_scale) else torch.ops.fp4gemm.unpack
+    implementation = _unpack if direct(t.data, t.outer_scale) else torch.ops.fp4gemm.unpack
     data, block_scale = implementation(t.data, t.sf_layout, t.rows, t.k)
     return FP4Tensor(data, block_scale, t.outer_scale, t.shape, t.sf_layout)
 
@@ -132,7 +95,7 @@ def gemm(
         source, outer_a = a.data, a.outer_scale
     else:
         source, outer_a = a, None
-    if not _direct(source, outer_a, b.outer_scale, bias, c, out):
+    if not direct(source, outer_a, b.outer_scale, bias, c, out):
         # Without c a constant: torch.compile traces a default float as a symbol, and then again for its value.
         operands = (*_flat(a), *_flat(b), b.rows, b.k, bias, c, 0.0 if c is None else beta)
         if out is None:
@@ -152,98 +115,50 @@ def quantize_gemm(
     *,
     out_dtype: torch.dtype | None = None,
     outer_scale: Tensor | None = None,
+    residual: int = 0,
+    channel_order: Tensor | None = None,
 ) -> Tensor:
     """Quantize ``x`` [..., K] per row and multiply: x . w^T [..., N], in ``out_dtype`` (default: that of ``x``).
 
     Bit for bit ``gemm(quantize(x), w, bias)``, in two launches where ``w`` is prepacked, in one for a few rows with
-    ``outer_scale`` (float32, [], [1] or [rows], instead of the row amax). Raises what ``quantize`` and ``gemm`` raise.
+    ``outer_scale`` (float32, [], [1] or [rows], instead of the row amax). ``residual=KE`` and ``channel_order`` (int64
+    or int32 [K]) are those of ``quantize``; ``w`` is then [N, K + KE], quantized with the same two and
+    ``residual_side="weight"``. Raises what ``quantize`` and ``gemm`` raise.
     """
-    check_quantize_gemm(x, w, bias, out_dtype)
+    check_quantize_gemm(x, w, bias, out_dtype, residual)
     rows = x if x.dim() == 2 else x.flatten(0, -2)
-    args = check_quantize(rows, sf_layout=_ACTIVATION_LAYOUT, outer_scale=outer_scale)
+    args = check_quantize(
+        rows, sf_layout=_ACTIVATION_LAYOUT, outer_scale=outer_scale, residual=residual, channel_order=channel_order
+    )
     dtype = out_dtype or x.dtype
-    if _direct(x, w.outer_scale, bias, args.outer_scale):
-        result = _quantize_multiply(rows, w, bias, dtype, args.outer_scale)
+    if direct(x, w.outer_scale, bias, args.outer_scale):
+        result = _quantize_multiply(args, w, bias, dtype)
     else:
-        result = torch.ops.fp4gemm.quantize_gemm(rows, *_flat(w), w.rows, bias, dtype, args.outer_scale)
+        result = torch.ops.fp4gemm.quantize_gemm(
+            rows, *_flat(w), w.rows, bias, dtype, args.outer_scale, residual, channel_order
+        )
     return result if x.dim() == 2 else result.view(*x.shape[:-1], w.rows)
-
-
-def _direct(x: Tensor, *others: Tensor | None) -> bool:
-    """Whether nothing traces, wraps or differentiates this call, so that the dispatcher would only add time."""
-    if torch.compiler.is_compiling():
-        return False
-    if forward_ad._current_level >= 0:
-        _refuse_tangents(x, *others)
-    return (
-        type(x) in _PLAIN
-        and not (torch.is_grad_enabled() and _require_grad(x, *others))
-        and torch._C._len_torch_dispatch_stack() == 0
-        and not torch._C._are_functorch_transforms_active()
-    )
-
-
-def _refuse_tangents(*tensors: Tensor | None) -> None:
-    # The dispatcher of custom ops would drop them in silence, where it raises for a gradient.
-    for t in tensors:
-        if t is not None and forward_ad.unpack_dual(t).tangent is not None:  # type: ignore[no-untyped-call]
-            raise NotImplementedError("forward-mode derivatives: an argument has a tangent, and FP4 has no derivative")
-
-
-def _require_grad(*tensors: Tensor | None) -> bool:
-    for t in tensors:  # noqa: SIM110 - a generator costs more than the checks
-        if t is not None and t.requires_grad:
-            return True
-    return False
-
-
-def _on_kernels(x: Tensor) -> bool:
-    return x.is_cuda and x.numel() > 0
-
-
-def _on_its_device(x: Tensor, function: Callable[..., _T], *args: object) -> _T:
-    """Calls ``function`` with the device of ``x`` current."""
-    if x.device.index == torch.cuda.current_device():
-        return function(*args)
-    with torch.cuda.device(x.device):
-        return function(*args)
-
-
-def _quantize(
-    x: Tensor, per_tensor: bool, sf_layout: str, convention: str, block_rows: int, outer_scale: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor]:
-    if _on_kernels(x) and block_rows == 1:
-        return _on_its_device(x, calls.quantize, x, per_tensor, sf_layout, convention, outer_scale)[:3]
-    t = reference.quantize(
-        x,
-        scaling="per_tensor" if per_tensor and outer_scale is None else "per_row",
-        sf_layout=sf_layout,
-        convention=convention,
-        block=(block_rows, BLOCK),
-        outer_scale=outer_scale,
-    )
-    return t.data, t.block_scale, t.outer_scale
 
 
 def _dequantize(
     data: Tensor, block_scale: Tensor, outer_scale: Tensor, sf_layout: str, k: int, dtype: torch.dtype
 ) -> Tensor:
-    if _on_kernels(data):
+    if on_kernels(data):
         packed = Packed(data, block_scale, outer_scale, sf_layout)
-        return _on_its_device(data, calls.dequantize, packed, k, dtype)
+        return on_its_device(data, calls.dequantize, packed, k, dtype)
     return reference.dequantize(FP4Tensor(data, block_scale, outer_scale, (data.shape[0], k), sf_layout), dtype)
 
 
 def _prepack(data: Tensor, block_scale: Tensor, sf_layout: str, k: int) -> Tensor:
-    if _on_kernels(data):
-        return _on_its_device(data, calls.prepack, data, block_scale, sf_layout, k)
+    if on_kernels(data):
+        return on_its_device(data, calls.prepack, data, block_scale, sf_layout, k)
     shape = data.shape[0], k
     return packed_form.pack(data, scale_layout(sf_layout).to_linear(block_scale, *shape), shape)
 
 
 def _unpack(data: Tensor, sf_layout: str, rows: int, k: int) -> tuple[Tensor, Tensor]:
-    if _on_kernels(data):
-        return _on_its_device(data, calls.unpack, data, sf_layout, rows, k)
+    if on_kernels(data):
+        return on_its_device(data, calls.unpack, data, sf_layout, rows, k)
     codes, scales = packed_form.unpack(data, (rows, k))
     return codes, scale_layout(sf_layout).from_linear(scales)
 
@@ -283,21 +198,18 @@ def _multiply(
 ) -> None:
     """D into ``d``."""
     if d.is_cuda and d.numel() > 0 and b.k > 0:
-        _on_its_device(d, calls.gemm, a, b, bias, Output(d, c, beta))
+        on_its_device(d, calls.gemm, a, b, bias, Output(d, c, beta))
     else:
         d.copy_(reference.gemm(a, b, bias, d.dtype, c=c, beta=beta))
 
 
-def _quantize_multiply(
-    x: Tensor, w: FP4Tensor, bias: Tensor | None, out_dtype: torch.dtype, outer_scale: Tensor | None
-) -> Tensor:
-    per_tensor = outer_scale is not None and outer_scale.dim() == 0
+def _quantize_multiply(args: QuantizeArguments, w: FP4Tensor, bias: Tensor | None, out_dtype: torch.dtype) -> Tensor:
+    x, per_tensor, outer_scale = args.source, args.per_tensor, args.outer_scale
     d = x.new_empty((x.shape[0], w.rows), dtype=out_dtype)
-    if _on_kernels(x) and w.rows > 0:
-        _on_its_device(x, calls.quantize_gemm, x, w, bias, per_tensor, _ACTIVATION_CONVENTION, outer_scale, d)
+    if args.options is PLAIN and on_kernels(x) and w.rows > 0:
+        on_its_device(x, calls.quantize_gemm, x, w, bias, per_tensor, _ACTIVATION_CONVENTION, outer_scale, d)
         return d
-    a = _quantize(x, per_tensor, _ACTIVATION_LAYOUT, _ACTIVATION_CONVENTION, 1, outer_scale)
-    _multiply(FP4Tensor(*a, (x.shape[0], w.k), _ACTIVATION_LAYOUT), w, bias, None, 0.0, d)
+    _multiply(FP4Tensor(*run(args), (x.shape[0], w.k), _ACTIVATION_LAYOUT), w, bias, None, 0.0, d)
     return d
 
 
@@ -325,20 +237,14 @@ def _gemm_out(
 def _quantize_gemm(
     x: Tensor, w: Tensor, w_block_scale: Tensor | None, w_outer_scale: Tensor | None, w_kind: str, n: int,
     bias: Tensor | None, out_dtype: torch.dtype, outer_scale: Tensor | None,
+    residual: int = 0, channel_order: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
-    weight = _weight((w, w_block_scale, w_outer_scale, w_kind), n, x.shape[1])
-    return _quantize_multiply(x, weight, bias, out_dtype, outer_scale)
-
-
-def _fake_quantize(
-    x: Tensor, per_tensor: bool, sf_layout: str, convention: str, block_rows: int, outer_scale: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor]:
-    m, k = x.shape
-    return (
-        x.new_empty((m, padded_k(k) // 2), dtype=torch.uint8),
-        x.new_empty(scale_layout(sf_layout).shape(m, k), dtype=torch.float8_e4m3fn),
-        x.new_empty(() if per_tensor else (m,), dtype=torch.float32),
-    )
+    weight = _weight((w, w_block_scale, w_outer_scale, w_kind), n, x.shape[1] + residual)
+    args = QuantizeArguments(
+        x, outer_scale is not None and outer_scale.dim() == 0, _ACTIVATION_LAYOUT, _ACTIVATION_CONVENTION, (1, BLOCK),
+        outer_scale, options=QuantizeOptions(residual=residual) if residual else PLAIN, channel_order=channel_order,
+    )  # fmt: skip
+    return _quantize_multiply(args, weight, bias, out_dtype)
 
 
 def _fake_dequantize(
@@ -370,12 +276,12 @@ def _fake_gemm(
 def _fake_quantize_gemm(
     x: Tensor, w: Tensor, w_block_scale: Tensor | None, w_outer_scale: Tensor | None, w_kind: str, n: int,
     bias: Tensor | None, out_dtype: torch.dtype, outer_scale: Tensor | None,
+    residual: int = 0, channel_order: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     return x.new_empty((x.shape[0], n), dtype=out_dtype)
 
 
 for _implementation, _fake in (
-    (_quantize, _fake_quantize),
     (_dequantize, _fake_dequantize),
     (_prepack, _fake_prepack),
     (_unpack, _fake_unpack),

@@ -5,7 +5,7 @@ Nothing here reads tensor data (fake tensors pass), except :func:`check_finite_v
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -34,8 +34,7 @@ FLAGS = (torch.bool, torch.uint8, torch.int32, torch.float32)
 ENCODE_CONVENTIONS = ("te_per_token", "te")
 
 
-@dataclass(frozen=True)
-class QuantizeArguments:
+class QuantizeArguments(NamedTuple):
     """Checked arguments of ``quantize``.
 
     ``source`` is x, or a view of its transpose for a transposed result; ``outer_scale`` and ``amax`` (one of them at
