@@ -114,6 +114,7 @@ inline void launch_dependents() {}
 inline void wait_for_inputs() {}
 
 inline uint4 load_shared_128(uint32_t address) { return load_shared<uint4>(address); }
+inline uint32_t load_shared_32(uint32_t address) { return load_shared<uint32_t>(address); }
 inline uint2 load_shared_64(uint32_t address) { return load_shared<uint2>(address); }
 inline float4 load_shared_float4(uint32_t address) { return load_shared<float4>(address); }
 template <class T> void store_shared_128(uint32_t address, T const& v) {

@@ -281,7 +281,8 @@ inline float e4m3_to_float(uint32_t byte) {
   float const v = exponent ? std::ldexp(1 + mantissa / 8.0f, exponent - 7) : std::ldexp(mantissa / 8.0f, -6);
   return byte & 128 ? -v : v;
 }
-inline uint8_t to_e4m3_byte(float v) {  // of v >= 0: nearest, ties to even, at most 448
+inline uint8_t to_e4m3_byte(float v) {  // of v >= 0 or NaN: nearest, ties to even, at most 448
+  if (v != v) return 127;
   uint8_t nearest = 0;
   for (int byte = 1; byte < 127; ++byte) {
     float const step = std::fabs(e4m3_to_float(byte) - v), best = std::fabs(e4m3_to_float(nearest) - v);

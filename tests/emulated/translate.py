@@ -75,7 +75,7 @@ _RULES: dict[str, tuple[tuple[str, str], ...]] = {
     "convention.hpp": (),
     "hadamard.hpp": (),
     "philox.hpp": (),
-    "quantize_tile.hpp": (),
+    "quantize_tile.hpp": ((r'float r;\s*asm\("rcp.*?return r;', "return 1.0f / v;"),),
     "tile.hpp": (),
     "layout.hpp": (),
 }

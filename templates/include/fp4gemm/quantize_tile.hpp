@@ -52,7 +52,7 @@ struct TileQuantizeConfig {
   static constexpr bool kVectorized = kVectorized_;  // rows are 16-byte aligned
   static constexpr int kThreads = kTileThreads;
   static constexpr int kSharedBytes =
-      Tile<Element>::kBytes + 2 * kTile * kTileBlocks + 2 * kTile * 4 + (kSquare ? kTileBlocks * kTileBlocks * 4 : 0);
+      Tile<Element>::kBytes + 2 * kTile * kTileBlocks + 2 * kTile * 12 + (kSquare ? kTileBlocks * kTileBlocks * 4 : 0);
   static_assert(kRows || kColumns, "a result");
   static_assert(!(kSquare && kHadamard), "squares of x are not squares of what is transformed");
 };
@@ -101,6 +101,12 @@ template <> struct TileScales<LinearScales> {
   }
 };
 
+__device__ __forceinline__ float approximate_reciprocal(float v) {
+  float r;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(r) : "f"(v));
+  return r;
+}
+
 // stochastic_code of each value, for blocks with NaN or Inf and for those beyond the largest code.
 template <class Element, class Divider>
 __device__ __noinline__ uint2 encode_any_stochastic(typename Element::Block x, Divider divider, PhiloxBlock noise) {
@@ -114,62 +120,80 @@ __device__ __noinline__ uint2 encode_any_stochastic(typename Element::Block x, D
   return {word[0], word[1]};
 }
 
-// What a block's values are multiplied by, or divided by, where they are 1 / factor of what is at hand, a power of two; exact
-// where in_range says so.
-__device__ __forceinline__ MultiplyBy times(MultiplyBy divider, float factor) { return {divider.c * factor}; }
-__device__ __forceinline__ DivideBy times(DivideBy divider, float factor) { return {divider.d / factor}; }
-__device__ __forceinline__ float operand(MultiplyBy divider) { return divider.c; }
-__device__ __forceinline__ float operand(DivideBy divider) { return divider.d; }
-__device__ __forceinline__ bool in_range(float v) { return v <= 0x1p100f && (v >= 0x1p-100f || v == 0.0f); }
-
-// A block and its largest magnitude, of values that are kFactor of what it holds; 1 if they are not transformed.
-template <class Element_, bool kHadamard> struct TileBlock {
-  using Element = Element_;
-  typename Element::Block x;
-  float amax;  // flagged_amax of the values
-
-  __device__ explicit TileBlock(typename Element::Block const& block) : x(block), amax(flagged_amax<Element>(block)) {
-    if constexpr (kHadamard) amax *= kHadamardFactor;
+// A convention's arithmetic for the common case, from two numbers that a line's blocks share. A line for which it would not
+// be exact has NaN for them, or is not ok, and its blocks, as those with NaN or Inf, take the slow path.
+template <class Convention> struct QuickScales {
+  using Outer = typename Convention::Outer;
+  __device__ static float2 line(float level) { return {level, level}; }
+  __device__ static bool ok(float2 line) { return line.x >= 0x1p-90f && line.x <= 0x1p90f; }
+  __device__ static uint8_t scale(float2 line, float amax) {
+    return Convention::block_scale(Outer{line.x, 0.0f}, amax);
   }
+  __device__ static auto divider(float2 line, uint8_t scale) { return Convention::divider(Outer{line.x, 0.0f}, scale); }
+};
 
-  template <class Convention, bool kStochastic>
-  __device__ uint2 codes(typename Convention::Outer const& outer, uint8_t scale, uint64_t seed, int64_t number) const {
-    auto divider = Convention::divider(outer, scale);
-    bool quick = __float_as_uint(amax) >> 31 == 0 && divider.quotient(amax) < kQuickLimit;
-    // The factor is taken into the divider. Both products are exact, or the value so small that its code is 0 anyway.
-    if constexpr (kHadamard) quick = quick && in_range(operand(divider));
-    if constexpr (kStochastic) {
-      PhiloxBlock const noise = philox_block(seed, number);
-      if (!quick) return any_stochastic(divider, noise);
-      if constexpr (kHadamard) divider = times(divider, kHadamardFactor);
-      auto const half = [&](int h) {
-        auto const magnitude = [&](int i) { return divider.quotient(fabsf(Element::value(x, 8 * h + i))); };
-        return stochastic_eight(magnitude, noise.w[2 * h], noise.w[2 * h + 1]) | Element::signs(x, h);
-      };
-      return {half(0), half(1)};
-    } else {
-      if (!quick) return any(divider);
-      if constexpr (kHadamard) divider = times(divider, kHadamardFactor);
-      return {encode_half<Element>(x, 0, divider), encode_half<Element>(x, 1, divider)};
-    }
-  }
+template <class Convention> struct QuickTeScales {
+  // Quotients and remainders of S and block scales then are far from the ends of the exponents.
+  __device__ static bool in_range(float encode) { return encode >= 0x1p-90f && encode <= 0x1p90f; }
+  __device__ static bool ok(float2) { return true; }
+  __device__ static float not_a_number() { return __uint_as_float(0x7FC00000u); }
+  // Of NaN it is NaN, and so is then the divider.
+  __device__ static uint8_t scale(float2 line, float amax) { return to_e4m3(__fmul_rn(amax, line.x)); }
+};
 
- private:
-  __device__ typename Element::Block values() const {
-    auto y = x;
-    if constexpr (kHadamard) {
-#pragma unroll
-      for (int i = 0; i < kBlock; ++i) y.w[i] = __float_as_uint(__fmul_rn(__uint_as_float(x.w[i]), kHadamardFactor));
-    }
-    return y;
+template <> struct QuickScales<TePerToken> : QuickTeScales<TePerToken> {
+  __device__ static float2 line(float encode) {
+    return in_range(encode) ? float2{__fmul_rn(encode, kSixth), encode} : float2{not_a_number(), not_a_number()};
   }
-  template <class Divider> __device__ uint2 any(Divider const& divider) const {
-    return encode_any<Element>(values(), divider);
-  }
-  template <class Divider> __device__ uint2 any_stochastic(Divider const& divider, PhiloxBlock const& noise) const {
-    return encode_any_stochastic<Element>(values(), divider, noise);
+  // S / scale rounded as division rounds: the reciprocal of a number of four bits is the nearest one after a Newton step,
+  // and then a quotient is after one.
+  __device__ static MultiplyBy divider(float2 line, uint8_t scale) {
+    float const s = from_e4m3(scale), near = approximate_reciprocal(s);
+    float const reciprocal = __fmaf_rn(near, __fmaf_rn(-s, near, 1.0f), near);
+    float const quotient = __fmul_rn(line.y, reciprocal);
+    float const c = __fmaf_rn(__fmaf_rn(-s, quotient, line.y), reciprocal, quotient);
+    return {scale == 0 ? 0.0f : c};
   }
 };
+
+template <> struct QuickScales<Te> : QuickTeScales<Te> {
+  __device__ static float2 line(float encode) {
+    return in_range(encode) ? float2{__fmul_rn(encode, kSixth), __fdiv_rn(1.0f, encode)}
+                            : float2{not_a_number(), not_a_number()};
+  }
+  // A scale of 0 gives Inf, and the slow path.
+  __device__ static MultiplyBy divider(float2 line, uint8_t scale) {
+    return {__fdiv_rn(1.0f, __fmul_rn(from_e4m3(scale), line.y))};
+  }
+};
+
+// The divider of values from that of kHadamardFactor times values.
+__device__ __forceinline__ MultiplyBy times_factor(MultiplyBy divider) { return {divider.c * kHadamardFactor}; }
+__device__ __forceinline__ DivideBy times_factor(DivideBy divider) { return {divider.d / kHadamardFactor}; }
+
+struct Encoded {
+  uint2 codes;
+  uint32_t scale;
+};
+
+// A block in any case. shared_amax: that of its square, or negative.
+template <class Element, class Convention, bool kHadamard, bool kStochastic>
+__device__ __noinline__ Encoded encode_slowly(typename Element::Block x, float shared_amax, float level,
+                                              PhiloxBlock noise) {
+  if constexpr (kHadamard) {
+#pragma unroll
+    for (int i = 0; i < kBlock; ++i) x.w[i] = __float_as_uint(__fmul_rn(__uint_as_float(x.w[i]), kHadamardFactor));
+  }
+  typename Convention::Outer const outer{level, 0.0f};
+  float const amax = shared_amax < 0.0f ? amax_without_nan<Element>(x) : shared_amax;
+  uint8_t const scale = Convention::block_scale(outer, amax);
+  auto const divider = Convention::divider(outer, scale);
+  if constexpr (kStochastic) {
+    return {encode_any_stochastic<Element>(x, divider, noise), scale};
+  } else {
+    return {encode_any<Element>(x, divider), scale};
+  }
+}
 
 template <class Config> class TileQuantizer {
   using Element = typename Config::Element;
@@ -183,13 +207,14 @@ template <class Config> class TileQuantizer {
   int64_t const row0_;
   int const column0_;
 
-  // Behind the tile: scales of either result, then a level for each line of either, then the squares' amaxes.
+  // Behind the tile: scales of either result, then for each line of either a level and the quick form of it, then the squares' amaxes.
   __device__ uint8_t* scales(int side) const { return shared_ + Tile<Element>::kBytes + side * kScaleBytes; }
   __device__ float* levels(int side) const {
     return reinterpret_cast<float*>(shared_ + Tile<Element>::kBytes + 2 * kScaleBytes) + side * kTile;
   }
+  __device__ float2* quick(int side) const { return reinterpret_cast<float2*>(levels(2)) + side * kTile; }
   __device__ int* square(int row, int column) const {  // a block of rows and one of columns
-    return reinterpret_cast<int*>(levels(2)) + row * kTileBlocks + column;
+    return reinterpret_cast<int*>(quick(2)) + row * kTileBlocks + column;
   }
 
  public:
@@ -209,16 +234,10 @@ template <class Config> class TileQuantizer {
     uint64_t seed = args_.seed;
     if constexpr (Config::kStochastic) seed = args_.seed_at == nullptr ? seed : *args_.seed_at;
     if constexpr (Config::kRows) {
-#pragma unroll 1
-      for (int step = 0; step < 2; ++step) {
-        auto const place = tile_.row_place(step);
-        store_pair<false>(place, seed, [&](int half) { return tile_.row_block(place, half); });
-      }
+      store_lines<false>(tile_.row_place(), seed, [&](int step, int half) { return tile_.row_block(step, half); });
     }
     if constexpr (Config::kColumns) {
-#pragma unroll 1
-      for (int step = 0; step < 2; ++step)
-        store_pair<true>(tile_.column_place(step), seed, [&](int half) { return tile_.column_block(step, half); });
+      store_lines<true>(tile_.column_place(), seed, [&](int step, int half) { return tile_.column_block(step, half); });
     }
     __syncthreads();
     int const thread = threadIdx.x % kTile, side = threadIdx.x / kTile;
@@ -268,58 +287,93 @@ template <class Config> class TileQuantizer {
     if (writes && (stride == 0 ? at == 0 : real)) output<kColumn>().outer_scale[at * stride] = outer.decode;
     auto const [level, decode] = outer;
     levels(kColumn)[line] = level;
+    quick(kColumn)[line] = QuickScales<Convention>::line(level);
   }
 
   __device__ void reduce_squares() const {
 #pragma unroll 1
     for (int step = 0; step < 2; ++step) {
-      auto const place = tile_.row_place(step);
+      auto const place = tile_.row_place();
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
-        float const amax = fabsf(flagged_amax<Element>(tile_.row_block(place, half)));
-        atomicMax(square(place.line / kBlock, place.pair * 2 + half), __float_as_int(amax));
+        float const amax = fabsf(flagged_amax<Element>(tile_.row_block(step, half)));
+        int const row = (place.line + step * Tile<Element>::kRowStep) / kBlock;
+        atomicMax(square(row, place.pair * 2 + half), __float_as_int(amax));
       }
     }
     __syncthreads();
   }
 
+  // A thread's blocks of one of the results; load(step, half) reads one.
   template <bool kColumn, class Load>
-  __device__ void store_pair(typename Tile<Element>::Place const& place, uint64_t seed, Load const& load) const {
+  __device__ void store_lines(typename Tile<Element>::Place const& place, uint64_t seed, Load const& load) const {
     using Scales = typename Select<kColumn, typename Config::ColumnScales, typename Config::RowScales>::Type;
-    constexpr bool kHadamard = kColumn && Config::kHadamard;
-    Outer const outer{levels(kColumn)[place.line], 0.0f};
-    int64_t const line = line0<kColumn>() + place.line;
-    int const block = block0<kColumn>() + 2 * place.pair, left = blocks<kColumn>() - block;  // blocks that there are
-    bool const real = line < lines<kColumn>();
-    int64_t const number = line * blocks<kColumn>() + block;
-    uint2 codes[2];
-    uint32_t both = 0;
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      auto const values = [&] {
-        if constexpr (kHadamard) {
-          return TileBlock<Fp32, true>(hadamard_sums<Element>(load(half), args_.hadamard));
+    constexpr int kStep = kColumn ? Tile<Element>::kColumnStep : Tile<Element>::kRowStep;
+    int const row_blocks = blocks<kColumn>(), left = row_blocks - block0<kColumn>() - 2 * place.pair;
+    int64_t const lines_left = lines<kColumn>() - line0<kColumn>();
+    bool const wide = row_blocks % 2 == 0;
+    int64_t number = (line0<kColumn>() + place.line) * row_blocks + block0<kColumn>() + 2 * place.pair;
+    uint8_t* to = output<kColumn>().data + number * (kBlock / 2);
+    int64_t const step_blocks = static_cast<int64_t>(kStep) * row_blocks;
+#pragma unroll 1
+    for (int step = 0; step < Tile<Element>::kSteps; ++step) {
+      int const line = place.line + step * kStep;
+      Encoded const low = encode<kColumn>(load(step, 0), line, 2 * place.pair, seed, number);
+      Encoded const high = encode<kColumn>(load(step, 1), line, 2 * place.pair + 1, seed, number + 1);
+      // What stands for nothing is 0: the tile is 0 there, but a convention may have another scale for it.
+      bool const real = line < lines_left;
+      uint32_t const both = (real && left > 0 ? low.scale : 0) | (real && left > 1 ? high.scale : 0) << 8;
+      *reinterpret_cast<uint16_t*>(scales(kColumn) + TileScales<Scales>::offset(line, 2 * place.pair)) = both;
+      if (real && left > 0) {
+        if (wide) {
+          *reinterpret_cast<uint4*>(to) = {low.codes.x, low.codes.y, high.codes.x, high.codes.y};
         } else {
-          return TileBlock<Element, false>(load(half));
+          reinterpret_cast<uint2*>(to)[0] = low.codes;
+          if (left > 1) reinterpret_cast<uint2*>(to)[1] = high.codes;
         }
-      }();
-      float bmax = fabsf(values.amax);
-      if constexpr (Config::kSquare) {
-        int const other = place.line / kBlock, own = 2 * place.pair + half;
-        bmax = __int_as_float(kColumn ? *square(own, other) : *square(other, own));
       }
-      uint8_t const scale = real && half < left ? Convention::block_scale(outer, bmax) : 0;
-      both |= scale << (8 * half);
-      codes[half] = values.template codes<Convention, Config::kStochastic>(outer, scale, seed, number + half);
+      number += step_blocks;
+      to += step_blocks * (kBlock / 2);
     }
-    *reinterpret_cast<uint16_t*>(scales(kColumn) + TileScales<Scales>::offset(place.line, 2 * place.pair)) = both;
-    if (!real || left <= 0) return;
-    uint8_t* const to = output<kColumn>().data + number * (kBlock / 2);
-    if (blocks<kColumn>() % 2 == 0) {
-      *reinterpret_cast<uint4*>(to) = {codes[0].x, codes[0].y, codes[1].x, codes[1].y};
+  }
+
+  // Block `block` of line `line` of this tile, which is block number `number` of the result.
+  template <bool kColumn> __device__ Encoded encode(typename Element::Block const& x, int line, int block,
+                                                    uint64_t seed, int64_t number) const {
+    float bmax = -1.0f;
+    if constexpr (Config::kSquare)
+      bmax = __int_as_float(kColumn ? *square(block, line / kBlock) : *square(line / kBlock, block));
+    if constexpr (kColumn && Config::kHadamard) {
+      return encode_values<Fp32, true>(hadamard_sums<Element>(x, args_.hadamard), bmax, kColumn, line, seed, number);
     } else {
-      reinterpret_cast<uint2*>(to)[0] = codes[0];
-      if (left > 1) reinterpret_cast<uint2*>(to)[1] = codes[1];
+      return encode_values<Element, false>(x, bmax, kColumn, line, seed, number);
+    }
+  }
+
+  // kHadamard: of kHadamardFactor times x. The factor goes to the divider: products are exact, or so small that codes are 0.
+  template <class Values, bool kHadamard> __device__ Encoded encode_values(typename Values::Block const& x,
+                                                                           float square_amax, int side, int line,
+                                                                           uint64_t seed, int64_t number) const {
+    using Quick = QuickScales<Convention>;
+    float2 const level = quick(side)[line];
+    float const amax = kHadamard ? Values::amax(x) * kHadamardFactor : Values::amax(x);
+    uint8_t const scale = Quick::scale(level, Config::kSquare ? square_amax : amax);
+    auto divider = Quick::divider(level, scale);
+    PhiloxBlock noise{};
+    if constexpr (Config::kStochastic) noise = philox_block(seed, number);
+    // False for NaN, too.
+    if (!(divider.quotient(amax) < kQuickLimit && Quick::ok(level)))
+      return encode_slowly<Values, Convention, kHadamard, Config::kStochastic>(x, square_amax, levels(side)[line],
+                                                                               noise);
+    if constexpr (kHadamard) divider = times_factor(divider);
+    if constexpr (Config::kStochastic) {
+      auto const half = [&](int h) {
+        auto const magnitude = [&](int i) { return divider.quotient(fabsf(Values::value(x, 8 * h + i))); };
+        return stochastic_eight(magnitude, noise.w[2 * h], noise.w[2 * h + 1]) | Values::signs(x, h);
+      };
+      return {{half(0), half(1)}, scale};
+    } else {
+      return {{encode_half<Values>(x, 0, divider), encode_half<Values>(x, 1, divider)}, scale};
     }
   }
 
@@ -370,19 +424,19 @@ template <class Config> class TileAmax {
     if constexpr (Config::kRows) {
 #pragma unroll
       for (int step = 0; step < 2; ++step) {
-        auto const place = tile_.row_place(step);
+        auto const place = tile_.row_place();
         float const amax =
-            fmaxf(block_amax<Element>(tile_.row_block(place, 0)), block_amax<Element>(tile_.row_block(place, 1)));
-        reduce_line<8>(amax, place.pair, lines_ + place.line);
+            fmaxf(block_amax<Element>(tile_.row_block(step, 0)), block_amax<Element>(tile_.row_block(step, 1)));
+        reduce_line<8>(amax, place.pair, lines_ + place.line + step * Tile<Element>::kRowStep);
       }
     }
     if constexpr (Config::kColumns) {
 #pragma unroll
       for (int step = 0; step < 2; ++step) {
-        auto const place = tile_.column_place(step);
+        auto const place = tile_.column_place();
         float amax = fmaxf(column_amax(step, 0), column_amax(step, 1));
         if constexpr (Config::kHadamard) amax *= kHadamardFactor;
-        reduce_line<1>(amax, place.pair, lines_ + kTile + place.line);
+        reduce_line<1>(amax, place.pair, lines_ + kTile + place.line + step * Tile<Element>::kColumnStep);
       }
     }
     __syncthreads();

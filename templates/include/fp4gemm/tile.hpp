@@ -26,6 +26,7 @@ template <class Element> class Tile {
 
   uint8_t* const shared_;
   int const warp_ = threadIdx.x / 32, lane_ = threadIdx.x % 32;
+  uint32_t const rows_, columns_;  // where this thread's first blocks begin
 
   // Rows are 128 or more bytes apart, so 16-byte chunks of one column fall in the same banks; those of rows 32 apart, and of
   // two neighbours, change places, which are the eight rows that are read at once.
@@ -36,20 +37,22 @@ template <class Element> class Tile {
  public:
   static constexpr int kBytes = kTile * kRowBytes;
 
-  __device__ explicit Tile(uint8_t* shared) : shared_(shared) {}
+  __device__ explicit Tile(uint8_t* shared) : shared_(shared), rows_(first_of_rows()), columns_(first_of_columns()) {}
 
   // Starts to copy the tile at (row, column); what is outside of x becomes 0.
   template <bool kVectorized> __device__ void load(TileSource const& source, int64_t row0, int column0) const {
     auto const* const x = static_cast<char const*>(source.x);
     if constexpr (kVectorized) {
-      constexpr int kPerChunk = 16 / Element::kBytes;
+      constexpr int kPerChunk = 16 / Element::kBytes, kRows = kTileThreads / kChunks;  // at a time
+      int const first = threadIdx.x / kChunks, chunk = threadIdx.x % kChunks, column = column0 + chunk * kPerChunk;
+      int const bytes = min(max(source.columns - column, 0), kPerChunk) * Element::kBytes;
+      auto const* from = x + ((row0 + first) * source.row_stride + column) * Element::kBytes;
+      int64_t const step = source.row_stride * kRows * Element::kBytes, left = source.rows - row0 - first;
 #pragma unroll
-      for (int i = threadIdx.x; i < kTile * kChunks; i += kTileThreads) {
-        int const row = i / kChunks, column = column0 + i % kChunks * kPerChunk;
-        int const valid = row0 + row < source.rows ? min(max(source.columns - column, 0), kPerChunk) : 0;
-        int64_t const element = (row0 + row) * source.row_stride + column;
-        copy_16_bytes(shared_address(shared_) + offset(row, i % kChunks),
-                      x + (valid > 0 ? element * Element::kBytes : 0), valid * Element::kBytes);
+      for (int i = 0; i < kTile; i += kRows) {
+        bool const real = i < left && bytes > 0;
+        copy_16_bytes(shared_address(shared_) + offset(first + i, chunk), real ? from : x, real ? bytes : 0);
+        from += step;
       }
     } else {
       using Raw = typename Element::Raw;
@@ -76,42 +79,54 @@ template <class Element> class Tile {
     int line, pair;
   };
 
-  __device__ Place row_place(int step) const {
-    return {lane_ % 8 / 2 * 32 + (2 * warp_ + step) * 2 + lane_ % 2, lane_ / 8};
-  }
-  __device__ Block row_block(Place const& place, int half) const {
+  static constexpr int kSteps = 2;
+  static constexpr int kRowStep = 2, kColumnStep = 64;  // from a line to that of the next step
+
+  __device__ Place row_place() const { return {lane_ % 8 / 2 * 32 + 4 * warp_ + lane_ % 2, lane_ / 8}; }
+  __device__ Place column_place() const { return {8 * warp_ + lane_ / 4, lane_ % 4}; }
+
+  __device__ Block row_block(int step, int half) const {
     Block x;
 #pragma unroll
     for (int i = 0; i < Element::kBytes; ++i) {
-      int const chunk = (place.pair * 2 + half) * Element::kBytes + i;
-      reinterpret_cast<uint4*>(x.w)[i] = load_shared_128(shared_address(shared_) + offset(place.line, chunk));
+      // Neither a step of two rows nor the first of a pair's chunks touches the bits that change here.
+      uint32_t const at = (rows_ ^ (half * Element::kBytes + i) * 16) + step * kRowStep * kRowBytes;
+      reinterpret_cast<uint4*>(x.w)[i] = load_shared_128(at);
     }
     return x;
   }
 
-  __device__ Place column_place(int step) const { return {(warp_ + 8 * step) * 8 + lane_ / 4, lane_ % 4}; }
   __device__ Block column_block(int step, int half) const {
-    int const group = warp_ + 8 * step;  // of eight columns
     Block x;
+    if constexpr (Element::kBytes == 2) {
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        uint32_t const at = columns_ + (half * kBlock + i * 8) * kRowBytes + step * kColumnStep * 2;
+        reinterpret_cast<uint4*>(x.w)[i] = load_matrices_transposed(at);
+      }
+    } else {
+#pragma unroll
+      for (int i = 0; i < kBlock; ++i)
+        x.w[i] = load_shared_32((columns_ ^ i % 2 * 16) + (half * kBlock + i) * kRowBytes + step * kColumnStep * 4);
+    }
+    return x;
+  }
+
+ private:
+  __device__ uint32_t first_of_rows() const {
+    Place const place = row_place();
+    return shared_address(shared_) + offset(place.line, place.pair * 2 * Element::kBytes);
+  }
+  __device__ uint32_t first_of_columns() const {
     if constexpr (Element::kBytes == 2) {
       // Of a transposed matrix lane l gets rows 2 (l % 4) and the next of column l / 4. Rows are where their addresses say: rows
       // 2 q and 2 q + 1 of matrix i are 32 q + 2 i and the next, so that a lane gets 16 in a row.
-      int const row = lane_ % 8 / 2 * 32 + lane_ / 8 * 2 + lane_ % 2;
-#pragma unroll
-      for (int i = 0; i < 2; ++i) {
-        int const at = offset(row, group) + (half * kBlock + i * 8) * kRowBytes;
-        reinterpret_cast<uint4*>(x.w)[i] = load_matrices_transposed(shared_address(shared_) + at);
-      }
+      return shared_address(shared_) + offset(lane_ % 8 / 2 * 32 + lane_ / 8 * 2 + lane_ % 2, warp_);
     } else {
       static_assert(Element::kBytes == 4, "elements of two or four bytes");
-      Place const place = column_place(step);
-#pragma unroll
-      for (int i = 0; i < kBlock; ++i) {
-        int const at = offset(place.pair * 32 + half * kBlock + i, place.line / 4) + place.line % 4 * 4;
-        x.w[i] = *reinterpret_cast<uint32_t const*>(shared_ + at);
-      }
+      Place const place = column_place();
+      return shared_address(shared_) + offset(place.pair * 32, place.line / 4) + place.line % 4 * 4;
     }
-    return x;
   }
 };
 
