@@ -108,6 +108,7 @@ inline void copy_16_bytes(uint32_t to, void const* from, int valid) {
   store_shared(to, v);
 }
 
+inline void copy_16_bytes(uint32_t to, void const* from) { copy_16_bytes(to, from, 16); }
 inline void wait_for_copies() {}
 
 inline void launch_dependents() {}

@@ -77,6 +77,9 @@ __device__ __forceinline__ uint64_t evict_first_policy() {
 __device__ __forceinline__ void copy_16_bytes(uint32_t to, void const* from, int valid) {
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(valid) : "memory");
 }
+__device__ __forceinline__ void copy_16_bytes(uint32_t to, void const* from) {
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(to), "l"(from) : "memory");
+}
 // For all copies of 16 bytes that this thread has started.
 __device__ __forceinline__ void wait_for_copies() { asm volatile("cp.async.wait_all;" ::: "memory"); }
 __device__ __forceinline__ void copy_bulk(uint32_t to, void const* from, uint32_t bytes, uint32_t bar,

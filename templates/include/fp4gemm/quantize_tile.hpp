@@ -101,6 +101,18 @@ template <> struct TileScales<LinearScales> {
   }
 };
 
+// e4m3 of v, saturating, in the low byte of a word that is 0 elsewhere, and back: without instructions that make it so.
+__device__ __forceinline__ uint16_t to_e4m3_pair(float v) {
+  uint16_t pair;
+  asm("cvt.rn.satfinite.e4m3x2.f32 %0, %1, %2;" : "=h"(pair) : "f"(0.0f), "f"(v));
+  return pair;
+}
+__device__ __forceinline__ float from_e4m3_pair(uint16_t pair) {
+  uint32_t both;
+  asm("cvt.rn.f16x2.e4m3x2 %0, %1;" : "=r"(both) : "h"(pair));
+  return half_to_float(static_cast<uint16_t>(both));
+}
+
 __device__ __forceinline__ float approximate_reciprocal(float v) {
   float r;
   asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(r) : "f"(v));
@@ -138,7 +150,7 @@ template <class Convention> struct QuickTeScales {
   __device__ static bool ok(float2) { return true; }
   __device__ static float not_a_number() { return __uint_as_float(0x7FC00000u); }
   // Of NaN it is NaN, and so is then the divider.
-  __device__ static uint8_t scale(float2 line, float amax) { return to_e4m3(__fmul_rn(amax, line.x)); }
+  __device__ static uint16_t scale(float2 line, float amax) { return to_e4m3_pair(__fmul_rn(amax, line.x)); }
 };
 
 template <> struct QuickScales<TePerToken> : QuickTeScales<TePerToken> {
@@ -147,8 +159,8 @@ template <> struct QuickScales<TePerToken> : QuickTeScales<TePerToken> {
   }
   // S / scale rounded as division rounds: the reciprocal of a number of four bits is the nearest one after a Newton step,
   // and then a quotient is after one.
-  __device__ static MultiplyBy divider(float2 line, uint8_t scale) {
-    float const s = from_e4m3(scale), near = approximate_reciprocal(s);
+  __device__ static MultiplyBy divider(float2 line, uint16_t scale) {
+    float const s = from_e4m3_pair(scale), near = approximate_reciprocal(s);
     float const reciprocal = __fmaf_rn(near, __fmaf_rn(-s, near, 1.0f), near);
     float const quotient = __fmul_rn(line.y, reciprocal);
     float const c = __fmaf_rn(__fmaf_rn(-s, quotient, line.y), reciprocal, quotient);
@@ -162,8 +174,8 @@ template <> struct QuickScales<Te> : QuickTeScales<Te> {
                             : float2{not_a_number(), not_a_number()};
   }
   // A scale of 0 gives Inf, and the slow path.
-  __device__ static MultiplyBy divider(float2 line, uint8_t scale) {
-    return {__fdiv_rn(1.0f, __fmul_rn(from_e4m3(scale), line.y))};
+  __device__ static MultiplyBy divider(float2 line, uint16_t scale) {
+    return {__fdiv_rn(1.0f, __fmul_rn(from_e4m3_pair(scale), line.y))};
   }
 };
 
@@ -311,53 +323,56 @@ template <class Config> class TileQuantizer {
     constexpr int kStep = kColumn ? Tile<Element>::kColumnStep : Tile<Element>::kRowStep;
     int const row_blocks = blocks<kColumn>(), left = row_blocks - block0<kColumn>() - 2 * place.pair;
     int64_t const lines_left = lines<kColumn>() - line0<kColumn>();
-    bool const wide = row_blocks % 2 == 0;
+    // All of the tile is there, and rows of the result begin on 16 bytes: the same for all threads.
+    bool const whole = lines_left >= kTile && row_blocks - block0<kColumn>() >= kTileBlocks && row_blocks % 2 == 0;
     int64_t number = (line0<kColumn>() + place.line) * row_blocks + block0<kColumn>() + 2 * place.pair;
     uint8_t* to = output<kColumn>().data + number * (kBlock / 2);
     int64_t const step_blocks = static_cast<int64_t>(kStep) * row_blocks;
+    uint32_t scale_at = keep(TileScales<Scales>::offset(place.line, 2 * place.pair));
 #pragma unroll 1
     for (int step = 0; step < Tile<Element>::kSteps; ++step) {
       int const line = place.line + step * kStep;
-      Encoded const low = encode<kColumn>(load(step, 0), line, 2 * place.pair, seed, number);
-      Encoded const high = encode<kColumn>(load(step, 1), line, 2 * place.pair + 1, seed, number + 1);
-      // What stands for nothing is 0: the tile is 0 there, but a convention may have another scale for it.
-      bool const real = line < lines_left;
-      uint32_t const both = (real && left > 0 ? low.scale : 0) | (real && left > 1 ? high.scale : 0) << 8;
-      *reinterpret_cast<uint16_t*>(scales(kColumn) + TileScales<Scales>::offset(line, 2 * place.pair)) = both;
-      if (real && left > 0) {
-        if (wide) {
-          *reinterpret_cast<uint4*>(to) = {low.codes.x, low.codes.y, high.codes.x, high.codes.y};
-        } else {
-          reinterpret_cast<uint2*>(to)[0] = low.codes;
-          if (left > 1) reinterpret_cast<uint2*>(to)[1] = high.codes;
-        }
+      float2 const level = quick(kColumn)[line];
+      Encoded low = encode<kColumn>(load(step, 0), level, line, 2 * place.pair, seed, number);
+      Encoded high = encode<kColumn>(load(step, 1), level, line, 2 * place.pair + 1, seed, number + 1);
+      if (whole) {
+        *reinterpret_cast<uint4*>(to) = {low.codes.x, low.codes.y, high.codes.x, high.codes.y};
+      } else {
+        // What stands for nothing is 0: the tile is 0 there, but a convention may have another scale for it.
+        if (line >= lines_left || left < 1) low.scale = 0;
+        if (line >= lines_left || left < 2) high.scale = 0;
+        if (line < lines_left && left > 0) reinterpret_cast<uint2*>(to)[0] = low.codes;
+        if (line < lines_left && left > 1) reinterpret_cast<uint2*>(to)[1] = high.codes;
       }
+      *reinterpret_cast<uint16_t*>(scales(kColumn) + scale_at) = low.scale | high.scale << 8;
+      // Lines of a step and of the next are as far apart in each layout as the first of all and that of the next.
+      scale_at += TileScales<Scales>::offset(kStep, 0);
       number += step_blocks;
       to += step_blocks * (kBlock / 2);
     }
   }
 
   // Block `block` of line `line` of this tile, which is block number `number` of the result.
-  template <bool kColumn> __device__ Encoded encode(typename Element::Block const& x, int line, int block,
+  template <bool kColumn> __device__ Encoded encode(typename Element::Block const& x, float2 level, int line, int block,
                                                     uint64_t seed, int64_t number) const {
     float bmax = -1.0f;
     if constexpr (Config::kSquare)
       bmax = __int_as_float(kColumn ? *square(block, line / kBlock) : *square(line / kBlock, block));
     if constexpr (kColumn && Config::kHadamard) {
-      return encode_values<Fp32, true>(hadamard_sums<Element>(x, args_.hadamard), bmax, kColumn, line, seed, number);
+      return encode_values<Fp32, true>(hadamard_sums<Element>(x, args_.hadamard), bmax, kColumn, level, line, seed,
+                                       number);
     } else {
-      return encode_values<Element, false>(x, bmax, kColumn, line, seed, number);
+      return encode_values<Element, false>(x, bmax, kColumn, level, line, seed, number);
     }
   }
 
   // kHadamard: of kHadamardFactor times x. The factor goes to the divider: products are exact, or so small that codes are 0.
-  template <class Values, bool kHadamard> __device__ Encoded encode_values(typename Values::Block const& x,
-                                                                           float square_amax, int side, int line,
-                                                                           uint64_t seed, int64_t number) const {
+  template <class Values, bool kHadamard>
+  __device__ Encoded encode_values(typename Values::Block const& x, float square_amax, int side, float2 level, int line,
+                                   uint64_t seed, int64_t number) const {
     using Quick = QuickScales<Convention>;
-    float2 const level = quick(side)[line];
     float const amax = kHadamard ? Values::amax(x) * kHadamardFactor : Values::amax(x);
-    uint8_t const scale = Quick::scale(level, Config::kSquare ? square_amax : amax);
+    auto const scale = Quick::scale(level, Config::kSquare ? square_amax : amax);
     auto divider = Quick::divider(level, scale);
     PhiloxBlock noise{};
     if constexpr (Config::kStochastic) noise = philox_block(seed, number);

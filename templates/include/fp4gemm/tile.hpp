@@ -10,6 +10,12 @@ inline constexpr int kTile = 128;  // rows and columns of x; 128x4 scales of bot
 inline constexpr int kTileBlocks = kTile / kBlock;
 inline constexpr int kTileThreads = 256;
 
+// The compiler would compute an address again in each round of a loop rather than keep it in a register.
+__device__ __forceinline__ uint32_t keep(uint32_t v) {
+  asm volatile("" : "+r"(v));
+  return v;
+}
+
 // x [rows, columns], as kernels' arguments hold it.
 struct TileSource {
   void const* x;
@@ -37,7 +43,8 @@ template <class Element> class Tile {
  public:
   static constexpr int kBytes = kTile * kRowBytes;
 
-  __device__ explicit Tile(uint8_t* shared) : shared_(shared), rows_(first_of_rows()), columns_(first_of_columns()) {}
+  __device__ explicit Tile(uint8_t* shared)
+      : shared_(shared), rows_(keep(first_of_rows())), columns_(keep(first_of_columns())) {}
 
   // Starts to copy the tile at (row, column); what is outside of x becomes 0.
   template <bool kVectorized> __device__ void load(TileSource const& source, int64_t row0, int column0) const {
@@ -47,11 +54,19 @@ template <class Element> class Tile {
       int const first = threadIdx.x / kChunks, chunk = threadIdx.x % kChunks, column = column0 + chunk * kPerChunk;
       int const bytes = min(max(source.columns - column, 0), kPerChunk) * Element::kBytes;
       auto const* from = x + ((row0 + first) * source.row_stride + column) * Element::kBytes;
-      int64_t const step = source.row_stride * kRows * Element::kBytes, left = source.rows - row0 - first;
+      int64_t const step = source.row_stride * kRows * Element::kBytes;
+      if (row0 + kTile <= source.rows && column0 + kTile <= source.columns) {
 #pragma unroll
-      for (int i = 0; i < kTile; i += kRows) {
-        bool const real = i < left && bytes > 0;
-        copy_16_bytes(shared_address(shared_) + offset(first + i, chunk), real ? from : x, real ? bytes : 0);
+        for (int i = 0; i < kTile; i += kRows) {
+          copy_16_bytes(shared_address(shared_) + offset(first + i, chunk), from);
+          from += step;
+        }
+        return;
+      }
+#pragma unroll 1
+      for (int row = first; row < kTile; row += kRows) {
+        int const valid = row0 + row < source.rows ? bytes : 0;
+        copy_16_bytes(shared_address(shared_) + offset(row, chunk), valid > 0 ? from : x, valid);
         from += step;
       }
     } else {
