@@ -195,11 +195,24 @@ inline float __uint_as_float(uint32_t bits) {
   std::memcpy(&v, &bits, 4);
   return v;
 }
+inline float __int_as_float(int bits) { return __uint_as_float(static_cast<uint32_t>(bits)); }
 inline int __float_as_int(float v) { return static_cast<int>(__float_as_uint(v)); }
 inline float __fmul_rn(float a, float b) { return a * b; }
 inline float __fadd_rn(float a, float b) { return a + b; }
 inline float __fdiv_rn(float a, float b) { return a / b; }
 inline float __fmaf_rn(float a, float b, float c) { return std::fma(a, b, c); }
+// fma(a, b, c) rounded down; sums of doubles and their error are exact here.
+inline float __fmaf_rd(float a, float b, float c) {
+  double const product = static_cast<double>(a) * b, sum = product + c, part = sum - product;
+  double const error = (product - (sum - part)) + (c - part);
+  auto rounded = static_cast<float>(sum);
+  if (rounded > sum || (rounded == sum && error < 0)) rounded = std::nextafter(rounded, -INFINITY);
+  return rounded;
+}
+inline float __fadd_rd(float a, float b) { return __fmaf_rd(a, 1.0f, b); }
+inline uint32_t __vminu2(uint32_t a, uint32_t b) {
+  return std::min(a & 0xFFFF, b & 0xFFFF) | std::min(a >> 16, b >> 16) << 16;
+}
 inline uint32_t __vimin3_u32(uint32_t a, uint32_t b, uint32_t c) { return std::min(a, std::min(b, c)); }
 inline uint32_t __funnelshift_l(uint32_t low, uint32_t high, int n) {
   return static_cast<uint32_t>((static_cast<uint64_t>(high) << 32 | low) << (n % 32) >> 32);
@@ -268,7 +281,8 @@ inline float e4m3_to_float(uint32_t byte) {
   float const v = exponent ? std::ldexp(1 + mantissa / 8.0f, exponent - 7) : std::ldexp(mantissa / 8.0f, -6);
   return byte & 128 ? -v : v;
 }
-inline uint8_t to_e4m3_byte(float v) {  // of v >= 0: nearest, ties to even, at most 448
+inline uint8_t to_e4m3_byte(float v) {  // of v >= 0 or NaN: nearest, ties to even, at most 448
+  if (v != v) return 127;
   uint8_t nearest = 0;
   for (int byte = 1; byte < 127; ++byte) {
     float const step = std::fabs(e4m3_to_float(byte) - v), best = std::fabs(e4m3_to_float(nearest) - v);

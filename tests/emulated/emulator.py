@@ -97,15 +97,20 @@ def _pack(
 def _compile(folder: Path, spec: Spec) -> ctypes.CDLL:
     kernel = "PackedMma" if isinstance(spec, PackedMmaSpec) else "PackedWgmma"
     head, _, _ = render(spec).partition('extern "C"')  # the kernel's own source, up to its entry point
-    source, target = folder / f"{spec.name}.cpp", folder / f"{spec.name}.so"
-    source.write_text('#include "cuda.hpp"\n' + head + _DRIVER.replace("KERNEL", kernel), encoding="utf-8")
-    command = ["g++", *_FLAGS, f"-I{folder}", str(source), "-o", str(target)]
+    library = compile_cpp(folder, spec.name, head + _DRIVER.replace("KERNEL", kernel))
+    library.run.restype = ctypes.c_char_p
+    return library
+
+
+def compile_cpp(folder: Path, name: str, source: str) -> ctypes.CDLL:
+    """``source``, which may include the package's headers, as a library. Raises RuntimeError with g++'s words."""
+    file, target = folder / f"{name}.cpp", folder / f"{name}.so"
+    file.write_text('#include "cuda.hpp"\n' + source, encoding="utf-8")
+    command = ["g++", *_FLAGS, f"-I{folder}", str(file), "-o", str(target)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
         raise RuntimeError(f"{' '.join(command)}\n{done.stderr[:4000]}")
-    library = ctypes.CDLL(str(target))
-    library.run.restype = ctypes.c_char_p
-    return library
+    return ctypes.CDLL(str(target))
 
 
 def make(folder: Path) -> Emulator:

@@ -8,6 +8,7 @@ using uint8_t = unsigned char;
 using uint16_t = unsigned short;
 using uint32_t = unsigned int;
 using int64_t = long long;
+using uint64_t = unsigned long long;
 
 inline constexpr int kBlock = 16;             // values that share one e4m3 scale
 inline constexpr float kFloatMax = 0x1.fffffep127f;
