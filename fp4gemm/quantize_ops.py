@@ -5,12 +5,12 @@ A custom op passes plain tensors and names: ``_flat`` takes checked arguments ap
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
-from fp4gemm import calls, reference
+from fp4gemm import calls, reference, select, tile_calls
 from fp4gemm.dispatch import direct, on_its_device, on_kernels
 from fp4gemm.formats import BLOCK, PLAIN, QuantizeOptions, padded_k, scale_layout
 from fp4gemm.reference.arguments import (
@@ -23,8 +23,9 @@ from fp4gemm.reference.arguments import (
 )
 from fp4gemm.reference.quantize import quantize_checked, write
 from fp4gemm.tensor import FP4Tensor
+from fp4gemm.tile_calls import Parts
 
-_Parts = tuple[Tensor, Tensor, Tensor]
+_T = TypeVar("_T")
 
 
 def quantize(
@@ -154,31 +155,83 @@ def amax(
     return tuple(implementation(x, rows, columns, tensor, hadamard))
 
 
-def run(args: QuantizeArguments) -> _Parts:
+def run(args: QuantizeArguments) -> Parts:
     """Data, block scales and outer scales of checked arguments."""
     x = args.source
-    if (
-        args.options is PLAIN
-        and on_kernels(x)
-        and args.block[0] == 1
-        and args.amax is None
-        and x.dtype != torch.float8_e4m3fn
-    ):
-        return on_its_device(x, calls.quantize, x, args.per_tensor, args.sf_layout, args.convention, args.outer_scale)[
-            :3
-        ]
+    if _has_kernels(x):
+        if _by_tiles(args):
+            return on_its_device(x, _run_tiles, args, None, None)
+        if args.options is PLAIN and args.amax is None:
+            plain = args.per_tensor, args.sf_layout, args.convention, args.outer_scale
+            return on_its_device(x, calls.quantize, x, *plain)[:3]
     t = quantize_checked(args)
     return t.data, t.block_scale, t.outer_scale
 
 
 def run_into(out: FP4Tensor, args: QuantizeArguments, noop: Tensor | None) -> None:
     """The same, written into ``out`` where ``noop`` is None or zero."""
-    write(out, FP4Tensor(*run(args), args.shape, args.sf_layout), noop)
+    parts = out.data, out.block_scale, out.outer_scale
+    if _has_kernels(args.source) and _by_tiles(args) and tile_calls.can_write(*parts):
+        on_its_device(args.source, _run_tiles, args, parts, noop)
+    else:
+        write(out, FP4Tensor(*run(args), args.shape, args.sf_layout), noop)
 
 
 def run_both(rows: QuantizeArguments, columns: QuantizeArguments) -> tuple[Tensor, ...]:
     """The three of each result."""
-    return *run(rows), *run(columns)
+    x = rows.source
+    if not _has_kernels(x) or rows.options.adaptive or rows.per_tensor != columns.per_tensor:
+        return *run(rows), *run(columns)
+    both = on_its_device(x, _run_both_tiles, rows, columns)
+    return *both[0], *both[1]
+
+
+def _has_kernels(x: Tensor) -> bool:
+    return on_kernels(x) and x.dtype in select.DTYPE_NAMES
+
+
+def _is_transposed(x: Tensor) -> bool:
+    """Whether columns are what is contiguous."""
+    return x.stride(0) == 1 and x.stride(1) != 1
+
+
+def _by_tiles(args: QuantizeArguments) -> bool:
+    """Whether the tile kernel makes this result: a transposed one, or one of 16 x 16 blocks."""
+    o = args.options
+    if o.adaptive is not None or o.residual:
+        return False
+    return o.hadamard is not None or _is_transposed(args.source) or args.block[0] == BLOCK
+
+
+def _run_tiles(args: QuantizeArguments, into: Parts | None, noop: Tensor | None) -> Parts:
+    o = args.options
+    by_column = o.hadamard is not None or _is_transposed(args.source)
+
+    def placed(value: _T) -> tuple[_T | None, _T | None]:
+        return (None, value) if by_column else (value, None)
+
+    result = tile_calls.quantize(
+        args.source.t() if by_column else args.source, placed(args.sf_layout), per_tensor=args.per_tensor,
+        convention=args.convention, square=args.block[0] == BLOCK,
+        outer_scales=None if args.outer_scale is None else placed(args.outer_scale),
+        amaxes=None if args.amax is None else placed(args.amax),
+        hadamard=o.hadamard, seed=args.seed, noop=noop, into=placed(into),
+    )[by_column]  # fmt: skip
+    assert result is not None
+    return result.parts
+
+
+def _run_both_tiles(rows: QuantizeArguments, columns: QuantizeArguments) -> tuple[Parts, Parts]:
+    by_row, by_column = tile_calls.quantize(
+        rows.source, (rows.sf_layout, columns.sf_layout), per_tensor=rows.per_tensor, convention=rows.convention,
+        square=rows.block[0] == BLOCK,
+        outer_scales=None if rows.outer_scale is None else (rows.outer_scale, columns.outer_scale),
+        amaxes=None if rows.amax is None else (rows.amax, columns.amax),
+        hadamard=columns.options.hadamard, seed=rows.seed,
+    )  # fmt: skip
+    assert by_row is not None
+    assert by_column is not None
+    return by_row.parts, by_column.parts
 
 
 def _flat_seed(seed: Tensor | int | None) -> tuple[Tensor | None, int | None]:
@@ -217,7 +270,7 @@ _SCHEMA = (
 )
 
 
-def _quantize(*flat: Any) -> _Parts:
+def _quantize(*flat: Any) -> Parts:
     return run(_arguments(*flat))
 
 
@@ -226,11 +279,11 @@ def _quantize_out(data: Tensor, block_scale: Tensor, outer: Tensor, noop: Tensor
     run_into(FP4Tensor(data, block_scale, outer, args.shape, args.sf_layout), args, noop)
 
 
-def _fake_quantize(*flat: Any) -> _Parts:
+def _fake_quantize(*flat: Any) -> Parts:
     return _empty_parts(_arguments(*flat))
 
 
-def _empty_parts(args: QuantizeArguments) -> _Parts:
+def _empty_parts(args: QuantizeArguments) -> Parts:
     x, (m, k) = args.source, args.shape
     return (
         x.new_empty((m, padded_k(k) // 2), dtype=torch.uint8),
@@ -281,7 +334,13 @@ def _fake_quantize_both(*flat: Any) -> tuple[Tensor, ...]:
 
 
 def _amax(x: Tensor, rows: bool, columns: bool, tensor: bool, hadamard: int | None) -> list[Tensor]:
-    return list(reference.amax(x, rows=rows, columns=columns, tensor=tensor, hadamard=hadamard))
+    if not _has_kernels(x):
+        return list(reference.amax(x, rows=rows, columns=columns, tensor=tensor, hadamard=hadamard))
+
+    def found() -> list[Tensor]:
+        return tile_calls.amax(x, rows=rows, columns=columns, tensor=tensor, hadamard=hadamard)
+
+    return on_its_device(x, found)
 
 
 def _fake_amax(x: Tensor, rows: bool, columns: bool, tensor: bool, hadamard: int | None) -> list[Tensor]:

@@ -54,6 +54,11 @@ class Output:
         )
 
     @property
+    def parts(self) -> Parts:
+        """What an FP4Tensor of it holds."""
+        return self.data, self.block_scale, self.outer_scale
+
+    @property
     def stride(self) -> int:
         """Of ``scale_in`` and ``outer_scale``."""
         return self.scale_in.dim()
@@ -66,7 +71,14 @@ class Output:
         return (*addresses, self.scale_in.data_ptr())
 
 
+Parts = tuple[Tensor, Tensor, Tensor]  # data, block scales, outer scales
 _NO_OUTPUT = (0, 0, 0, 0)
+
+
+def can_write(data: Tensor, block_scale: Tensor, outer_scale: Tensor) -> bool:
+    """Whether a kernel can store to these tensors of a caller."""
+    aligned = data.data_ptr() % _ALIGNMENT == 0 and block_scale.data_ptr() % _ALIGNMENT == 0
+    return aligned and data.is_contiguous() and block_scale.is_contiguous() and outer_scale.is_contiguous()
 
 
 def vectorized(x: Tensor) -> bool:
@@ -171,12 +183,13 @@ def quantize(
     x: Tensor, layouts: tuple[str | None, str | None], *, per_tensor: bool, convention: str, square: bool = False,
     outer_scales: tuple[Tensor | None, Tensor | None] | None = None,
     amaxes: tuple[Tensor | None, Tensor | None] | None = None,
-    hadamard: int | None = None, seed: Tensor | int | None = None,
+    hadamard: int | None = None, seed: Tensor | int | None = None, noop: Tensor | None = None,
+    into: tuple[Parts | None, Parts | None] = (None, None),
 ) -> tuple[Output | None, Output | None]:  # fmt: skip
-    """New NVFP4 tensors of x [M, K], M and K positive, and of its transpose, by scale ``layouts``, None: not wanted.
+    """NVFP4 of x [M, K], M and K positive, and of its transpose, by scale ``layouts``, None: not wanted.
 
     ``outer_scales`` or ``amaxes``, [] or a value for each line, for each result that is wanted; without either, amaxes
-    are taken from x in a launch of their own.
+    are taken from x in a launch of their own. ``into``: tensors to write to, instead of new ones.
     """
     m, k = x.shape
     by_row, by_column = (layout is not None for layout in layouts)
@@ -185,12 +198,14 @@ def quantize(
         scales = _amaxes(x, by_row, by_column, per_tensor, hadamard)
     shapes = ((m, k), (k, m if hadamard is None else scale_columns(m) * BLOCK))
     rows, columns = (
-        None if layout is None or scale is None else Output.allocate(*shape, layout, scale)
-        for layout, scale, shape in zip(layouts, scales, shapes, strict=True)
-    )
-    given = outer_scales is not None
+        None if layout is None or scale is None
+        else Output.allocate(*shape, layout, scale) if parts is None
+        else Output(*parts, layout, scale.reshape(parts[2].shape))
+        for layout, scale, shape, parts in zip(layouts, scales, shapes, into, strict=True)
+    )  # fmt: skip
     quantize_into(
-        x, rows, columns, given=given, convention=convention, square=square, hadamard=hadamard, seed=seed
+        x, rows, columns, given=outer_scales is not None, convention=convention, square=square, hadamard=hadamard,
+        seed=seed, noop=noop,
     )  # fmt: skip
     return rows, columns
 
