@@ -19,8 +19,8 @@ from fp4gemm.launch import Launcher
 from fp4gemm.spec import TILE
 
 # The structs of templates/include/fp4gemm/quantize_tile.hpp: keep both alike.
-TILE_QUANTIZE_ARGUMENTS = struct.Struct("<Q3q2i4Q4Q3Q4i")
-TILE_AMAX_ARGUMENTS = struct.Struct("<Q3q2i4Qi4x")
+TILE_QUANTIZE_ARGUMENTS = struct.Struct("<Q3q2iIi4Q4Q3Q4i")
+TILE_AMAX_ARGUMENTS = struct.Struct("<Q3q2iIi4Qi4x")
 
 _ALIGNMENT = 16  # of results, bytes
 _SEED = 2**64
@@ -95,8 +95,16 @@ def tiles(x: Tensor) -> int:
     return count
 
 
+@lru_cache(maxsize=4096)
+def _division(divisor: int) -> tuple[int, int]:
+    """(magic, shift) with t // divisor == (t * magic >> 32) >> shift for 0 <= t < 2**31; magic 0 for divisor 1."""
+    bits = (divisor - 1).bit_length()  # magic has 32 of them
+    return (-(-(1 << (31 + bits)) // divisor), bits - 1) if bits else (0, 0)
+
+
 def _source(x: Tensor) -> tuple[int, ...]:
-    return (x.data_ptr(), *x.stride(), *x.shape, -(-x.shape[1] // TILE))
+    columns = -(-x.shape[1] // TILE)
+    return (x.data_ptr(), *x.stride(), *x.shape, columns, *_division(columns))
 
 
 def quantize_values(
@@ -169,7 +177,7 @@ def amax(
     m, k = x.shape
     sizes = (m * rows, k * columns, int(tensor), int(transformed))
     zeros = x.new_zeros(sum(sizes), dtype=torch.float32)  # one launch for all of them
-    parts = zeros.split(sizes)
+    parts = torch.split(zeros, list(sizes))
     wanted = tuple(part if size else None for part, size in zip(parts, sizes, strict=True))
     by_column = columns or transformed
     device, stream = x.device.index, torch._C._cuda_getCurrentRawStream(x.device.index)

@@ -234,8 +234,8 @@ template <class Config> class TileQuantizer {
       : args_(args),
         shared_(shared),
         tile_(shared),
-        row0_(static_cast<int64_t>(blockIdx.x / args.source.column_tiles) * kTile),
-        column0_(blockIdx.x % args.source.column_tiles * kTile) {}
+        row0_(args.source.row_tile(blockIdx.x) * int64_t{kTile}),
+        column0_((blockIdx.x - args.source.row_tile(blockIdx.x) * args.source.column_tiles) * kTile) {}
 
   __device__ void run() const {
     if (args_.noop != nullptr && skips()) return;
@@ -430,8 +430,8 @@ template <class Config> class TileAmax {
       : args_(args),
         tile_(shared),
         lines_(reinterpret_cast<float*>(shared + Tile<Element>::kBytes)),
-        row0_(static_cast<int64_t>(blockIdx.x / args.source.column_tiles) * kTile),
-        column0_(blockIdx.x % args.source.column_tiles * kTile) {}
+        row0_(args.source.row_tile(blockIdx.x) * int64_t{kTile}),
+        column0_((blockIdx.x - args.source.row_tile(blockIdx.x) * args.source.column_tiles) * kTile) {}
 
   __device__ void run() const {
     tile_.template load<Config::kVectorized>(args_.source, row0_, column0_);

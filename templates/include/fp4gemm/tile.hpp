@@ -23,6 +23,12 @@ struct TileSource {
   int64_t rows;
   int columns;
   int column_tiles;  // ceil(columns / 128)
+  uint32_t magic;  // t / column_tiles for 0 <= t < 2^31 is (t * magic >> 32) >> shift; 0: column_tiles is 1
+  int shift;
+
+  __device__ int row_tile(uint32_t tile) const {
+    return static_cast<int>(magic == 0 ? tile : __umulhi(tile, magic) >> shift);
+  }
 };
 
 template <class Element> class Tile {
@@ -56,9 +62,10 @@ template <class Element> class Tile {
       auto const* from = x + ((row0 + first) * source.row_stride + column) * Element::kBytes;
       int64_t const step = source.row_stride * kRows * Element::kBytes;
       if (row0 + kTile <= source.rows && column0 + kTile <= source.columns) {
+        uint32_t const to = keep(shared_address(shared_) + offset(first, chunk));
 #pragma unroll
         for (int i = 0; i < kTile; i += kRows) {
-          copy_16_bytes(shared_address(shared_) + offset(first + i, chunk), from);
+          copy_16_bytes((to ^ i / 32 * 32) + i * kRowBytes, from);  // as offset() has it
           from += step;
         }
         return;
