@@ -19,8 +19,8 @@ from fp4gemm.launch import Launcher
 from fp4gemm.spec import TILE
 
 # The structs of templates/include/fp4gemm/quantize_tile.hpp: keep both alike.
-TILE_QUANTIZE_ARGUMENTS = struct.Struct("<Q3q2iIi4Q4Q3Q4i")
-TILE_AMAX_ARGUMENTS = struct.Struct("<Q3q2iIi4Qi4x")
+TILE_QUANTIZE_ARGUMENTS = struct.Struct("<Q3q2iIi4Q4Q3Q8I3i4x")
+TILE_AMAX_ARGUMENTS = struct.Struct("<Q3q2iIi4Q8I")
 
 _ALIGNMENT = 16  # of results, bytes
 _SEED = 2**64
@@ -95,6 +95,12 @@ def _source(x: Tensor) -> tuple[int, ...]:
     return (x.data_ptr(), *x.stride(), *x.shape, columns, *_division(columns))
 
 
+@lru_cache(maxsize=64)
+def _signs(mask: int) -> tuple[int, ...]:
+    """The eight words of HadamardSigns (templates/include/fp4gemm/hadamard.hpp)."""
+    return tuple((mask >> 2 * i & 1) << 15 | (mask >> 2 * i + 1 & 1) << 31 for i in range(BLOCK // 2))
+
+
 def quantize_values(
     x: Tensor, rows: Output | None, columns: Output | None, hadamard: int | None, seed: Tensor | int | None,
     noop: Tensor | None,
@@ -105,9 +111,9 @@ def quantize_values(
         *_source(x),
         *(_NO_OUTPUT if rows is None else rows.addresses),
         *(_NO_OUTPUT if columns is None else columns.addresses),
-        0 if noop is None else noop.data_ptr(), at, value,
+        0 if noop is None else noop.data_ptr(), at, value, *_signs(hadamard or 0),
         0 if rows is None else rows.stride, 0 if columns is None else columns.stride,
-        hadamard or 0, 1 if noop is None else noop.element_size(),
+        1 if noop is None else noop.element_size(),
     )  # fmt: skip
 
 
@@ -143,7 +149,7 @@ def quantize_into(
 
 def amax_values(x: Tensor, results: tuple[Tensor | None, ...], hadamard: int | None) -> tuple[int, ...]:
     """The fields of ``TILE_AMAX_ARGUMENTS``; ``results``: of rows, of columns, of the tensor, of the transformed one."""
-    return (*_source(x), *(0 if t is None else t.data_ptr() for t in results), hadamard or 0)
+    return (*_source(x), *(0 if t is None else t.data_ptr() for t in results), *_signs(hadamard or 0))
 
 
 @lru_cache(maxsize=64)

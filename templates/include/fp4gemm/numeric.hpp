@@ -153,10 +153,11 @@ struct Fp32 {
     return fabsf(m);
   }
   __device__ static uint32_t signs(Block const& x, int h) {
-    uint32_t bits = 0;
-#pragma unroll
-    for (int i = 0; i < 8; ++i) bits |= (x.w[8 * h + i] >> 31) << (4 * i + 3);
-    return bits;
+    uint32_t const* w = x.w + 8 * h;
+    auto const four = [&](int i) {  // the top bytes of every second value
+      return gather_bytes(gather_bytes(w[i], w[i + 2], 0x73), gather_bytes(w[i + 4], w[i + 6], 0x73), 0x5410);
+    };
+    return ((four(0) >> 4) & 0x08080808u) | (four(1) & 0x80808080u);
   }
 };
 

@@ -32,8 +32,8 @@ struct TileQuantizeArguments {
   void const* noop;  // null, or where noop_bytes bytes that are not all 0 make the kernel do nothing
   uint64_t const* seed_at;  // null, or where the seed is
   uint64_t seed;
+  HadamardSigns hadamard;
   int rows_stride, columns_stride;  // of scale_in and outer_scale: 0 or 1
-  int hadamard;  // sign mask
   int noop_bytes;  // 1 or 4
 };
 
@@ -352,7 +352,7 @@ template <class Config> class TileQuantizer {
     }
   }
 
-  // Block `block` of line `line` of this tile, which is block number `number` of the result.
+  // Block `block` of line `line` of this tile, which is block `number` of the result.
   template <bool kColumn> __device__ Encoded encode(typename Element::Block const& x, float2 level, int line, int block,
                                                     uint64_t seed, int64_t number) const {
     float bmax = -1.0f;
@@ -406,7 +406,7 @@ struct TileAmaxArguments {
   TileSource source;
   float *rows, *columns;  // [rows], [columns]
   float *tensor, *transformed;  // [1]: the largest of rows, and of columns
-  int hadamard;  // sign mask
+  HadamardSigns hadamard;
 };
 
 template <class Element_, bool kRows_, bool kColumns_, bool kHadamard_, bool kVectorized_> struct TileAmaxConfig {
