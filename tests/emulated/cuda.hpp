@@ -30,6 +30,9 @@ struct uint2 {
 struct uint4 {
   uint32_t x, y, z, w;
 };
+struct int4 {
+  int x, y, z, w;
+};
 struct float2 {
   float x, y;
 };
@@ -126,19 +129,20 @@ template <class T> T shuffle(T v, int from) {
 template <class T> T __shfl_sync(unsigned, T v, int from) { return shuffle(v, from); }
 template <class T> T __shfl_xor_sync(unsigned, T v, int mask) { return shuffle(v, lane() ^ mask); }
 
-// Runs kernel() in `ctas` CTAs; what went wrong, or null.
-inline char const* run_grid(void (*kernel)(), int ctas, int cluster_size, int threads, int shared_bytes,
-                            unsigned seed) {
+// Runs kernel() in `ctas` CTAs, in `layers` of them along y; what went wrong, or null.
+inline char const* run_grid(void (*kernel)(), int ctas, int cluster_size, int threads, int shared_bytes, unsigned seed,
+                            int layers = 1) {
   static void (*body)();
-  body = kernel, gridDim = {ctas}, cta_threads = threads, failure = nullptr;
+  body = kernel, gridDim = {ctas, layers}, cta_threads = threads, failure = nullptr;
   std::mt19937 random(seed);
-  for (int first = 0; first < ctas; first += cluster_size) {
+  for (int at = 0; at < ctas * layers; at += cluster_size) {
+    int const first = at % ctas, layer = at / ctas;
     Cluster cluster;
     cluster.threads = cluster_size * threads;
     std::vector<std::vector<std::unique_ptr<Fiber>>> warps;
     for (int i = 0; i < cluster_size; ++i) {
       auto cta = std::make_unique<Cta>();
-      cta->cluster = &cluster, cta->block = {first + i};
+      cta->cluster = &cluster, cta->block = {first + i, layer};
       cta->memory.assign(shared_bytes + 1024, 0xA5);
       cta->shared = cta->memory.data() + (1024 - reinterpret_cast<uintptr_t>(cta->memory.data()) % 1024) % 1024;
       for (int thread = 0; thread < threads; ++thread) {
