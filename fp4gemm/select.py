@@ -58,7 +58,9 @@ def quantize_spec(
     if options.residual:
         columns = scale_columns(k) + 3  # companions move where it begins
     tiled = sf_layout != "linear"
-    blocks = min(4 if tiled and dtype != "fp32" else 2, max(1, columns // 32))
+    # Noise costs instructions, and more blocks share what a thread does once.
+    most = 4 if (tiled or options.stochastic) and dtype != "fp32" else 2
+    blocks = min(most, max(1, columns // 32))
     threads = _threads(columns, blocks)
     resident = threads <= 1024
     if not resident:

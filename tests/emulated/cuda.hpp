@@ -213,9 +213,6 @@ inline float __fmaf_rd(float a, float b, float c) {
   return rounded;
 }
 inline float __fadd_rd(float a, float b) { return __fmaf_rd(a, 1.0f, b); }
-inline uint32_t __vminu2(uint32_t a, uint32_t b) {
-  return std::min(a & 0xFFFF, b & 0xFFFF) | std::min(a >> 16, b >> 16) << 16;
-}
 inline uint32_t __vimin3_u32(uint32_t a, uint32_t b, uint32_t c) { return std::min(a, std::min(b, c)); }
 inline uint32_t __funnelshift_l(uint32_t low, uint32_t high, int n) {
   return static_cast<uint32_t>((static_cast<uint64_t>(high) << 32 | low) << (n % 32) >> 32);

@@ -43,11 +43,11 @@ template <Adaptive kError, class Convention> class Candidate {
     if (i % 8 == 7) word_[i / 8] -= kMagnitudeBias;
     add(__fmul_rn(__uint_as_float(bits << 22), 0x1p126f), level);
   }
-  // Any value; NaN does not count.
-  __device__ void take_any(int i, float magnitude, float level) {
-    uint32_t const code = to_e2m1(quotient(magnitude));
+  // Any value, with its sign; NaN does not count.
+  __device__ void take_any(int i, float value, float encode) {
+    uint32_t const code = to_e2m1(copysignf(quotient(fabsf(value)), value));
     word_[i / 8] |= code << (4 * (i % 8));
-    if (level == level) add(__fmul_rn(__uint_as_float(code << 22), 0x1p126f), level);
+    if (value == value) add(__fmul_rn(__uint_as_float((code & 7) << 22), 0x1p126f), __fmul_rn(fabsf(value), encode));
   }
 };
 
@@ -56,24 +56,20 @@ struct EncodedBlock {
   uint8_t scale;
 };
 
-template <class Element, class Candidate>
-__device__ __forceinline__ EncodedBlock choose(typename Element::Block const& x, Candidate const& six,
-                                               Candidate const& four) {
-  bool const takes_four = four.error() < six.error();
-  Candidate const& best = takes_four ? four : six;
-  return {{best.codes(0) | Element::signs(x, 0), best.codes(1) | Element::signs(x, 1)}, best.scale};
+template <class Candidate> __device__ __forceinline__ EncodedBlock better(Candidate const& six, Candidate const& four) {
+  Candidate const& best = four.error() < six.error() ? four : six;
+  return {{best.codes(0), best.codes(1)}, best.scale};
 }
 
 template <class Element, class Candidate> __device__ __noinline__ EncodedBlock adaptive_any(typename Element::Block x,
-                                                                                            float level, Candidate six,
+                                                                                            float encode, Candidate six,
                                                                                             Candidate four) {
 #pragma unroll
   for (int i = 0; i < kBlock; ++i) {
-    float const magnitude = fabsf(Element::value(x, i));
-    six.take_any(i, magnitude, __fmul_rn(magnitude, level));
-    four.take_any(i, magnitude, __fmul_rn(magnitude, level));
+    six.take_any(i, Element::value(x, i), encode);
+    four.take_any(i, Element::value(x, i), encode);
   }
-  return choose<Element>(x, six, four);
+  return better(six, four);
 }
 
 template <Adaptive kError, class Element, class Convention>
@@ -90,7 +86,9 @@ __device__ __forceinline__ EncodedBlock encode_adaptive(typename Element::Block 
     six.template take<false>(i, magnitude, level);
     four.template take<true>(i, magnitude, level);
   }
-  return choose<Element>(x, six, four);
+  EncodedBlock best = better(six, four);
+  best.codes.x |= Element::signs(x, 0), best.codes.y |= Element::signs(x, 1);
+  return best;
 }
 
 }  // namespace fp4gemm

@@ -47,6 +47,13 @@ struct Stochastic {
   }
 };
 
+template <bool kStochastic> struct RoundingOf {
+  using Type = NearestEven;
+};
+template <> struct RoundingOf<true> {
+  using Type = Stochastic;
+};
+
 template <class Element, class Divider, class Rounding>
 __device__ __forceinline__ uint32_t encode_half(typename Element::Block const& x, int half, Divider const& divider,
                                                 Rounding const& rounding) {

@@ -209,6 +209,7 @@ template <class Config> class RowQuantizer {
   static constexpr int kStep = Config::kThreads * Config::kBlocks;  // columns at a time
   // A tiled layout scatters the scales of one row in words of four; the rows of a CTA together fill whole chunks.
   using Options = typename Config::Options;
+  using Rounding = typename RoundingOf<Options::kStochastic>::Type;
   static constexpr bool kPairs = Options::kResidual != Residual::kNone;
   static constexpr bool kStaged = Scales::kTiled && Config::kRows % 4 == 0 && (!kPairs || Config::kResident);
   // Encoded before its scale is stored: what the codes are decides, or depends on, the scales.
@@ -331,13 +332,26 @@ template <class Config> class RowQuantizer {
     return kPairs ? column + max(0, min(column, args_.columns) - first_pair()) : column;
   }
 
-  __device__ auto rounding(uint64_t seed, int place) const {
-    if constexpr (Options::kStochastic) {
-      return Stochastic{philox_block(seed, static_cast<uint64_t>(row_) * out_columns<Config>(args_) + place)};
-    } else {
-      return NearestEven{};
-    }
+  __device__ uint64_t number(int place) const {
+    return static_cast<uint64_t>(row_) * out_columns<Config>(args_) + place;
   }
+  __device__ Rounding rounding(uint64_t seed, int place) const {
+    if constexpr (Options::kStochastic) return {philox_block(seed, number(place))};
+    return {};
+  }
+  // Of blocks i and i + 1 of a step: two at a time share round keys, more would need registers.
+  __device__ void round_two(uint64_t seed, int first, int i, Stochastic (&roundings)[Config::kBlocks]) const {
+    constexpr int kCount = Config::kBlocks == 1 ? 1 : 2;
+    uint64_t numbers[kCount];
+    PhiloxBlock noise[kCount];
+#pragma unroll
+    for (int j = 0; j < kCount; ++j) numbers[j] = number(first + (i + j) * Config::kThreads + thread_);
+    philox_blocks(seed, numbers, noise);
+#pragma unroll
+    for (int j = 0; j < kCount; ++j)
+      if (i + j < Config::kBlocks) roundings[i + j] = {noise[j]};
+  }
+  __device__ void round_two(uint64_t, int, int, NearestEven (&)[Config::kBlocks]) const {}
   __device__ uint64_t seed() const {
     if constexpr (Options::kStochastic) return args_.seed_in ? *args_.seed_in : args_.seed;
     return 0;
@@ -420,14 +434,15 @@ template <class Config> class RowQuantizer {
       if (has_companion(column)) writer.put(place(column) + 1, result.companion_scale);
     }
     writer.flush();
+    Rounding roundings[Config::kBlocks];
     auto* data = static_cast<uint2*>(args_.data) + row_ * out_columns<Config>(args_);
 #pragma unroll
     for (int i = 0; i < Config::kBlocks; ++i) {
       int const column = first + i * Config::kThreads + thread_;
+      if (!kEarly && i % 2 == 0) round_two(seed, first, i, roundings);
       if (!real_ || column >= args_.columns) continue;
       if constexpr (!kEarly) {
-        results[i].codes =
-            encode_block<Element, Convention>(x[i], amax[i], outer, results[i].scale, rounding(seed, column));
+        results[i].codes = encode_block<Element, Convention>(x[i], amax[i], outer, results[i].scale, roundings[i]);
       }
       data[place(column)] = results[i].codes;
       if (has_companion(column)) data[place(column) + 1] = results[i].companion;
