@@ -3,9 +3,9 @@
 // thread reads whole blocks along rows and along columns, so neither result needs communication.
 #pragma once
 
+#include "fp4gemm/encode.hpp"
 #include "fp4gemm/hadamard.hpp"
-#include "fp4gemm/philox.hpp"
-#include "fp4gemm/quantize.hpp"
+#include "fp4gemm/layout.hpp"
 #include "fp4gemm/tile.hpp"
 
 namespace fp4gemm {
@@ -108,28 +108,13 @@ __device__ __forceinline__ uint16_t to_e4m3_pair(float v) {
   return pair;
 }
 __device__ __forceinline__ float from_e4m3_pair(uint16_t pair) {
-  uint32_t both;
-  asm("cvt.rn.f16x2.e4m3x2 %0, %1;" : "=r"(both) : "h"(pair));
-  return half_to_float(static_cast<uint16_t>(both));
+  return half_to_float(static_cast<uint16_t>(e4m3x2_to_half2(pair)));
 }
 
 __device__ __forceinline__ float approximate_reciprocal(float v) {
   float r;
   asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(r) : "f"(v));
   return r;
-}
-
-// stochastic_code of each value, for blocks with NaN or Inf and for those beyond the largest code.
-template <class Element, class Divider>
-__device__ __noinline__ uint2 encode_any_stochastic(typename Element::Block x, Divider divider, PhiloxBlock noise) {
-  uint32_t word[2] = {};
-#pragma unroll
-  for (int i = 0; i < kBlock; ++i) {
-    float const value = Element::value(x, i), magnitude = divider.quotient(fabsf(value));
-    uint32_t const sign = magnitude == magnitude ? __float_as_uint(value) >> 31 << 3 : 0;
-    word[i / 8] |= (stochastic_code(magnitude, noise.w[i / 4] >> (i % 4 * 8) & 0xFF) | sign) << (4 * (i % 8));
-  }
-  return {word[0], word[1]};
 }
 
 // A convention's arithmetic for the common case, from two numbers that a line's blocks share. A line for which it would not
@@ -188,41 +173,36 @@ struct Encoded {
   uint32_t scale;
 };
 
-// A block in any case. shared_amax: that of its square, or negative.
-template <class Element, class Convention, bool kHadamard, bool kStochastic>
-__device__ __noinline__ Encoded encode_slowly(typename Element::Block x, float shared_amax, float level,
-                                              PhiloxBlock noise) {
+// A block in any case. square_amax: the largest magnitude that its scale covers, if that is not its own; else negative.
+template <class Element, class Convention, bool kHadamard, class Rounding>
+__device__ __noinline__ Encoded encode_slowly(typename Element::Block x, float square_amax, float level,
+                                              Rounding rounding) {
   if constexpr (kHadamard) {
 #pragma unroll
     for (int i = 0; i < kBlock; ++i) x.w[i] = __float_as_uint(__fmul_rn(__uint_as_float(x.w[i]), kHadamardFactor));
   }
   typename Convention::Outer const outer{level, 0.0f};
-  float const amax = shared_amax < 0.0f ? amax_without_nan<Element>(x) : shared_amax;
-  uint8_t const scale = Convention::block_scale(outer, amax);
-  auto const divider = Convention::divider(outer, scale);
-  if constexpr (kStochastic) {
-    return {encode_any_stochastic<Element>(x, divider, noise), scale};
-  } else {
-    return {encode_any<Element>(x, divider), scale};
-  }
+  uint8_t const scale = Convention::block_scale(outer, square_amax < 0.0f ? amax_without_nan<Element>(x) : square_amax);
+  return {encode_any<Element>(x, Convention::divider(outer, scale), rounding), scale};
 }
 
 template <class Config> class TileQuantizer {
-  using Element = typename Config::Element;
+  using Tile = fp4gemm::Tile<typename Config::Element>;
+  using Element = typename Tile::Value;
   using Convention = typename Config::Convention;
   using Outer = typename Convention::Outer;
   static constexpr int kScaleBytes = kTile * kTileBlocks;
 
   TileQuantizeArguments const& args_;
   uint8_t* const shared_;
-  Tile<Element> const tile_;
+  Tile const tile_;
   int64_t const row0_;
   int const column0_;
 
   // Behind the tile: scales of either result, then for each line of either a level and the quick form of it, then the squares' amaxes.
-  __device__ uint8_t* scales(int side) const { return shared_ + Tile<Element>::kBytes + side * kScaleBytes; }
+  __device__ uint8_t* scales(int side) const { return shared_ + Tile::kBytes + side * kScaleBytes; }
   __device__ float* levels(int side) const {
-    return reinterpret_cast<float*>(shared_ + Tile<Element>::kBytes + 2 * kScaleBytes) + side * kTile;
+    return reinterpret_cast<float*>(shared_ + Tile::kBytes + 2 * kScaleBytes) + side * kTile;
   }
   __device__ float2* quick(int side) const { return reinterpret_cast<float2*>(levels(2)) + side * kTile; }
   __device__ int* square(int row, int column) const {  // a block of rows and one of columns
@@ -309,7 +289,7 @@ template <class Config> class TileQuantizer {
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
         float const amax = fabsf(flagged_amax<Element>(tile_.row_block(step, half)));
-        int const row = (place.line + step * Tile<Element>::kRowStep) / kBlock;
+        int const row = (place.line + step * Tile::kRowStep) / kBlock;
         atomicMax(square(row, place.pair * 2 + half), __float_as_int(amax));
       }
     }
@@ -318,9 +298,9 @@ template <class Config> class TileQuantizer {
 
   // A thread's blocks of one of the results; load(step, half) reads one.
   template <bool kColumn, class Load>
-  __device__ void store_lines(typename Tile<Element>::Place const& place, uint64_t seed, Load const& load) const {
+  __device__ void store_lines(typename Tile::Place const& place, uint64_t seed, Load const& load) const {
     using Scales = typename Select<kColumn, typename Config::ColumnScales, typename Config::RowScales>::Type;
-    constexpr int kStep = kColumn ? Tile<Element>::kColumnStep : Tile<Element>::kRowStep;
+    constexpr int kStep = kColumn ? Tile::kColumnStep : Tile::kRowStep;
     int const row_blocks = blocks<kColumn>(), left = row_blocks - block0<kColumn>() - 2 * place.pair;
     int64_t const lines_left = lines<kColumn>() - line0<kColumn>();
     // All of the tile is there, and rows of the result begin on 16 bytes: the same for all threads.
@@ -330,7 +310,7 @@ template <class Config> class TileQuantizer {
     int64_t const step_blocks = static_cast<int64_t>(kStep) * row_blocks;
     uint32_t scale_at = keep(TileScales<Scales>::offset(place.line, 2 * place.pair));
 #pragma unroll 1
-    for (int step = 0; step < Tile<Element>::kSteps; ++step) {
+    for (int step = 0; step < Tile::kSteps; ++step) {
       int const line = place.line + step * kStep;
       float2 const level = quick(kColumn)[line];
       Encoded low = encode<kColumn>(load(step, 0), level, line, 2 * place.pair, seed, number);
@@ -374,22 +354,13 @@ template <class Config> class TileQuantizer {
     float const amax = kHadamard ? Values::amax(x) * kHadamardFactor : Values::amax(x);
     auto const scale = Quick::scale(level, Config::kSquare ? square_amax : amax);
     auto divider = Quick::divider(level, scale);
-    PhiloxBlock noise{};
-    if constexpr (Config::kStochastic) noise = philox_block(seed, number);
+    typename RoundingOf<Config::kStochastic>::Type rounding;
+    if constexpr (Config::kStochastic) rounding.noise = philox_block(seed, number);
     // False for NaN, too.
     if (!(divider.quotient(amax) < kQuickLimit && Quick::ok(level)))
-      return encode_slowly<Values, Convention, kHadamard, Config::kStochastic>(x, square_amax, levels(side)[line],
-                                                                               noise);
+      return encode_slowly<Values, Convention, kHadamard>(x, square_amax, levels(side)[line], rounding);
     if constexpr (kHadamard) divider = times_factor(divider);
-    if constexpr (Config::kStochastic) {
-      auto const half = [&](int h) {
-        auto const magnitude = [&](int i) { return divider.quotient(fabsf(Values::value(x, 8 * h + i))); };
-        return stochastic_eight(magnitude, noise.w[2 * h], noise.w[2 * h + 1]) | Values::signs(x, h);
-      };
-      return {{half(0), half(1)}, scale};
-    } else {
-      return {{encode_half<Values>(x, 0, divider), encode_half<Values>(x, 1, divider)}, scale};
-    }
+    return {{encode_half<Values>(x, 0, divider, rounding), encode_half<Values>(x, 1, divider, rounding)}, scale};
   }
 
   template <bool kColumn> __device__ void flush(int thread) const {
@@ -417,10 +388,11 @@ template <class Element_, bool kRows_, bool kColumns_, bool kHadamard_, bool kVe
 };
 
 template <class Config> class TileAmax {
-  using Element = typename Config::Element;
+  using Tile = fp4gemm::Tile<typename Config::Element>;
+  using Element = typename Tile::Value;
 
   TileAmaxArguments const& args_;
-  Tile<Element> const tile_;
+  Tile const tile_;
   float* const lines_;  // of rows, then of columns
   int64_t const row0_;
   int const column0_;
@@ -429,7 +401,7 @@ template <class Config> class TileAmax {
   __device__ TileAmax(TileAmaxArguments const& args, uint8_t* shared)
       : args_(args),
         tile_(shared),
-        lines_(reinterpret_cast<float*>(shared + Tile<Element>::kBytes)),
+        lines_(reinterpret_cast<float*>(shared + Tile::kBytes)),
         row0_(args.source.row_tile(blockIdx.x) * int64_t{kTile}),
         column0_((blockIdx.x - args.source.row_tile(blockIdx.x) * args.source.column_tiles) * kTile) {}
 
@@ -442,7 +414,7 @@ template <class Config> class TileAmax {
         auto const place = tile_.row_place();
         float const amax =
             fmaxf(block_amax<Element>(tile_.row_block(step, 0)), block_amax<Element>(tile_.row_block(step, 1)));
-        reduce_line<8>(amax, place.pair, lines_ + place.line + step * Tile<Element>::kRowStep);
+        reduce_line<8>(amax, place.pair, lines_ + place.line + step * Tile::kRowStep);
       }
     }
     if constexpr (Config::kColumns) {
@@ -451,7 +423,7 @@ template <class Config> class TileAmax {
         auto const place = tile_.column_place();
         float amax = fmaxf(column_amax(step, 0), column_amax(step, 1));
         if constexpr (Config::kHadamard) amax *= kHadamardFactor;
-        reduce_line<1>(amax, place.pair, lines_ + kTile + place.line + step * Tile<Element>::kColumnStep);
+        reduce_line<1>(amax, place.pair, lines_ + kTile + place.line + step * Tile::kColumnStep);
       }
     }
     __syncthreads();
