@@ -124,12 +124,12 @@ class AmaxSpec:
 
 @dataclass(frozen=True)
 class TileQuantizeSpec:
-    """Quantizer of x, of its transpose, or of both from one read, with amaxes (``scaling`` ``amax``) or decode multipliers
-    (``given``) from memory (templates/include/fp4gemm/quantize_tile.hpp).
+    """Quantizer of x, of its transpose, or of both from one read (templates/include/fp4gemm/quantize_tile.hpp).
 
-    ``rows`` and ``columns`` are the scale layouts of the result and of the transposed one, None: not made. ``hadamard``
-    transforms the transposed one, with a mask given at launch; ``stochastic`` rounds both so; ``square``: one block scale
-    for 16 x 16 values. ``vectorized``: rows of x are contiguous and 16-byte aligned. ``ctas``: that an SM has room for."""
+    ``scaling``: it reads amaxes (``amax``) or decode multipliers (``given``). ``rows`` and ``columns`` are the scale
+    layouts of the result and of the transposed one, None: not made. ``hadamard`` transforms the transposed one, with a
+    mask given at launch; ``stochastic`` rounds both so; ``square``: one block scale for 16 x 16 values.
+    ``vectorized``: rows of x are contiguous and 16-byte aligned. ``ctas``: that an SM has room for."""
 
     template: ClassVar[str] = "quantize_tile.cu.jinja"
     uses_cutlass: ClassVar[bool] = False

@@ -1,7 +1,7 @@
 """The CUDA side of quantizing along columns, or both ways from one read of x, and of row and column amaxes.
 
-As in ``calls``: allocate, select, launch; nothing waits for the GPU; ops has checked arguments. A tile kernel takes outer
-scales from memory: amaxes, which another kernel has taken, or the decode multipliers that the caller gives.
+As in ``calls``: allocate, select, launch; nothing waits for the GPU; ops has checked arguments. A tile kernel takes
+outer scales from memory: amaxes, which another kernel has taken, or the decode multipliers that the caller gives.
 """
 
 from __future__ import annotations
@@ -122,7 +122,7 @@ def _quantizer(
     device: int, dtype: torch.dtype, scaling: str, convention: str, rows: str | None, columns: str | None,
     hadamard: bool, stochastic: bool, square: bool, vectorized: bool,
 ) -> Launcher:  # fmt: skip
-    arch, name = select.arch_of(device), select.DTYPE_NAMES[dtype]
+    arch, name = select.arch_of(device), select.INPUT_NAMES[dtype]
     flags = (hadamard, stochastic, square, vectorized)
     spec = select.tile_quantize_spec(arch, name, scaling, convention, rows, columns, *flags)
     return Launcher(spec, TILE_QUANTIZE_ARGUMENTS)
@@ -134,8 +134,8 @@ def quantize_into(
 ) -> None:  # fmt: skip
     """NVFP4 of x [M, K], M and K positive, into ``rows`` [M, K], of its transpose into ``columns`` [K, M], or both.
 
-    ``given``: ``scale_in`` holds decode multipliers, else amaxes. ``square``: block=(16, 16). ``hadamard``: the sign mask
-    of the transform of ``columns``. ``seed``: int, or int64 tensor of one value on the device; None: nearest even.
+    ``given``: ``scale_in`` holds decode multipliers, else amaxes. ``square``: block=(16, 16). ``hadamard``: the sign
+    mask of the transform of ``columns``. ``seed``: int, or int64 tensor of one value on the device; None: nearest even.
     ``noop``: bool, uint8, int32 or float32 tensor of one value; where it is not 0, nothing is written.
     """
     stream = torch._C._cuda_getCurrentRawStream(x.device.index)
@@ -148,7 +148,7 @@ def quantize_into(
 
 
 def amax_values(x: Tensor, results: tuple[Tensor | None, ...], hadamard: int | None) -> tuple[int, ...]:
-    """The fields of ``TILE_AMAX_ARGUMENTS``; ``results``: of rows, of columns, of the tensor, of the transformed one."""
+    """The fields of ``TILE_AMAX_ARGUMENTS``; ``results``: rows, columns, the tensor, the transformed one."""
     return (*_source(x), *(0 if t is None else t.data_ptr() for t in results), *_signs(hadamard or 0))
 
 
@@ -156,7 +156,7 @@ def amax_values(x: Tensor, results: tuple[Tensor | None, ...], hadamard: int | N
 def _amax(
     device: int, dtype: torch.dtype, rows: bool, columns: bool, hadamard: bool, vectorized: bool
 ) -> Launcher:  # fmt: skip
-    arch, name = select.arch_of(device), select.DTYPE_NAMES[dtype]
+    arch, name = select.arch_of(device), select.INPUT_NAMES[dtype]
     return Launcher(select.tile_amax_spec(arch, name, rows, columns, hadamard, vectorized), TILE_AMAX_ARGUMENTS)
 
 
