@@ -14,12 +14,13 @@ import torch
 from torch import Tensor
 
 from fp4gemm import select
+from fp4gemm.calls import NOOP_MASKS
 from fp4gemm.formats import BLOCK, scale_columns, scale_layout
 from fp4gemm.launch import Launcher
 from fp4gemm.spec import TILE
 
 # The structs of templates/include/fp4gemm/quantize_tile.hpp: keep both alike.
-TILE_QUANTIZE_ARGUMENTS = struct.Struct("<Q3q2iIi4Q4Q3Q8I3i4x")
+TILE_QUANTIZE_ARGUMENTS = struct.Struct("<Q3q2iIi4Q4Q3Q8I2iI4x")
 TILE_AMAX_ARGUMENTS = struct.Struct("<Q3q2iIi4Q8I")
 
 _ALIGNMENT = 16  # of results, bytes
@@ -113,7 +114,7 @@ def quantize_values(
         *(_NO_OUTPUT if columns is None else columns.addresses),
         0 if noop is None else noop.data_ptr(), at, value, *_signs(hadamard or 0),
         0 if rows is None else rows.stride, 0 if columns is None else columns.stride,
-        1 if noop is None else noop.element_size(),
+        0 if noop is None else NOOP_MASKS[noop.dtype],
     )  # fmt: skip
 
 

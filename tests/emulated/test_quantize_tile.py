@@ -172,8 +172,8 @@ def test_random_problems(spec: TileQuantizeSpec, emulator: emulation.Emulator) -
 
 
 @pytest.mark.parametrize("dtype", [torch.bool, torch.uint8, torch.int32, torch.float32], ids=str)
-@pytest.mark.parametrize("value", [0, 1])
-def test_noop(dtype: torch.dtype, value: int, emulator: emulation.Emulator) -> None:
+@pytest.mark.parametrize("value", [0.0, -0.0, 1.0])
+def test_noop(dtype: torch.dtype, value: float, emulator: emulation.Emulator) -> None:
     problem = Problem(20, 40, False, 0, False, 0, "normal", 7)
     run(emulator, SPECS[0], problem, torch.tensor([value], dtype=dtype))
 

@@ -29,12 +29,12 @@ struct TileOutput {
 struct TileQuantizeArguments {
   TileSource source;
   TileOutput rows, columns;
-  void const* noop;  // null, or where noop_bytes bytes that are not all 0 make the kernel do nothing
+  void const* noop;  // null, or the kernel does nothing where this is not 0
   uint64_t const* seed_at;  // null, or where the seed is
   uint64_t seed;
   HadamardSigns hadamard;
   int rows_stride, columns_stride;  // of scale_in and outer_scale: 0 or 1
-  int noop_bytes;  // 1 or 4
+  uint32_t noop_mask;  // 0xFF: a byte; else a word, of which these bits count
 };
 
 template <class Element_, class Convention_, class RowScales_, class ColumnScales_, bool kGiven_, bool kRows_,
@@ -239,8 +239,8 @@ template <class Config> class TileQuantizer {
 
  private:
   __device__ bool skips() const {
-    return (args_.noop_bytes == 1 ? *static_cast<uint8_t const*>(args_.noop)
-                                  : *static_cast<uint32_t const*>(args_.noop)) != 0;
+    return (args_.noop_mask == 0xFF ? *static_cast<uint8_t const*>(args_.noop)
+                                    : *static_cast<uint32_t const*>(args_.noop) & args_.noop_mask) != 0;
   }
 
   // Of the result along columns, or of the other.
