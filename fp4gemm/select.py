@@ -158,7 +158,10 @@ def tile_quantize_spec(
 ) -> TileQuantizeSpec:  # fmt: skip
     """As many CTAs of an SM as shared memory has room for and registers suffice for."""
     flags = (hadamard, stochastic, square, vectorized)
-    return TileQuantizeSpec(arch, dtype, scaling, convention, rows, columns, *flags, _tile_ctas(arch, dtype))
+    ctas = _tile_ctas(arch, dtype)
+    if dtype == "fp32" and hadamard and stochastic:
+        ctas = min(ctas, 2)  # else registers are spilled
+    return TileQuantizeSpec(arch, dtype, scaling, convention, rows, columns, *flags, ctas)
 
 
 def tile_amax_spec(

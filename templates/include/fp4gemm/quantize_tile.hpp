@@ -51,8 +51,9 @@ struct TileQuantizeConfig {
   static constexpr bool kSquare = kSquare_;  // one block scale for 16 x 16 values
   static constexpr bool kVectorized = kVectorized_;  // rows are 16-byte aligned
   static constexpr int kThreads = kTileThreads;
-  static constexpr int kSharedBytes =
-      Tile<Element>::kBytes + 2 * kTile * kTileBlocks + 2 * kTile * 12 + (kSquare ? kTileBlocks * kTileBlocks * 4 : 0);
+  static constexpr int kSharedBytes = Tile<Element>::kBytes + 2 * kTile * kTileBlocks + 2 * kTile * 12 +
+                                      (kSquare ? kTileBlocks * kTileBlocks * 4 : 0) +
+                                      (kStochastic ? kPhiloxRounds * 8 : 0);
   static_assert(kRows || kColumns, "a result");
   static_assert(!(kSquare && kHadamard), "squares of x are not squares of what is transformed");
 };
@@ -199,7 +200,8 @@ template <class Config> class TileQuantizer {
   int64_t const row0_;
   int const column0_;
 
-  // Behind the tile: scales of either result, then for each line of either a level and the quick form of it, then the squares' amaxes.
+  // Behind the tile: scales of either result, then for each line of either a level and the quick form of it, then the squares' amaxes and the keys of
+  // Philox, which would take two instructions a round to make again for each block.
   __device__ uint8_t* scales(int side) const { return shared_ + Tile::kBytes + side * kScaleBytes; }
   __device__ float* levels(int side) const {
     return reinterpret_cast<float*>(shared_ + Tile::kBytes + 2 * kScaleBytes) + side * kTile;
@@ -208,6 +210,7 @@ template <class Config> class TileQuantizer {
   __device__ int* square(int row, int column) const {  // a block of rows and one of columns
     return reinterpret_cast<int*>(quick(2)) + row * kTileBlocks + column;
   }
+  __device__ uint2* keys() const { return reinterpret_cast<uint2*>(square(Config::kSquare ? kTileBlocks : 0, 0)); }
 
  public:
   __device__ TileQuantizer(TileQuantizeArguments const& args, uint8_t* shared)
@@ -223,13 +226,11 @@ template <class Config> class TileQuantizer {
     prepare_levels();
     tile_.wait();
     if constexpr (Config::kSquare) reduce_squares();
-    uint64_t seed = args_.seed;
-    if constexpr (Config::kStochastic) seed = args_.seed_at == nullptr ? seed : *args_.seed_at;
     if constexpr (Config::kRows) {
-      store_lines<false>(tile_.row_place(), seed, [&](int step, int half) { return tile_.row_block(step, half); });
+      store_lines<false>(tile_.row_place(), [&](int step, int half) { return tile_.row_block(step, half); });
     }
     if constexpr (Config::kColumns) {
-      store_lines<true>(tile_.column_place(), seed, [&](int step, int half) { return tile_.column_block(step, half); });
+      store_lines<true>(tile_.column_place(), [&](int step, int half) { return tile_.column_block(step, half); });
     }
     __syncthreads();
     int const thread = threadIdx.x % kTile, side = threadIdx.x / kTile;
@@ -258,6 +259,10 @@ template <class Config> class TileQuantizer {
   }
 
   __device__ void prepare_levels() const {
+    if constexpr (Config::kStochastic) {
+      if (threadIdx.x < kPhiloxRounds)
+        keys()[threadIdx.x] = philox_key(args_.seed_at == nullptr ? args_.seed : *args_.seed_at, threadIdx.x);
+    }
     if constexpr (Config::kSquare) {
       if (threadIdx.x < kTileBlocks * kTileBlocks) *square(0, threadIdx.x) = 0;
     }
@@ -298,7 +303,7 @@ template <class Config> class TileQuantizer {
 
   // A thread's blocks of one of the results; load(step, half) reads one.
   template <bool kColumn, class Load>
-  __device__ void store_lines(typename Tile::Place const& place, uint64_t seed, Load const& load) const {
+  __device__ void store_lines(typename Tile::Place const& place, Load const& load) const {
     using Scales = typename Select<kColumn, typename Config::ColumnScales, typename Config::RowScales>::Type;
     constexpr int kStep = kColumn ? Tile::kColumnStep : Tile::kRowStep;
     int const row_blocks = blocks<kColumn>(), left = row_blocks - block0<kColumn>() - 2 * place.pair;
@@ -313,8 +318,8 @@ template <class Config> class TileQuantizer {
     for (int step = 0; step < Tile::kSteps; ++step) {
       int const line = place.line + step * kStep;
       float2 const level = quick(kColumn)[line];
-      Encoded low = encode<kColumn>(load(step, 0), level, line, 2 * place.pair, seed, number);
-      Encoded high = encode<kColumn>(load(step, 1), level, line, 2 * place.pair + 1, seed, number + 1);
+      Encoded low = encode<kColumn>(load(step, 0), level, line, 2 * place.pair, number);
+      Encoded high = encode<kColumn>(load(step, 1), level, line, 2 * place.pair + 1, number + 1);
       if (whole) {
         *reinterpret_cast<uint4*>(to) = {low.codes.x, low.codes.y, high.codes.x, high.codes.y};
       } else {
@@ -333,29 +338,29 @@ template <class Config> class TileQuantizer {
   }
 
   // Block `block` of line `line` of this tile, which is block `number` of the result.
-  template <bool kColumn> __device__ Encoded encode(typename Element::Block const& x, float2 level, int line, int block,
-                                                    uint64_t seed, int64_t number) const {
+  template <bool kColumn>
+  __device__ Encoded encode(typename Element::Block const& x, float2 level, int line, int block, int64_t number) const {
     float bmax = -1.0f;
     if constexpr (Config::kSquare)
       bmax = __int_as_float(kColumn ? *square(block, line / kBlock) : *square(line / kBlock, block));
     if constexpr (kColumn && Config::kHadamard) {
-      return encode_values<Fp32, true>(hadamard_sums<Element>(x, args_.hadamard), bmax, kColumn, level, line, seed,
-                                       number);
+      return encode_values<Fp32, true>(hadamard_sums<Element>(x, args_.hadamard), bmax, kColumn, level, line, number);
     } else {
-      return encode_values<Element, false>(x, bmax, kColumn, level, line, seed, number);
+      return encode_values<Element, false>(x, bmax, kColumn, level, line, number);
     }
   }
 
   // kHadamard: of kHadamardFactor times x. The factor goes to the divider: products are exact, or so small that codes are 0.
-  template <class Values, bool kHadamard>
-  __device__ Encoded encode_values(typename Values::Block const& x, float square_amax, int side, float2 level, int line,
-                                   uint64_t seed, int64_t number) const {
+  template <class Values, bool kHadamard> __device__ Encoded encode_values(typename Values::Block const& x,
+                                                                           float square_amax, int side, float2 level,
+                                                                           int line, int64_t number) const {
     using Quick = QuickScales<Convention>;
     float const amax = kHadamard ? Values::amax(x) * kHadamardFactor : Values::amax(x);
     auto const scale = Quick::scale(level, Config::kSquare ? square_amax : amax);
     auto divider = Quick::divider(level, scale);
     typename RoundingOf<Config::kStochastic>::Type rounding;
-    if constexpr (Config::kStochastic) rounding.noise = philox_block(seed, number);
+    if constexpr (Config::kStochastic)
+      rounding.noise = philox_block_of([this](int round) { return keys()[round]; }, number);
     // False for NaN, too.
     if (!(divider.quotient(amax) < kQuickLimit && Quick::ok(level)))
       return encode_slowly<Values, Convention, kHadamard>(x, square_amax, levels(side)[line], rounding);
