@@ -10,7 +10,16 @@ from torch import Tensor
 
 from fp4gemm import engine, select
 from fp4gemm.engine import Activations, Output, Weight
-from fp4gemm.formats import BLOCK, PACKED_BLOCK, packed_shape, padded_k, scale_columns, scale_layout
+from fp4gemm.formats import (
+    BLOCK,
+    PACKED_BLOCK,
+    PLAIN,
+    QuantizeOptions,
+    packed_shape,
+    padded_k,
+    scale_columns,
+    scale_layout,
+)
 from fp4gemm.launch import (
     AMAX_ARGUMENTS,
     DEQUANTIZE_ARGUMENTS,
@@ -41,15 +50,20 @@ class _Quantizer:
     """A quantizer's launcher and how it divides a tensor among CTAs."""
 
     def __init__(
-        self, device: int, dtype: torch.dtype, k: int, scaling: str, convention: str, sf_layout: str, vectorized: bool
-    ) -> None:
-        arch, name = select.arch_of(device), select.DTYPE_NAMES[dtype]
-        spec = select.quantize_spec(arch, name, k, scaling, convention, sf_layout, vectorized)
+        self, device: int, dtype: torch.dtype, k: int, scaling: str, convention: str, sf_layout: str, vectorized: bool,
+        options: QuantizeOptions = PLAIN, gathered: bool = False, noop: bool = False,
+    ) -> None:  # fmt: skip
+        arch, name = select.arch_of(device), select.INPUT_NAMES[dtype]
+        spec = select.quantize_spec(
+            arch, name, k, scaling, convention, sf_layout, vectorized, options, gathered=gathered, noop=noop
+        )
         self.launch = Launcher(spec, QUANTIZE_ARGUMENTS)
         self.rows = spec.rows
         step = spec.threads * spec.blocks
         # Without a row to reduce, CTAs divide rows too; 3 is the most padding columns a layout adds.
         self.steps = 1 if scaling == "per_row" else min(-(-(scale_columns(k) + 3) // step), 65535)
+        if options.residual and spec.resident:
+            self.steps = 1  # the scales of a row leave together
         self.prefetch = select.prefetch_ctas(spec, k, device)
 
 
@@ -58,7 +72,7 @@ _quantizer = lru_cache(maxsize=1024)(_Quantizer)
 
 @lru_cache(maxsize=64)
 def _amax(device: int, dtype: torch.dtype, vectorized: bool) -> Launcher:
-    return Launcher(select.amax_spec(select.arch_of(device), select.DTYPE_NAMES[dtype], vectorized), AMAX_ARGUMENTS)
+    return Launcher(select.amax_spec(select.arch_of(device), select.INPUT_NAMES[dtype], vectorized), AMAX_ARGUMENTS)
 
 
 @lru_cache(maxsize=64)
@@ -87,29 +101,82 @@ def _tensor_amax(x: Tensor, vectorized: bool, stream: int) -> Tensor:
     return amax
 
 
-def quantize(x: Tensor, per_tensor: bool, sf_layout: str, convention: str, outer_scale: Tensor | None) -> Packed:
-    """Row-wise NVFP4 of x [M, K], M and K positive; see ``ops.quantize``."""
+NOOP_MASKS = {torch.bool: 0xFF, torch.uint8: 0xFF, torch.int32: 0xFFFFFFFF, torch.float32: 0x7FFFFFFF}
+_NO_EXTRAS = (0, 0, 0, 0, 0, 0)
+
+
+def _extras(
+    seed: Tensor | int | None, noop: Tensor | None, order: Tensor | None, out_columns: int
+) -> tuple[int, int, int, int, int, int]:
+    """The last fields of QuantizeArguments, of which only those that a kernel has an option for are read."""
+    seed_in, value = (seed.data_ptr(), 0) if isinstance(seed, Tensor) else (0, seed or 0)
+    flag, mask = (0, 0) if noop is None else (noop.data_ptr(), NOOP_MASKS[noop.dtype])
+    return seed_in, value, flag, 0 if order is None else order.data_ptr(), mask, out_columns
+
+
+def _order(channel_order: Tensor | None) -> Tensor | None:
+    """int32 on 16 bytes, as kernels load it."""
+    return None if channel_order is None else _aligned(channel_order.to(torch.int32).contiguous(), 16)
+
+
+def _scaling(
+    x: Tensor, per_tensor: bool, outer_scale: Tensor | None, amax: Tensor | None, vectorized: bool, stream: int
+) -> tuple[str, Tensor | None]:
+    """What the kernel does for outer scales, and what it reads for that."""
+    if outer_scale is not None:
+        return "given", outer_scale
+    if per_tensor:
+        return "per_tensor", _tensor_amax(x, vectorized, stream) if amax is None else amax
+    return ("per_row", None) if amax is None else ("amaxes", amax)
+
+
+def quantize(
+    x: Tensor,
+    per_tensor: bool,
+    sf_layout: str,
+    convention: str,
+    outer_scale: Tensor | None,
+    amax: Tensor | None = None,
+    options: QuantizeOptions = PLAIN,
+    seed: Tensor | int | None = None,
+    channel_order: Tensor | None = None,
+    noop: Tensor | None = None,
+    out: Packed | None = None,
+) -> Packed:
+    """Row-wise NVFP4 of x [M, K], M and K positive; see ``ops.quantize``, which has checked all of it.
+
+    ``options`` without a transform; ``noop`` needs ``out``, whose tensors are contiguous: written, and returned.
+    """
     if x.stride(1) != 1:
         x = x.contiguous()
     device, (m, k) = x.device.index, x.shape
-    layout, columns, stream = scale_layout(sf_layout), scale_columns(k), _stream(device)
-    data = x.new_empty((m, columns * BLOCK // 2), dtype=torch.uint8)
-    block_scale = x.new_empty(_scale_shape(sf_layout, m, k), dtype=torch.float8_e4m3fn)
-    outer = x.new_empty(() if per_tensor else (m,), dtype=torch.float32)
-    scaling, scale_in, vectorized, x_stride = "per_row", 0, _vectorized(x), x.stride(0)
-    if outer_scale is not None:
-        scaling, scale_in = "given", outer_scale.data_ptr()
-    elif per_tensor:
-        scaling, amax = "per_tensor", _tensor_amax(x, vectorized, stream)
-        scale_in = amax.data_ptr()
-    quantizer = _quantizer(device, x.dtype, k, scaling, convention, sf_layout, vectorized)
-    padded_rows = -(-m // layout.row_tile) * layout.row_tile
+    columns, stream = scale_columns(k), _stream(device)
+    out_columns = columns + options.residual // BLOCK
+    if out is None:
+        data = x.new_empty((m, out_columns * BLOCK // 2), dtype=torch.uint8)
+        block_scale = x.new_empty(_scale_shape(sf_layout, m, out_columns * BLOCK), dtype=torch.float8_e4m3fn)
+        out = Packed(data, block_scale, x.new_empty(() if per_tensor else (m,), dtype=torch.float32), sf_layout)
+    vectorized = _vectorized(x)
+    scaling, scale_in = _scaling(x, per_tensor, outer_scale, amax, vectorized, stream)
+    order = _order(channel_order)
+    if options is PLAIN and noop is None:
+        quantizer = _quantizer(device, x.dtype, k, scaling, convention, sf_layout, vectorized)
+        extras = _NO_EXTRAS
+    else:
+        quantizer = _quantizer(
+            device, x.dtype, k, scaling, convention, sf_layout, vectorized, options, order is not None, noop is not None
+        )
+        extras = _extras(seed, noop, order, out_columns)
+    row_tile = scale_layout(sf_layout).row_tile
+    padded_rows = -(-m // row_tile) * row_tile
     quantizer.launch(
         (-(-padded_rows // quantizer.rows), quantizer.steps, 1), stream,
-        x.data_ptr(), data.data_ptr(), block_scale.data_ptr(), outer.data_ptr(), scale_in,
-        x_stride, 0, m, padded_rows, k, columns, int(scaling == "given" and not per_tensor), quantizer.prefetch,
+        x.data_ptr(), out.data.data_ptr(), out.block_scale.data_ptr(), out.outer_scale.data_ptr(),
+        0 if scale_in is None else scale_in.data_ptr(),
+        x.stride(0), 0, m, padded_rows, k, columns, int(scaling == "given" and not per_tensor), quantizer.prefetch,
+        *extras,
     )  # fmt: skip
-    return Packed(data, block_scale, outer, sf_layout)
+    return out
 
 
 class _ValuesQuantizer:
@@ -117,13 +184,13 @@ class _ValuesQuantizer:
 
     def __init__(
         self, device: int, dtype: torch.dtype, m: int, k: int, scaling: str, convention: str,
-        vectorized: bool, scale_in_stride: int,
+        vectorized: bool, scale_in_stride: int, options: QuantizeOptions, gathered: bool,
     ) -> None:  # fmt: skip
-        arch, name = select.arch_of(device), select.DTYPE_NAMES[dtype]
-        spec, share = select.values_spec(arch, name, m, k, scaling, convention, vectorized)
+        arch, name = select.arch_of(device), select.INPUT_NAMES[dtype]
+        spec, share = select.values_spec(arch, name, m, k, scaling, convention, vectorized, options, gathered=gathered)
         self.launch = Launcher(spec, QUANTIZE_ARGUMENTS, waits=True)
         self.grid = (-(-m // spec.rows), min(share, 65535), 1)
-        self.stride = -(-k // 8) * 8  # whole 16 bytes, as TMA wants rows
+        self.stride = -(-(k + options.residual) // 8) * 8  # whole 16 bytes, as TMA wants rows
         prefetch = select.prefetch_ctas(spec, k, device) if share == 1 else 0
         self.sizes = (m, m, k, scale_columns(k), scale_in_stride, prefetch)
 
@@ -131,30 +198,35 @@ class _ValuesQuantizer:
 _values_quantizer = lru_cache(maxsize=4096)(_ValuesQuantizer)
 
 
-def quantize_values(x: Tensor, per_tensor: bool, convention: str, outer_scale: Tensor | None) -> tuple[Tensor, Tensor]:
+def quantize_values(
+    x: Tensor,
+    per_tensor: bool,
+    convention: str,
+    outer_scale: Tensor | None,
+    options: QuantizeOptions = PLAIN,
+    channel_order: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
     """What ``quantize`` makes of x [M, K], M and K positive, as values: (code * block scale, outer scales).
 
-    The values are exact bf16 [M, ceil8(K)], zeros past K; ``outer_scale`` None, [] or [M] as in ``quantize``, whose
-    outer scales ([] or [M]) the second tensor has. For a GEMM that follows: the kernel takes part in programmatic
-    dependent launch.
+    The values are exact bf16 [M, ceil8(K + KE)], zeros past K; ``outer_scale`` None, [] or [M] as in ``quantize``, and
+    the second tensor has its outer scales ([] or [M]); ``options``: none that needs a seed or a transform. For a GEMM
+    that follows: the kernel takes part in programmatic dependent launch.
     """
     if x.stride(1) != 1:
         x = x.contiguous()
     device, (m, k) = x.device.index, x.shape
-    stream, vectorized, scaling, scale_in = _stream(device), _vectorized(x), "per_row", 0
-    if outer_scale is not None:
-        scaling, scale_in = "given", outer_scale.data_ptr()
-    elif per_tensor:
-        scaling, amax = "per_tensor", _tensor_amax(x, vectorized, stream)
-        scale_in = amax.data_ptr()
+    stream, vectorized, order = _stream(device), _vectorized(x), _order(channel_order)
+    scaling, scale_in = _scaling(x, per_tensor, outer_scale, None, vectorized, stream)
     quantizer = _values_quantizer(
-        device, x.dtype, m, k, scaling, convention, vectorized, int(scaling == "given" and not per_tensor)
-    )
+        device, x.dtype, m, k, scaling, convention, vectorized, int(scaling == "given" and not per_tensor),
+        options, order is not None,
+    )  # fmt: skip
     values = x.new_empty((m, quantizer.stride), dtype=torch.bfloat16)
     outer = x.new_empty(() if per_tensor else (m,), dtype=torch.float32)
     quantizer.launch(
-        quantizer.grid, stream, x.data_ptr(), values.data_ptr(), 0, outer.data_ptr(), scale_in,
-        x.stride(0), quantizer.stride, *quantizer.sizes,
+        quantizer.grid, stream, x.data_ptr(), values.data_ptr(), 0, outer.data_ptr(),
+        0 if scale_in is None else scale_in.data_ptr(), x.stride(0), quantizer.stride, *quantizer.sizes,
+        *_extras(None, None, order, scale_columns(k) + options.residual // BLOCK),
     )  # fmt: skip
     return values, outer
 
@@ -264,17 +336,20 @@ def quantize_gemm(
     convention: str,
     outer_scale: Tensor | None,
     d: Tensor,
+    options: QuantizeOptions = PLAIN,
+    channel_order: Tensor | None = None,
 ) -> None:
     """The values of x, quantized, times a weight, non-empty both, into ``d``; see ``ops.quantize_gemm``."""
     weight, packed = _weight(w), w.prepacked is not None
     bias = None if bias is None else bias.contiguous()
     if (
         outer_scale is not None
+        and options is PLAIN
         and convention == _FUSED_CONVENTION
         and x.stride(1) == 1
         and _vectorized(x)
         and engine.quantize_gemm(x, outer_scale, weight, bias, d, packed)
     ):
         return
-    values, outer = quantize_values(x, per_tensor, convention, outer_scale)
+    values, outer = quantize_values(x, per_tensor, convention, outer_scale, options, channel_order)
     engine.gemm(Activations(values, outer), weight, bias, Output(d, None, 0.0), packed)

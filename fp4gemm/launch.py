@@ -19,7 +19,7 @@ from fp4gemm.spec import GemmSpec, KernelSpec, PackedCollectiveSpec
 from fp4gemm.tensor_map import SIZE, address_word, find_requests
 
 # The structs of templates/include/fp4gemm/{quantize,dequantize,pack,gemm}.hpp: keep both alike.
-QUANTIZE_ARGUMENTS = struct.Struct("<5Q4q4i")
+QUANTIZE_ARGUMENTS = struct.Struct("<5Q4q4i4QIi")
 AMAX_ARGUMENTS = struct.Struct("<2Q2q2i")
 DEQUANTIZE_ARGUMENTS = struct.Struct("<4QI2i4x")
 PACK_ARGUMENTS = struct.Struct("<3Q2q2i")

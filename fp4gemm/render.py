@@ -13,13 +13,15 @@ from fp4gemm.spec import GemmSpec, KernelSpec, PackedCollectiveSpec, check
 
 _ELEMENTS = {"bf16": "Bf16", "fp16": "Fp16", "fp32": "Fp32"}
 _FILTERS: dict[str, dict[Any, str]] = {
-    "element": _ELEMENTS,
+    "element": {**_ELEMENTS, "e4m3": "E4m3"},
     "element_or_none": {**_ELEMENTS, None: "None"},
     "operand": {"bf16": "OperandBf16", "fp16": "OperandFp16"},
     "cutlass_element": epilogue.CUTLASS_ELEMENT,
     "convention": {"te_per_token": "TePerToken", "te": "Te", "torchao": "Torchao", "modelopt": "ModelOpt"},
     "scales": {"linear": "LinearScales", "128x4": "Scales128x4", "8x4": "Scales8x4"},
-    "scaling": {"per_row": "kPerRow", "per_tensor": "kPerTensor", "given": "kGiven"},
+    "scaling": {"per_row": "kPerRow", "per_tensor": "kPerTensor", "amaxes": "kAmaxes", "given": "kGiven"},
+    "adaptive": {None: "kNone", "mse": "kMse", "mae": "kMae"},
+    "residual": {None: "kNone", "activation": "kActivation", "weight": "kWeight"},
     "cpp": {True: "true", False: "false"},
     "schedule": {
         "cooperative": "Cooperative",

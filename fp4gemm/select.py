@@ -9,7 +9,7 @@ import torch
 
 from fp4gemm import table
 from fp4gemm.division import divide
-from fp4gemm.formats import BLOCK, SF_LAYOUTS, scale_columns
+from fp4gemm.formats import BLOCK, PLAIN, SF_LAYOUTS, QuantizeOptions, scale_columns
 from fp4gemm.spec import (
     AmaxSpec,
     DequantizeSpec,
@@ -26,6 +26,8 @@ from fp4gemm.spec import (
 )
 
 DTYPE_NAMES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
+INPUT_NAMES = {**DTYPE_NAMES, torch.float8_e4m3fn: "e4m3"}  # what quantizers read
+_INPUT_BYTES = {name: dtype.itemsize for dtype, name in INPUT_NAMES.items()}
 LAUNCHABLE = {(9, 0): "sm_90a"}  # compute capability -> arch
 _COMPILED_ONLY = {(10, 0): "sm_100a", (12, 0): "sm_120a"}
 
@@ -46,22 +48,31 @@ def arch_of(device: int) -> str:
 
 
 def quantize_spec(
-    arch: str, dtype: str, k: int, scaling: str, convention: str, sf_layout: str, vectorized: bool
-) -> QuantizeSpec:
+    arch: str, dtype: str, k: int, scaling: str, convention: str, sf_layout: str, vectorized: bool,
+    options: QuantizeOptions = PLAIN, *, gathered: bool = False, noop: bool = False,
+) -> QuantizeSpec:  # fmt: skip
     """Whole rows on chip where they fit, as many rows to a CTA as give it 256 threads.
 
     A tiled layout wants four rows at least (layout.hpp), for which four blocks a thread leave room; fp32 takes twice
     the registers: two blocks. The figures are in docs/performance.md.
     """
     columns = (scale_columns(k) + 3) // 4 * 4  # with the padding a tiled layout has
+    if options.residual:
+        columns = scale_columns(k) + 3  # companions move where it begins
     tiled = sf_layout != "linear"
-    blocks = min(4 if tiled and dtype != "fp32" else 2, max(1, columns // 32))
+    # Noise costs instructions, and more blocks share what a thread does once.
+    most = 4 if (tiled or options.stochastic) and dtype != "fp32" else 2
+    blocks = min(most, max(1, columns // 32))
     threads = _threads(columns, blocks)
     resident = threads <= 1024
     if not resident:
         threads, blocks = 512, 2
     rows = max(4 if tiled and threads <= 128 else 1, 1 << (256 // threads).bit_length() >> 1)
-    return QuantizeSpec(arch, dtype, scaling, convention, sf_layout, threads, blocks, rows, vectorized, resident)
+    return QuantizeSpec(
+        arch, dtype, scaling, convention, sf_layout, threads, blocks, rows, vectorized, resident,
+        stochastic=options.stochastic, adaptive=options.adaptive,
+        residual=options.residual_side if options.residual else None, gathered=gathered, noop=noop,
+    )  # fmt: skip
 
 
 def _threads(columns: int, blocks: int) -> int:
@@ -73,14 +84,16 @@ _FEW_ROWS = 64
 
 
 def values_spec(
-    arch: str, dtype: str, m: int, k: int, scaling: str, convention: str, vectorized: bool
-) -> tuple[QuantizeSpec, int]:
+    arch: str, dtype: str, m: int, k: int, scaling: str, convention: str, vectorized: bool,
+    options: QuantizeOptions = PLAIN, *, gathered: bool = False,
+) -> tuple[QuantizeSpec, int]:  # fmt: skip
     """The quantizer of [m, k] that writes values, and how many CTAs share a row.
 
     Few rows leave most SMs idle, and one SM takes over a microsecond to encode a long row. So CTAs share one: with
     per-row scaling each of them reads and reduces all of it, which is quick, and encodes every so many blocks of it.
     """
-    spec = replace(quantize_spec(arch, dtype, k, scaling, convention, "linear", vectorized), output="values")
+    spec = quantize_spec(arch, dtype, k, scaling, convention, "linear", vectorized, options, gathered=gathered)
+    spec = replace(spec, output="values")
     columns = scale_columns(k)
     if scaling != "per_row":
         if m <= _FEW_ROWS:
@@ -102,7 +115,7 @@ def prefetch_ctas(spec: QuantizeSpec, k: int, device: int) -> int:
     """How many CTAs ahead a per-row quantizer fetches rows into L2; 0 where it does not."""
     if spec.scaling != "per_row" or not spec.resident or not spec.vectorized:
         return 0
-    cta_bytes = spec.rows * k * (4 if spec.dtype == "fp32" else 2)
+    cta_bytes = spec.rows * k * _INPUT_BYTES[spec.dtype]
     sms: int = torch.cuda.get_device_properties(device).multi_processor_count
     return sms * max(1, round(_PREFETCH_BYTES / cta_bytes))
 
@@ -145,7 +158,10 @@ def tile_quantize_spec(
 ) -> TileQuantizeSpec:  # fmt: skip
     """As many CTAs of an SM as shared memory has room for and registers suffice for."""
     flags = (hadamard, stochastic, square, vectorized)
-    return TileQuantizeSpec(arch, dtype, scaling, convention, rows, columns, *flags, _tile_ctas(arch, dtype))
+    ctas = _tile_ctas(arch, dtype)
+    if dtype == "fp32" and hadamard and stochastic:
+        ctas = min(ctas, 2)  # else registers are spilled
+    return TileQuantizeSpec(arch, dtype, scaling, convention, rows, columns, *flags, ctas)
 
 
 def tile_amax_spec(

@@ -7,11 +7,12 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import ClassVar
 
-from fp4gemm.formats import CONVENTIONS, PACKED_BLOCK_BYTES, SF_LAYOUTS
+from fp4gemm.formats import ADAPTIVE, CONVENTIONS, PACKED_BLOCK_BYTES, RESIDUAL_SIDES, SF_LAYOUTS
 
 ARCHS = ("sm_90a", "sm_100a", "sm_120a")
 DTYPES = ("bf16", "fp16", "fp32")
-KERNEL_SCALINGS = ("per_row", "per_tensor", "given")
+INPUT_DTYPES = (*DTYPES, "e4m3")  # that a quantizer reads
+KERNEL_SCALINGS = ("per_row", "per_tensor", "amaxes", "given")
 SM90_SHARED_BYTES = 232448  # that a CTA can have
 TILE = 128  # rows and columns of x that a CTA of a tile kernel has
 TILE_THREADS = 256
@@ -31,11 +32,13 @@ def _tile_problem(ctas: int) -> str | None:
 
 @dataclass(frozen=True)
 class QuantizeSpec:
-    """Row-wise quantizer. ``scaling``: ``per_row`` reduces the row amax itself, ``per_tensor`` reads an amax, ``given``
-    reads outer scales. A row has ``threads`` threads with ``blocks`` 16-value blocks each, a CTA ``rows`` rows;
-    ``resident`` says that this covers the row, which is then read once; ``vectorized`` that rows are 16-byte aligned
-    and K % 16 == 0. ``output``: ``packed`` NVFP4, or ``values``, code * block scale as exact bf16, for a GEMM that
-    follows at once."""
+    """Row-wise quantizer. ``scaling``: ``per_row`` reduces the row amax itself, ``per_tensor`` reads an amax,
+    ``amaxes`` one for each row, ``given`` reads outer scales. A row has ``threads`` threads with ``blocks`` 16-value
+    blocks each, a CTA ``rows`` rows; ``resident`` says that this covers the row, which is then read once;
+    ``vectorized`` that rows are 16-byte aligned and K % 16 == 0. ``output``: ``packed`` NVFP4, or ``values``, code *
+    block scale as exact bf16, for a GEMM that follows at once. ``stochastic``, ``adaptive`` (the error of 4/6) and
+    ``residual`` (the side) are those of ``quantize``; ``gathered``: columns are taken in another order; ``noop``: a
+    flag on the device may stop it."""
 
     template: ClassVar[str] = "quantize.cu.jinja"
     uses_cutlass: ClassVar[bool] = False
@@ -52,12 +55,25 @@ class QuantizeSpec:
     vectorized: bool = True
     resident: bool = True
     output: str = "packed"
+    stochastic: bool = False
+    adaptive: str | None = None
+    residual: str | None = None
+    gathered: bool = False
+    noop: bool = False
+
+    @property
+    def plain(self) -> bool:
+        """Without any option."""
+        return not (self.stochastic or self.adaptive or self.residual or self.gathered or self.noop)
 
     @property
     def name(self) -> str:
         shape = f"{self.threads}x{self.blocks}x{self.rows}"
         flags = ("" if self.vectorized else "_scalar") + ("" if self.resident else "_stream")
         flags += "" if self.output == "packed" else f"_{self.output}"
+        flags += ("_stochastic" if self.stochastic else "") + (f"_{self.adaptive}" if self.adaptive else "")
+        flags += f"_residual_{self.residual}" if self.residual else ""
+        flags += ("_gathered" if self.gathered else "") + ("_noop" if self.noop else "")
         parts = (_short(self.arch), self.dtype, self.scaling, self.convention, self.sf_layout, shape)
         return "quantize_" + "_".join(parts) + flags
 
@@ -70,8 +86,16 @@ class QuantizeSpec:
             return f"rows: got {self.rows}, expected 1, 2, 4 or 8 (they share a tile of the scale layout)"
         if self.output == "values" and self.sf_layout != "linear":
             return f"sf_layout of values: got {self.sf_layout!r}, expected 'linear' (they have no block scales)"
+        if (self.adaptive or self.residual) and self.convention not in ("te", "te_per_token"):
+            return f"convention of adaptive or residual: got {self.convention!r}, expected te or te_per_token"
+        if self.adaptive and (self.stochastic or self.residual):
+            return "adaptive: expected neither stochastic nor residual with it"
+        if self.gathered and not self.residual:
+            return "gathered: expected a residual with it"
         return (
             _unknown("scaling", self.scaling, KERNEL_SCALINGS)
+            or (None if self.adaptive is None else _unknown("adaptive", self.adaptive, ADAPTIVE))
+            or (None if self.residual is None else _unknown("residual", self.residual, RESIDUAL_SIDES))
             or _unknown("convention", self.convention, CONVENTIONS)
             or _unknown("output", self.output, ("packed", "values"))
         )
@@ -100,12 +124,12 @@ class AmaxSpec:
 
 @dataclass(frozen=True)
 class TileQuantizeSpec:
-    """Quantizer of x, of its transpose, or of both from one read, with amaxes (``scaling`` ``amax``) or decode multipliers
-    (``given``) from memory (templates/include/fp4gemm/quantize_tile.hpp).
+    """Quantizer of x, of its transpose, or of both from one read (templates/include/fp4gemm/quantize_tile.hpp).
 
-    ``rows`` and ``columns`` are the scale layouts of the result and of the transposed one, None: not made. ``hadamard``
-    transforms the transposed one, with a mask given at launch; ``stochastic`` rounds both so; ``square``: one block scale
-    for 16 x 16 values. ``vectorized``: rows of x are contiguous and 16-byte aligned. ``ctas``: that an SM has room for."""
+    ``scaling``: it reads amaxes (``amax``) or decode multipliers (``given``). ``rows`` and ``columns`` are the scale
+    layouts of the result and of the transposed one, None: not made. ``hadamard`` transforms the transposed one, with a
+    mask given at launch; ``stochastic`` rounds both so; ``square``: one block scale for 16 x 16 values.
+    ``vectorized``: rows of x are contiguous and 16-byte aligned. ``ctas``: that an SM has room for."""
 
     template: ClassVar[str] = "quantize_tile.cu.jinja"
     uses_cutlass: ClassVar[bool] = False
@@ -492,7 +516,9 @@ def _unknown(field: str, value: str, known: Iterable[str]) -> str | None:
 def check(spec: KernelSpec) -> str | None:
     """Why this kernel cannot be, or None. Rendering, building and selection all ask here."""
     problem = _unknown("arch", spec.arch, ARCHS)
-    if isinstance(spec, (QuantizeSpec, AmaxSpec, TileQuantizeSpec, TileAmaxSpec, DequantizeSpec)):
+    if isinstance(spec, (QuantizeSpec, AmaxSpec, TileQuantizeSpec, TileAmaxSpec)):
+        problem = problem or _unknown("dtype", spec.dtype, INPUT_DTYPES)
+    elif isinstance(spec, DequantizeSpec):
         problem = problem or _unknown("dtype", spec.dtype, DTYPES)
     elif not isinstance(spec, PackSpec):
         problem = problem or _unknown("out_dtype", spec.out_dtype, DTYPES)

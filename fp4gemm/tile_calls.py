@@ -1,7 +1,7 @@
 """The CUDA side of quantizing along columns, or both ways from one read of x, and of row and column amaxes.
 
-As in ``calls``: allocate, select, launch; nothing waits for the GPU; ops has checked arguments. A tile kernel takes outer
-scales from memory: amaxes, which another kernel has taken, or the decode multipliers that the caller gives.
+As in ``calls``: allocate, select, launch; nothing waits for the GPU; ops has checked arguments. A tile kernel takes
+outer scales from memory: amaxes, which another kernel has taken, or the decode multipliers that the caller gives.
 """
 
 from __future__ import annotations
@@ -14,13 +14,14 @@ import torch
 from torch import Tensor
 
 from fp4gemm import select
+from fp4gemm.calls import NOOP_MASKS
 from fp4gemm.formats import BLOCK, scale_columns, scale_layout
 from fp4gemm.launch import Launcher
 from fp4gemm.spec import TILE
 
 # The structs of templates/include/fp4gemm/quantize_tile.hpp: keep both alike.
-TILE_QUANTIZE_ARGUMENTS = struct.Struct("<Q3q2iIi4Q4Q3Q4i")
-TILE_AMAX_ARGUMENTS = struct.Struct("<Q3q2iIi4Qi4x")
+TILE_QUANTIZE_ARGUMENTS = struct.Struct("<Q3q2iIi4Q4Q3Q8I2iI4x")
+TILE_AMAX_ARGUMENTS = struct.Struct("<Q3q2iIi4Q8I")
 
 _ALIGNMENT = 16  # of results, bytes
 _SEED = 2**64
@@ -107,6 +108,12 @@ def _source(x: Tensor) -> tuple[int, ...]:
     return (x.data_ptr(), *x.stride(), *x.shape, columns, *_division(columns))
 
 
+@lru_cache(maxsize=64)
+def _signs(mask: int) -> tuple[int, ...]:
+    """The eight words of HadamardSigns (templates/include/fp4gemm/hadamard.hpp)."""
+    return tuple((mask >> 2 * i & 1) << 15 | (mask >> 2 * i + 1 & 1) << 31 for i in range(BLOCK // 2))
+
+
 def quantize_values(
     x: Tensor, rows: Output | None, columns: Output | None, hadamard: int | None, seed: Tensor | int | None,
     noop: Tensor | None,
@@ -117,9 +124,9 @@ def quantize_values(
         *_source(x),
         *(_NO_OUTPUT if rows is None else rows.addresses),
         *(_NO_OUTPUT if columns is None else columns.addresses),
-        0 if noop is None else noop.data_ptr(), at, value,
+        0 if noop is None else noop.data_ptr(), at, value, *_signs(hadamard or 0),
         0 if rows is None else rows.stride, 0 if columns is None else columns.stride,
-        hadamard or 0, 1 if noop is None else noop.element_size(),
+        0 if noop is None else NOOP_MASKS[noop.dtype],
     )  # fmt: skip
 
 
@@ -128,7 +135,7 @@ def _quantizer(
     device: int, dtype: torch.dtype, scaling: str, convention: str, rows: str | None, columns: str | None,
     hadamard: bool, stochastic: bool, square: bool, vectorized: bool,
 ) -> Launcher:  # fmt: skip
-    arch, name = select.arch_of(device), select.DTYPE_NAMES[dtype]
+    arch, name = select.arch_of(device), select.INPUT_NAMES[dtype]
     flags = (hadamard, stochastic, square, vectorized)
     spec = select.tile_quantize_spec(arch, name, scaling, convention, rows, columns, *flags)
     return Launcher(spec, TILE_QUANTIZE_ARGUMENTS)
@@ -140,8 +147,8 @@ def quantize_into(
 ) -> None:  # fmt: skip
     """NVFP4 of x [M, K], M and K positive, into ``rows`` [M, K], of its transpose into ``columns`` [K, M], or both.
 
-    ``given``: ``scale_in`` holds decode multipliers, else amaxes. ``square``: block=(16, 16). ``hadamard``: the sign mask
-    of the transform of ``columns``. ``seed``: int, or int64 tensor of one value on the device; None: nearest even.
+    ``given``: ``scale_in`` holds decode multipliers, else amaxes. ``square``: block=(16, 16). ``hadamard``: the sign
+    mask of the transform of ``columns``. ``seed``: int, or int64 tensor of one value on the device; None: nearest even.
     ``noop``: bool, uint8, int32 or float32 tensor of one value; where it is not 0, nothing is written.
     """
     stream = torch._C._cuda_getCurrentRawStream(x.device.index)
@@ -154,15 +161,15 @@ def quantize_into(
 
 
 def amax_values(x: Tensor, results: tuple[Tensor | None, ...], hadamard: int | None) -> tuple[int, ...]:
-    """The fields of ``TILE_AMAX_ARGUMENTS``; ``results``: of rows, of columns, of the tensor, of the transformed one."""
-    return (*_source(x), *(0 if t is None else t.data_ptr() for t in results), hadamard or 0)
+    """The fields of ``TILE_AMAX_ARGUMENTS``; ``results``: rows, columns, the tensor, the transformed one."""
+    return (*_source(x), *(0 if t is None else t.data_ptr() for t in results), *_signs(hadamard or 0))
 
 
 @lru_cache(maxsize=64)
 def _amax(
     device: int, dtype: torch.dtype, rows: bool, columns: bool, hadamard: bool, vectorized: bool
 ) -> Launcher:  # fmt: skip
-    arch, name = select.arch_of(device), select.DTYPE_NAMES[dtype]
+    arch, name = select.arch_of(device), select.INPUT_NAMES[dtype]
     return Launcher(select.tile_amax_spec(arch, name, rows, columns, hadamard, vectorized), TILE_AMAX_ARGUMENTS)
 
 

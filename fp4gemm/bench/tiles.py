@@ -83,5 +83,5 @@ def _launch(launcher: launch.Launcher, spec: QuantizeSpec, kb: int, x: torch.Ten
     launcher(
         (M // spec.rows, 1, 1), torch.cuda.current_stream().cuda_stream,
         x.data_ptr(), out.data.data_ptr(), out.block_scale.data_ptr(), out.outer_scale.data_ptr(), 0,
-        K, 0, M, M, K, K // BLOCK, 0, ahead,
+        K, 0, M, M, K, K // BLOCK, 0, ahead, 0, 0, 0, 0, 0, 0,
     )  # fmt: skip

@@ -30,6 +30,9 @@ struct uint2 {
 struct uint4 {
   uint32_t x, y, z, w;
 };
+struct int4 {
+  int x, y, z, w;
+};
 struct float2 {
   float x, y;
 };
@@ -126,19 +129,20 @@ template <class T> T shuffle(T v, int from) {
 template <class T> T __shfl_sync(unsigned, T v, int from) { return shuffle(v, from); }
 template <class T> T __shfl_xor_sync(unsigned, T v, int mask) { return shuffle(v, lane() ^ mask); }
 
-// Runs kernel() in `ctas` CTAs; what went wrong, or null.
-inline char const* run_grid(void (*kernel)(), int ctas, int cluster_size, int threads, int shared_bytes,
-                            unsigned seed) {
+// Runs kernel() in `ctas` CTAs, in `layers` of them along y; what went wrong, or null.
+inline char const* run_grid(void (*kernel)(), int ctas, int cluster_size, int threads, int shared_bytes, unsigned seed,
+                            int layers = 1) {
   static void (*body)();
-  body = kernel, gridDim = {ctas}, cta_threads = threads, failure = nullptr;
+  body = kernel, gridDim = {ctas, layers}, cta_threads = threads, failure = nullptr;
   std::mt19937 random(seed);
-  for (int first = 0; first < ctas; first += cluster_size) {
+  for (int at = 0; at < ctas * layers; at += cluster_size) {
+    int const first = at % ctas, layer = at / ctas;
     Cluster cluster;
     cluster.threads = cluster_size * threads;
     std::vector<std::vector<std::unique_ptr<Fiber>>> warps;
     for (int i = 0; i < cluster_size; ++i) {
       auto cta = std::make_unique<Cta>();
-      cta->cluster = &cluster, cta->block = {first + i};
+      cta->cluster = &cluster, cta->block = {first + i, layer};
       cta->memory.assign(shared_bytes + 1024, 0xA5);
       cta->shared = cta->memory.data() + (1024 - reinterpret_cast<uintptr_t>(cta->memory.data()) % 1024) % 1024;
       for (int thread = 0; thread < threads; ++thread) {
@@ -210,9 +214,6 @@ inline float __fmaf_rd(float a, float b, float c) {
   return rounded;
 }
 inline float __fadd_rd(float a, float b) { return __fmaf_rd(a, 1.0f, b); }
-inline uint32_t __vminu2(uint32_t a, uint32_t b) {
-  return std::min(a & 0xFFFF, b & 0xFFFF) | std::min(a >> 16, b >> 16) << 16;
-}
 inline uint32_t __vimin3_u32(uint32_t a, uint32_t b, uint32_t c) { return std::min(a, std::min(b, c)); }
 inline uint32_t __funnelshift_l(uint32_t low, uint32_t high, int n) {
   return static_cast<uint32_t>((static_cast<uint64_t>(high) << 32 | low) << (n % 32) >> 32);

@@ -17,7 +17,7 @@ from fp4gemm import division
 from fp4gemm.division import Division
 from fp4gemm.packed_plan import PACKED_GEMM_ARGUMENTS, PACKED_GEMM_BYTES, PackedProblem
 from fp4gemm.render import render
-from fp4gemm.spec import PackedMmaSpec, PackedWgmmaSpec
+from fp4gemm.spec import PackedMmaSpec, PackedWgmmaSpec, QuantizeSpec
 
 Spec = PackedMmaSpec | PackedWgmmaSpec
 _FLAGS = ("-std=c++17", "-O1", "-ffp-contract=off", "-fpermissive", "-w", "-shared", "-fPIC")
@@ -28,6 +28,14 @@ extern "C" char const* run(PackedGemmArguments const* args, int ctas, int cluste
   arguments = args;
   return run_grid([] { KERNEL<Config>(*arguments, current->cta->shared).run(); }, ctas, cluster, Config::kThreads,
                   shared_bytes, seed);
+}
+"""
+_QUANTIZE_DRIVER = """
+static QuantizeArguments const* arguments;
+extern "C" int arguments_bytes() { return sizeof(QuantizeArguments); }
+extern "C" char const* run(QuantizeArguments const* args, int ctas, int layers, unsigned seed) {
+  arguments = args;
+  return run_grid([] { RowQuantizer<Config>(*arguments).run(); }, ctas, 1, Config::kCta, 0, seed, layers);
 }
 """
 
@@ -91,6 +99,28 @@ def _pack(
         x = tensors["x"]
         assert x is not None
         struct.pack_into("<5Q", storage, at, x.data_ptr(), p.k, p.m, p.x_stride, spec.tokens // spec.multicast)
+
+
+class QuantizeLauncher:
+    """A row-wise quantizer, with the arguments that ``fp4gemm.launch.Launcher`` gets."""
+
+    def __init__(self, emulator: Emulator, spec: QuantizeSpec, arguments: struct.Struct) -> None:
+        self._library = _compile_quantizer(emulator.folder, spec)
+        assert self._library.arguments_bytes() == arguments.size
+        self._struct = arguments
+
+    def __call__(self, grid: tuple[int, int, int], stream: int, *values: int) -> None:
+        storage = ctypes.create_string_buffer(self._struct.pack(*values), self._struct.size)
+        wrong: bytes | None = self._library.run(storage, grid[0], grid[1], stream)
+        assert wrong is None, wrong
+
+
+@cache
+def _compile_quantizer(folder: Path, spec: QuantizeSpec) -> ctypes.CDLL:
+    head, _, _ = render(spec).partition('extern "C"')
+    library = compile_cpp(folder, spec.name, head + _QUANTIZE_DRIVER)
+    library.run.restype = ctypes.c_char_p
+    return library
 
 
 @cache

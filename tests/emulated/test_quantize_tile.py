@@ -1,4 +1,4 @@
-"""The tile quantizer and its amaxes, their own source on a CPU, against the reference: every byte, paddings included."""
+"""The tile quantizer and its amaxes, their own source on a CPU, against the reference: every byte, padding too."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from fp4gemm.spec import TileAmaxSpec, TileQuantizeSpec, check
 from fp4gemm.tensor import FP4Tensor
 from fp4gemm.tile_calls import Output, vectorized
 
-DTYPES = {name: dtype for dtype, name in select.DTYPE_NAMES.items()}
+DTYPES = {name: dtype for dtype, name in select.INPUT_NAMES.items()}
 SIZES = (1, 2, 15, 16, 17, 31, 33, 64, 100, 127, 128, 129, 136, 144, 160, 200, 256, 264, 300)
 PROBLEMS = 8  # of each kernel
 
@@ -41,6 +41,8 @@ SPECS = (
     spec_of("bf16", "amax", "te", "128x4", "128x4", square=True),
     spec_of("fp16", "given", "te_per_token", "128x4", None, square=True),
     spec_of("bf16", "amax", "te", "linear", "linear", square=True, stochastic=True),
+    spec_of("e4m3", "amax", "te_per_token", "128x4", "128x4", hadamard=True),
+    spec_of("e4m3", "given", "te", "linear", "8x4", vectorized=False),
 )
 
 
@@ -74,8 +76,8 @@ class Problem:
         shape = (self.k, self.m) if self.column_major else (self.m, self.k)
         stride = shape[1] + self.padding
         if is_vectorized:
-            stride = -(-stride // 8) * 8
-        x = torch.full((shape[0], stride + 8), float("nan"), dtype=dtype)
+            stride = -(-stride // 16) * 16
+        x = torch.full((shape[0], stride + 8), float("nan")).to(dtype)
         # A tensor of one row or column is aligned whatever its strides: shift it where it must not be.
         x = x.flatten()[0 if is_vectorized else 1 :][: shape[0] * stride].view(shape[0], stride)[:, : shape[1]]
         v = torch.randn(shape, generator=random_)
@@ -170,8 +172,8 @@ def test_random_problems(spec: TileQuantizeSpec, emulator: emulation.Emulator) -
 
 
 @pytest.mark.parametrize("dtype", [torch.bool, torch.uint8, torch.int32, torch.float32], ids=str)
-@pytest.mark.parametrize("value", [0, 1])
-def test_noop(dtype: torch.dtype, value: int, emulator: emulation.Emulator) -> None:
+@pytest.mark.parametrize("value", [0.0, -0.0, 1.0])
+def test_noop(dtype: torch.dtype, value: float, emulator: emulation.Emulator) -> None:
     problem = Problem(20, 40, False, 0, False, 0, "normal", 7)
     run(emulator, SPECS[0], problem, torch.tensor([value], dtype=dtype))
 
@@ -181,6 +183,7 @@ AMAX_SPECS = (
     select.tile_amax_spec("sm_90a", "fp16", True, True),
     select.tile_amax_spec("sm_90a", "fp32", False, True, True),
     select.tile_amax_spec("sm_90a", "bf16", True, False, False, False),
+    select.tile_amax_spec("sm_90a", "e4m3", True, True),
 )
 
 

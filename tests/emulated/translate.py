@@ -24,7 +24,11 @@ _RULES: dict[str, tuple[tuple[str, str], ...]] = {
         ),
         (
             r'uint32_t both;\s*asm\("cvt\.rn\.f16x2\.e4m3x2.*?return both;',
-            "return float_to_half(e4m3_to_float(byte)) * 0x10001u;",
+            "return float_to_half(e4m3_to_float(bytes & 255)) | float_to_half(e4m3_to_float(bytes >> 8)) << 16;",
+        ),
+        (
+            r'uint32_t word;\s*asm\(\s*"\{\\n\.reg \.b8.*?return word;',
+            "return 0;",
         ),
         (r'float v;\s*asm\("cvt\.f32\.f16.*?return v;', "return half_bits_to_float(bits);"),
         (r'uint32_t m;\s*asm\("max\.NaN\.xorsign\.abs\.bf16x2.*?return m;', "return max_xorsign(a, b, 0x7F80);"),
@@ -45,7 +49,7 @@ _RULES: dict[str, tuple[tuple[str, str], ...]] = {
     ),
     "quantize.hpp": (
         (r'asm volatile\("cp\.async\.bulk\.prefetch.*?\);', ";"),
-        (r'asm volatile\("bar\.sync[^;]*;"[^;]*;', ";"),
+        (r'asm volatile\("bar\.sync[^;]*;"[^;]*;', "sync_named(group + 1, kThreads);"),
     ),
     "packed.hpp": (
         (r'asm\("lop3\.b32[^;]*;"[^;]*;', "x = (a & kSharedBits) | (b & ~kSharedBits);"),
@@ -77,10 +81,12 @@ _RULES: dict[str, tuple[tuple[str, str], ...]] = {
     "philox.hpp": (),
     "quantize_tile.hpp": (
         (r'uint16_t pair;\s*asm\("cvt\.rn\.satfinite.*?return pair;', "return to_e4m3_byte(v);"),
-        (r'uint32_t both;\s*asm\("cvt\.rn\.f16x2.*?return half_to_float[^;]*;', "return e4m3_to_float(pair);"),
         (r'float r;\s*asm\("rcp.*?return r;', "return 1.0f / v;"),
     ),
     "tile.hpp": ((r'asm volatile\("" : "\+r"\(v\)\);', ""),),
+    "encode.hpp": (),
+    "adaptive.hpp": (),
+    "residual.hpp": (),
     "layout.hpp": (),
 }
 

@@ -3,7 +3,7 @@
 //
 //   from_amax, from_decode    the Outer of a row or tensor, from its amax or a given decode multiplier; .decode is stored
 //   block_scale(outer, amax)  e4m3 byte
-//   divider(outer, byte)      an object whose quotient(|x|) is the magnitude that e2m1 rounds
+//   divider(outer, byte)      an object whose quotient(x) is what e2m1 rounds, or its magnitude that of |x|
 #pragma once
 
 #include "fp4gemm/numeric.hpp"
@@ -12,13 +12,13 @@ namespace fp4gemm {
 
 struct MultiplyBy {
   float c;
-  __device__ float quotient(float magnitude) const { return __fmul_rn(magnitude, c); }
+  __device__ float quotient(float x) const { return __fmul_rn(x, c); }
 };
 
 struct DivideBy {
   float d;
   // d can underflow to 0; zeros stay zeros.
-  __device__ float quotient(float magnitude) const { return magnitude == 0.0f ? 0.0f : __fdiv_rn(magnitude, d); }
+  __device__ float quotient(float x) const { return x == 0.0f ? x : __fdiv_rn(x, d); }
 };
 
 // Transformer Engine's conventions carry the encode multiplier S = 2688 / amax from the row to its blocks.
@@ -35,25 +35,33 @@ struct TeScales {
   __device__ static Outer from_decode(float decode) { return {fminf(__fdiv_rn(1.0f, decode), kFloatMax), decode}; }
 };
 
-struct TePerToken : TeScales {
+// kLargest: the block scale that the amax gets; 4/6 (adaptive.hpp) leaves room for the larger scale of its 4.
+template <int kLargest> struct TePerTokenOf : TeScales {
+  using Adaptive = TePerTokenOf<256>;
+  static constexpr float kRange = 6.0f * kLargest;
   __device__ static Outer from_amax(float amax) {
-    return {fminf(__fdiv_rn(kRange, fmaxf(amax, 1e-12f)), kFloatMax), __fmul_rn(amax, kInverseRange)};
+    return {fminf(__fdiv_rn(kRange, fmaxf(amax, 1e-12f)), kFloatMax), __fmul_rn(amax, 1.0f / kRange)};
   }
   __device__ static MultiplyBy divider(Outer const& outer, uint8_t scale) {
     return {scale == 0 ? 0.0f : __fdiv_rn(outer.encode, from_e4m3(scale))};
   }
 };
 
-struct Te : TeScales {
+template <int kLargest> struct TeOf : TeScales {
+  using Adaptive = TeOf<256>;
+  static constexpr float kRange = 6.0f * kLargest;
   __device__ static Outer from_amax(float amax) {
     float const encode = amax == 0.0f ? 1.0f : fminf(__fdiv_rn(kRange, amax), kFloatMax);
-    return {encode, __fmul_rn(amax, kInverseRange)};
+    return {encode, __fmul_rn(amax, 1.0f / kRange)};
   }
   __device__ static MultiplyBy divider(Outer const& outer, uint8_t scale) {
     float const product = __fmul_rn(from_e4m3(scale), __fdiv_rn(1.0f, outer.encode));
     return {fminf(__fdiv_rn(1.0f, product), kFloatMax)};
   }
 };
+
+using TePerToken = TePerTokenOf<448>;
+using Te = TeOf<448>;
 
 // torchao and ModelOpt carry the decode multiplier itself; a zero one encodes as 1.
 struct DecodeOuter {

@@ -7,13 +7,25 @@ namespace fp4gemm {
 
 inline constexpr float kHadamardFactor = 0.25f;
 
-// 4 y, in fp32: the sums without the factor. Bit i of mask set: s_i = -1.
+// Where values change their sign: bit 15 of word i for value 2 i, bit 31 for value 2 i + 1; a kernel argument, so that it is an
+// operand of the instruction that applies it.
+struct HadamardSigns {
+  uint32_t w[kBlock / 2];
+};
+
+// 4 y, in fp32: the sums without the factor.
 template <class Element>
-__device__ __forceinline__ Fp32::Block hadamard_sums(typename Element::Block const& x, uint32_t mask) {
+__device__ __forceinline__ Fp32::Block hadamard_sums(typename Element::Block x, HadamardSigns const& signs) {
   float v[kBlock];
 #pragma unroll
-  for (int i = 0; i < kBlock; ++i)
-    v[i] = __uint_as_float(__float_as_uint(Element::value(x, i)) ^ (mask << (31 - i) & 0x80000000u));
+  for (int i = 0; i < kBlock; ++i) {
+    if constexpr (Element::kBytes == 2) {
+      if (i % 2 == 0) x.w[i / 2] ^= signs.w[i / 2];
+    } else {
+      x.w[i] ^= i % 2 == 0 ? signs.w[i / 2] << 16 : signs.w[i / 2] & 0x80000000u;
+    }
+    v[i] = Element::value(x, i);
+  }
 #pragma unroll
   for (int stride = 1; stride < kBlock; stride *= 2) {
 #pragma unroll

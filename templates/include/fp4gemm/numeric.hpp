@@ -13,7 +13,6 @@ using uint64_t = unsigned long long;
 inline constexpr int kBlock = 16;             // values that share one e4m3 scale
 inline constexpr float kFloatMax = 0x1.fffffep127f;
 inline constexpr float kRange = 6.0f * 448.0f;  // largest e2m1 times largest e4m3
-inline constexpr float kInverseRange = 1.0f / kRange;
 inline constexpr float kSixth = 1.0f / 6.0f;
 inline constexpr uint8_t kE4m3Max = 0x7E;     // 448
 
@@ -28,11 +27,15 @@ __device__ __forceinline__ uint8_t to_e4m3(float v) {
   return static_cast<uint8_t>(pair);
 }
 
+__device__ __forceinline__ uint32_t e4m3x2_to_half2(uint16_t bytes) {
+  uint32_t both;
+  asm("cvt.rn.f16x2.e4m3x2 %0, %1;" : "=r"(both) : "h"(bytes));
+  return both;
+}
+
 // The e4m3 byte as fp16 bits in both halves of a word (every e4m3 is an fp16).
 __device__ __forceinline__ uint32_t e4m3_to_half2(uint8_t byte) {
-  uint32_t both;
-  asm("cvt.rn.f16x2.e4m3x2 %0, %1;" : "=r"(both) : "h"(static_cast<uint16_t>(byte * 0x0101)));
-  return both;
+  return e4m3x2_to_half2(static_cast<uint16_t>(byte * 0x0101));
 }
 
 __device__ __forceinline__ float half_to_float(uint16_t bits) {
@@ -66,10 +69,37 @@ __device__ __forceinline__ uint32_t magnitude_code(float v) {
   return __vimin3_u32(__float_as_uint(by_half), __float_as_uint(by_one), __float_as_uint(by_two));
 }
 
+// The same where the third line is never the least.
+inline constexpr float kFourLimit = 4.5f;
+
+__device__ __forceinline__ uint32_t magnitude_code_of_4(float v) {
+  return min(__float_as_uint(__fmaf_rn(v, 2.0f, 8388608.0f)), __float_as_uint(__fadd_rn(v, 8388610.0f)));
+}
+
 // What eight words of magnitude_code add to a word of nibbles: 0x4B000000 at each of eight nibble positions, modulo 2^32.
 inline constexpr uint32_t kMagnitudeBias = 0x4B000000u * 0x11111111u;
 
-// One type per input element: words of 16 values, conversion to float, block maximum, sign bits of eight values as nibble bit 3.
+// sm_100a and sm_120a round eight values, whatever they are, as to_e2m1 does.
+#if defined(__CUDA_ARCH_FEAT_SM100_ALL) || defined(__CUDA_ARCH_FEAT_SM120_ALL)
+inline constexpr bool kHasE2m1 = true;
+template <class Value> __device__ __forceinline__ uint32_t to_e2m1_eight(Value const& value) {
+  uint32_t word;
+  asm("{\n.reg .b8 b<4>;\n"
+      "cvt.rn.satfinite.e2m1x2.f32 b0, %2, %1;\ncvt.rn.satfinite.e2m1x2.f32 b1, %4, %3;\n"
+      "cvt.rn.satfinite.e2m1x2.f32 b2, %6, %5;\ncvt.rn.satfinite.e2m1x2.f32 b3, %8, %7;\n"
+      "mov.b32 %0, {b0, b1, b2, b3};\n}"
+      : "=r"(word)
+      : "f"(value(0)), "f"(value(1)), "f"(value(2)), "f"(value(3)), "f"(value(4)), "f"(value(5)), "f"(value(6)),
+        "f"(value(7)));
+  return word;
+}
+#else
+inline constexpr bool kHasE2m1 = false;
+template <class Value> __device__ uint32_t to_e2m1_eight(Value const&);
+#endif
+
+// One type per input element. Raw is one in memory, of kBytes; unpack makes a Block of the words of 16. Then: conversion to
+// float, block maximum, sign bits of eight values as nibble bit 3.
 template <int kBytes> struct Words {
   uint32_t w[kBlock * kBytes / 4];
 };
@@ -81,6 +111,7 @@ __device__ __forceinline__ uint32_t gather_bytes(uint32_t a, uint32_t b, uint32_
 template <class Derived> struct Packed16 {
   static constexpr int kBytes = 2;
   using Block = Words<2>;
+  __device__ static Block unpack(Words<2> const& x) { return x; }
 
   // Values 8h..8h+7 of the block: bit 15 and bit 31 of four words to bits 3, 7, ..., 31.
   __device__ static uint32_t signs(Block const& x, int h) {
@@ -139,10 +170,25 @@ struct Fp16 : Packed16<Fp16> {
   }
 };
 
+// In registers an fp16: every e4m3 is one.
+struct E4m3 : Fp16 {
+  static constexpr int kBytes = 1;
+  using Raw = uint8_t;
+  __device__ static Block unpack(Words<1> const& x) {
+    Block half;
+#pragma unroll
+    for (int i = 0; i < 8; ++i)
+      half.w[i] = e4m3x2_to_half2(static_cast<uint16_t>(i % 2 ? x.w[i / 2] >> 16 : x.w[i / 2]));
+    return half;
+  }
+  __device__ static void set(Block& x, int i, uint8_t byte) { Fp16::set(x, i, e4m3_to_half2(byte)); }
+};
+
 struct Fp32 {
   static constexpr int kBytes = 4;
   using Block = Words<4>;
   using Raw = uint32_t;
+  __device__ static Block unpack(Words<4> const& x) { return x; }
 
   __device__ static float value(Block const& x, int i) { return __uint_as_float(x.w[i]); }
   __device__ static void set(Block& x, int i, uint32_t bits) { x.w[i] = bits; }
@@ -153,10 +199,11 @@ struct Fp32 {
     return fabsf(m);
   }
   __device__ static uint32_t signs(Block const& x, int h) {
-    uint32_t bits = 0;
-#pragma unroll
-    for (int i = 0; i < 8; ++i) bits |= (x.w[8 * h + i] >> 31) << (4 * i + 3);
-    return bits;
+    uint32_t const* w = x.w + 8 * h;
+    auto const tops = [&](int i) {  // top bytes of words i, i + 2, i + 4, i + 6
+      return gather_bytes(gather_bytes(w[i], w[i + 2], 0x73), gather_bytes(w[i + 4], w[i + 6], 0x73), 0x5410);
+    };
+    return ((tops(0) >> 4) & 0x08080808u) | (tops(1) & 0x80808080u);
   }
 };
 

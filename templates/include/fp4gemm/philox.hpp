@@ -9,20 +9,30 @@ struct PhiloxBlock {
   uint32_t w[4];  // byte i of word w, 0 the lowest, belongs to value 4 * w + i
 };
 
-// Key: the seed. Counter: (block, 0), block = row * ceil(K / 16) + column of the result.
-__device__ __forceinline__ PhiloxBlock philox_block(uint64_t seed, uint64_t block) {
-  uint32_t key0 = static_cast<uint32_t>(seed), key1 = static_cast<uint32_t>(seed >> 32);
+// The keys of round 0 to 9: the seed, plus Weyl constants for each round before.
+inline constexpr int kPhiloxRounds = 10;
+
+__device__ __forceinline__ uint2 philox_key(uint64_t seed, int round) {
+  return {static_cast<uint32_t>(seed) + round * 0x9E3779B9u, static_cast<uint32_t>(seed >> 32) + round * 0xBB67AE85u};
+}
+
+// Counter: (block, 0), block = row * ceil(K / 16) + column of the result. key(round) is a philox_key.
+template <class Key> __device__ __forceinline__ PhiloxBlock philox_block_of(Key const& key, uint64_t block) {
   uint32_t c0 = static_cast<uint32_t>(block), c1 = static_cast<uint32_t>(block >> 32), c2 = 0, c3 = 0;
 #pragma unroll
-  for (int round = 0; round < 10; ++round) {
+  for (int round = 0; round < kPhiloxRounds; ++round) {
+    uint2 const k = key(round);
     uint64_t const p0 = uint64_t{0xD2511F53} * c0, p1 = uint64_t{0xCD9E8D57} * c2;
-    c0 = static_cast<uint32_t>(p1 >> 32) ^ c1 ^ key0;
+    c0 = static_cast<uint32_t>(p1 >> 32) ^ c1 ^ k.x;
     c1 = static_cast<uint32_t>(p1);
-    c2 = static_cast<uint32_t>(p0 >> 32) ^ c3 ^ key1;
+    c2 = static_cast<uint32_t>(p0 >> 32) ^ c3 ^ k.y;
     c3 = static_cast<uint32_t>(p0);
-    key0 += 0x9E3779B9, key1 += 0xBB67AE85;
   }
   return {{c0, c1, c2, c3}};
+}
+
+__device__ __forceinline__ PhiloxBlock philox_block(uint64_t seed, uint64_t block) {
+  return philox_block_of([seed](int round) { return philox_key(seed, round); }, block);
 }
 
 // The rule as docs/numerics.md has it, for any magnitude: t = |v| + step * byte / 256, rounded once, then down to the grid.
@@ -36,8 +46,8 @@ __device__ __forceinline__ uint32_t stochastic_code(float magnitude, uint32_t by
   return __vimin3_u32(by_half, by_one, by_two);
 }
 
-// The place of 0 <= v < kQuickLimit among the codes, in 1/256 of one, rounded down, in the low 16 bits. A byte of noise added to
-// it, and 7 at most, bits 8 to 10 are the code: rounding down only once is the same as rounding t first, except where t is
+// The place of 0 <= v < kQuickLimit among the codes, in 1/256 of one, rounded down, in the low 12 bits. With a byte of noise added
+// to it, bits 8 to 11 are the code, or 8 for 7: rounding down only once is the same as rounding t first, except where t is
 // rounded up to a grid point. The binade of t is that of |v| or holds no grid point below its end, but for |v| < .5, whose
 // rounding up at .5 is half an ulp below it: 2^-25, here, added to 2 v.
 __device__ __forceinline__ uint32_t place_among_codes(float v) {
@@ -50,10 +60,9 @@ __device__ __forceinline__ uint32_t place_among_codes(float v) {
 // Codes of four magnitudes as bytes 1 and 3, two in each, a nibble for each; other bits are undefined.
 __device__ __forceinline__ uint32_t stochastic_four(uint32_t p0, uint32_t p1, uint32_t p2, uint32_t p3,
                                                     uint32_t noise) {
-  constexpr uint32_t kLargest = 0x07FF07FFu;
-  uint32_t const even = __vminu2(gather_bytes(p0, p2, 0x5410) + (noise & 0x00FF00FFu), kLargest);
-  uint32_t const odd = __vminu2(gather_bytes(p1, p3, 0x5410) + gather_bytes(noise, 0, 0x4341), kLargest);
-  return (odd & 0x07000700u) * 16 + even;
+  uint32_t const even = gather_bytes(p0, p2, 0x5410) + (noise & 0x00FF00FFu);
+  uint32_t const odd = gather_bytes(p1, p3, 0x5410) + gather_bytes(noise, 0, 0x4341);
+  return (odd & 0x0F000F00u) * 16 + even;
 }
 
 // stochastic_code of eight magnitudes below kQuickLimit, magnitude(0) to magnitude(7), as nibbles; the first is the lowest.
@@ -62,8 +71,9 @@ __device__ __forceinline__ uint32_t stochastic_eight(Magnitude const& magnitude,
   uint32_t p[8];
 #pragma unroll
   for (int i = 0; i < 8; ++i) p[i] = place_among_codes(magnitude(i));
-  return gather_bytes(stochastic_four(p[0], p[1], p[2], p[3], noise0), stochastic_four(p[4], p[5], p[6], p[7], noise1),
-                      0x7531);
+  uint32_t const codes = gather_bytes(stochastic_four(p[0], p[1], p[2], p[3], noise0),
+                                      stochastic_four(p[4], p[5], p[6], p[7], noise1), 0x7531);
+  return codes - (codes >> 3 & 0x11111111u);  // 8 is 7
 }
 
 }  // namespace fp4gemm

@@ -4,9 +4,10 @@
 // With per-row scaling and a row that fits in registers, memory is read once: load, reduce the row amax, encode.
 #pragma once
 
+#include "fp4gemm/adaptive.hpp"
 #include "fp4gemm/async.hpp"
-#include "fp4gemm/convention.hpp"
 #include "fp4gemm/layout.hpp"
+#include "fp4gemm/residual.hpp"
 #include "fp4gemm/values.hpp"
 
 namespace fp4gemm {
@@ -17,22 +18,48 @@ struct QuantizeArguments {
   void* data;  // uint8 [rows, columns * 8]; values: bf16 [rows, out_stride], ceil8(k) columns
   uint8_t* block_scale;  // padded rows x padded columns in the layout; unused for values
   float* outer_scale;  // [rows] per row, [1] otherwise
-  float const* scale_in;  // kPerTensor: the amax [1]; kGiven: decode multipliers, [1] or [rows]
+  float const* scale_in;  // kPerTensor: the amax [1]; kAmaxes: [rows]; kGiven: decode multipliers, [1] or [rows]
   int64_t x_stride;  // elements between rows of x
   int64_t out_stride;  // of values, a multiple of 8
   int64_t rows, padded_rows;
   int k, columns;  // columns = ceil(k / 16)
   int scale_in_stride;  // 0 or 1
   int prefetch;  // how many CTAs ahead to fetch rows into L2; 0: do not
+  uint64_t const* seed_in;  // kStochastic: the seed, or null
+  uint64_t seed;  // where seed_in is null
+  void const* noop;  // kNoop: nothing is written if this is not 0
+  int const* order;  // kGathered: column i of what is quantized is order[i] of x
+  uint32_t noop_mask;  // 0xFF: a byte; else a word, of which these bits count
+  int out_columns;  // of the result: columns, and a companion for each of the last ones (kResidual)
 };
 
-enum class Scaling { kPerRow, kPerTensor, kGiven };
+enum class Scaling { kPerRow, kPerTensor, kAmaxes, kGiven };
+
+// What a quantizer does beyond a convention's plain rule.
+template <bool kStochastic_ = false, Adaptive kAdaptive_ = Adaptive::kNone, Residual kResidual_ = Residual::kNone,
+          bool kGathered_ = false, bool kNoop_ = false>
+struct QuantizeOptions {
+  static constexpr bool kStochastic = kStochastic_;
+  static constexpr Adaptive kAdaptive = kAdaptive_;
+  static constexpr Residual kResidual = kResidual_;
+  static constexpr bool kGathered = kGathered_;
+  static constexpr bool kNoop = kNoop_;
+  static_assert(kAdaptive == Adaptive::kNone || (!kStochastic && kResidual == Residual::kNone), "4/6 stands alone");
+};
+
+template <bool kAdaptive, class Convention> struct WithRange {
+  using Type = Convention;
+};
+template <class Convention> struct WithRange<true, Convention> {
+  using Type = typename Convention::Adaptive;
+};
 
 template <class Element_, class Convention_, class Scales_, Scaling kScaling_, int kThreads_, int kBlocks_, int kRows_,
-          bool kVectorized_, bool kResident_, bool kValues_>
+          bool kVectorized_, bool kResident_, bool kValues_, class Options_ = QuantizeOptions<>>
 struct QuantizeConfig {
   using Element = Element_;
-  using Convention = Convention_;
+  using Options = Options_;
+  using Convention = typename WithRange<Options::kAdaptive != Adaptive::kNone, Convention_>::Type;
   using Scales = Scales_;
   static constexpr Scaling kScaling = kScaling_;
   static constexpr int kThreads = kThreads_;  // threads of a row
@@ -48,54 +75,35 @@ struct QuantizeConfig {
 
 template <class Element, bool kVectorized>
 __device__ __forceinline__ typename Element::Block load_block(void const* row, int column, int k) {
-  typename Element::Block x{};
   if constexpr (kVectorized) {
+    Words<Element::kBytes> words;
     auto const* source = reinterpret_cast<uint4 const*>(row) + column * Element::kBytes;
 #pragma unroll
-    for (int i = 0; i < Element::kBytes; ++i) reinterpret_cast<uint4*>(x.w)[i] = __ldcs(source + i);
+    for (int i = 0; i < Element::kBytes; ++i) reinterpret_cast<uint4*>(words.w)[i] = __ldcs(source + i);
+    return Element::unpack(words);
   } else {
+    typename Element::Block x{};
     auto const* source = reinterpret_cast<typename Element::Raw const*>(row) + static_cast<int64_t>(column) * kBlock;
 #pragma unroll
     for (int i = 0; i < kBlock; ++i) {
       if (column * kBlock + i < k) Element::set(x, i, source[i]);
     }
+    return x;
+  }
+}
+
+// The same of a row whose columns are taken in another order; k % 16 == 0.
+template <class Element>
+__device__ __forceinline__ typename Element::Block gather_block(void const* row, int const* order, int column) {
+  auto const* source = reinterpret_cast<typename Element::Raw const*>(row);
+  typename Element::Block x{};
+#pragma unroll
+  for (int i = 0; i < kBlock; i += 4) {
+    auto const at = *reinterpret_cast<int4 const*>(order + column * kBlock + i);
+    Element::set(x, i, source[at.x]), Element::set(x, i + 1, source[at.y]);
+    Element::set(x, i + 2, source[at.z]), Element::set(x, i + 3, source[at.w]);
   }
   return x;
-}
-
-// Block amax without NaN; the sign bit marks a block that holds NaN or Inf.
-template <class Element> __device__ __noinline__ float amax_without_nan(typename Element::Block x) {
-  float amax = 0.0f;
-#pragma unroll
-  for (int i = 0; i < kBlock; ++i) amax = fmaxf(amax, fabsf(Element::value(x, i)));
-  return amax;
-}
-
-template <class Element> __device__ __forceinline__ float flagged_amax(typename Element::Block const& x) {
-  float const amax = Element::amax(x);
-  return is_finite(amax) ? amax : -amax_without_nan<Element>(x);
-}
-
-template <class Element, class Divider>
-__device__ __forceinline__ uint32_t encode_half(typename Element::Block const& x, int half, Divider const& divider) {
-  uint32_t word = 0;
-#pragma unroll
-  for (int i = 7; i >= 0; --i) {
-    word = word * 16 + magnitude_code(divider.quotient(fabsf(Element::value(x, 8 * half + i))));
-  }
-  return (word - kMagnitudeBias) | Element::signs(x, half);
-}
-
-// For blocks with NaN or Inf and for those beyond the largest code (their scale underflowed, saturated or was given).
-template <class Element, class Divider>
-__device__ __noinline__ uint2 encode_any(typename Element::Block x, Divider divider) {
-  uint32_t word[2] = {};
-#pragma unroll
-  for (int i = 0; i < kBlock; ++i) {
-    float const value = Element::value(x, i);
-    word[i / 8] |= to_e2m1(copysignf(divider.quotient(fabsf(value)), value)) << (4 * (i % 8));
-  }
-  return {word[0], word[1]};
 }
 
 template <int kThreads> __device__ __forceinline__ void group_barrier(int group) {
@@ -129,6 +137,10 @@ __device__ __forceinline__ uint4 swap_with_neighbour(uint4 v) {
           __shfl_xor_sync(~0u, v.w, 1)};
 }
 
+template <class Config> __device__ int out_columns(QuantizeArguments const& args) {
+  return Config::Options::kResidual == Residual::kNone ? args.columns : args.out_columns;
+}
+
 // Where a thread's block scales go: straight to their place, byte by byte ...
 template <class Config, bool kStaged> class ScaleWriter {
   using Scales = typename Config::Scales;
@@ -137,8 +149,8 @@ template <class Config, bool kStaged> class ScaleWriter {
 
  public:
   __device__ ScaleWriter(QuantizeArguments const& args, int64_t row, int /*first*/)
-      : row_(args.block_scale + Scales::row_offset(row, args.columns)),
-        end_(row < args.padded_rows ? Scales::padded_columns(args.columns) : 0) {}
+      : row_(args.block_scale + Scales::row_offset(row, out_columns<Config>(args))),
+        end_(row < args.padded_rows ? Scales::padded_columns(out_columns<Config>(args)) : 0) {}
   __device__ void put(int column, uint8_t scale) const {
     if (column < end_) row_[Scales::column_offset(column)] = scale;
   }
@@ -149,7 +161,9 @@ template <class Config, bool kStaged> class ScaleWriter {
 // one row has only words of four bytes to write, which cost the memory system as much as whole sectors.
 template <class Config> class ScaleWriter<Config, true> {
   using Scales = typename Config::Scales;
-  static constexpr int kStep = Config::kThreads * Config::kBlocks;
+  // Of the result; a companion for each block at most, and then a row has one step.
+  static constexpr int kStep =
+      Config::kThreads * Config::kBlocks * (Config::Options::kResidual == Residual::kNone ? 1 : 2);
   using Stage = uint8_t[Config::kRows][kStep];
 
   QuantizeArguments const& args_;
@@ -170,8 +184,9 @@ template <class Config> class ScaleWriter<Config, true> {
   __device__ void flush() const {
     __syncthreads();
     int64_t const row = Scales::template row<Config::kRows>(blockIdx.x, 0);
-    uint8_t* const chunks = args_.block_scale + Scales::row_offset(row, args_.columns);
-    int const end = min(kStep, Scales::padded_columns(args_.columns) - first_);
+    int const columns = out_columns<Config>(args_);
+    uint8_t* const chunks = args_.block_scale + Scales::row_offset(row, columns);
+    int const end = min(kStep, Scales::padded_columns(columns) - first_);
     for (int column = threadIdx.x * 4; column < end && row < args_.padded_rows; column += Config::kCta * 4) {
       auto* const chunk = reinterpret_cast<uint4*>(chunks + Scales::column_offset(first_ + column));
 #pragma unroll
@@ -186,16 +201,6 @@ template <class Config> class ScaleWriter<Config, true> {
   }
 };
 
-// The codes of a block: by the quick way if no value is NaN, Inf or beyond the largest code.
-template <class Element, class Convention>
-__device__ __forceinline__ uint2 encode_block(typename Element::Block const& x, float amax,
-                                              typename Convention::Outer const& outer, uint8_t scale) {
-  auto const divider = Convention::divider(outer, scale);
-  bool const quick = __float_as_uint(amax) >> 31 == 0 && divider.quotient(amax) < kQuickLimit;
-  return quick ? uint2{encode_half<Element>(x, 0, divider), encode_half<Element>(x, 1, divider)}
-               : encode_any<Element>(x, divider);
-}
-
 template <class Config> class RowQuantizer {
   using Element = typename Config::Element;
   using Convention = typename Config::Convention;
@@ -203,7 +208,12 @@ template <class Config> class RowQuantizer {
   using Block = typename Element::Block;
   static constexpr int kStep = Config::kThreads * Config::kBlocks;  // columns at a time
   // A tiled layout scatters the scales of one row in words of four; the rows of a CTA together fill whole chunks.
-  static constexpr bool kStaged = Scales::kTiled && Config::kRows % 4 == 0;
+  using Options = typename Config::Options;
+  using Rounding = typename RoundingOf<Options::kStochastic>::Type;
+  static constexpr bool kPairs = Options::kResidual != Residual::kNone;
+  static constexpr bool kStaged = Scales::kTiled && Config::kRows % 4 == 0 && (!kPairs || Config::kResident);
+  // Encoded before its scale is stored: what the codes are decides, or depends on, the scales.
+  static constexpr bool kEarly = kPairs || Options::kAdaptive != Adaptive::kNone;
 
   QuantizeArguments const& args_;
   int64_t const row_;
@@ -222,6 +232,11 @@ template <class Config> class RowQuantizer {
       // In this order: what stands behind may then count on all that came before this kernel.
       wait_for_inputs();
       launch_dependents();
+    }
+    if constexpr (Options::kNoop) {
+      bool const byte = args_.noop_mask == 0xFF;
+      if (byte ? *static_cast<uint8_t const*>(args_.noop) : *static_cast<uint32_t const*>(args_.noop) & args_.noop_mask)
+        return;
     }
     if constexpr (Config::kScaling != Scaling::kPerRow) {
       // No reduction: CTAs split the row as well.
@@ -264,13 +279,24 @@ template <class Config> class RowQuantizer {
     typename Convention::Outer outer;
     if constexpr (Config::kScaling == Scaling::kGiven) {
       outer = Convention::from_decode(real_ ? args_.scale_in[row_ * args_.scale_in_stride] : 1.0f);
+    } else if constexpr (Config::kScaling == Scaling::kAmaxes) {
+      outer = Convention::from_amax(real_ ? args_.scale_in[row_] : 0.0f);
     } else {
       outer = Convention::from_amax(Config::kScaling == Scaling::kPerTensor ? *args_.scale_in : row_amax);
     }
-    bool const per_row = Config::kScaling == Scaling::kPerRow || args_.scale_in_stride != 0;
+    bool const per_row =
+        Config::kScaling == Scaling::kPerRow || Config::kScaling == Scaling::kAmaxes || args_.scale_in_stride != 0;
     if (thread_ == 0 && blockIdx.y == 0 && (per_row ? real_ : row_ == 0))
       args_.outer_scale[row_ * per_row] = outer.decode;
     return outer;
+  }
+
+  __device__ Block load(void const* row, int column) const {
+    if constexpr (Options::kGathered) {
+      return gather_block<Element>(row, args_.order, column);
+    } else {
+      return load_block<Element, Config::kVectorized>(row, column, args_.k);
+    }
   }
 
   __device__ float load_step(int first, Block (&x)[Config::kBlocks], float (&amax)[Config::kBlocks]) const {
@@ -279,7 +305,7 @@ template <class Config> class RowQuantizer {
     for (int i = 0; i < Config::kBlocks; ++i) {
       int const column = first + i * Config::kThreads + thread_;
       x[i] = Block{};
-      if (real_ && column < args_.columns) x[i] = load_block<Element, Config::kVectorized>(row, column, args_.k);
+      if (real_ && column < args_.columns) x[i] = load(row, column);
     }
     float step_amax = 0.0f;
 #pragma unroll
@@ -299,6 +325,58 @@ template <class Config> class RowQuantizer {
     }
   }
 
+  // Blocks of the result: where that of column c stands, and how many of column c there are.
+  __device__ int first_pair() const { return 2 * args_.columns - args_.out_columns; }
+  __device__ bool has_companion(int column) const { return kPairs && column >= first_pair() && column < args_.columns; }
+  __device__ int place(int column) const {
+    return kPairs ? column + max(0, min(column, args_.columns) - first_pair()) : column;
+  }
+
+  __device__ uint64_t number(int place) const {
+    return static_cast<uint64_t>(row_) * out_columns<Config>(args_) + place;
+  }
+  __device__ Rounding rounding(uint64_t seed, int place) const {
+    if constexpr (Options::kStochastic) return {philox_block(seed, number(place))};
+    return {};
+  }
+  // Of blocks i and i + 1 of a step: two at a time share round keys, more would need registers.
+  __device__ void round_two(uint64_t seed, int first, int i, Stochastic (&roundings)[Config::kBlocks]) const {
+    constexpr int kCount = Config::kBlocks == 1 ? 1 : 2;
+    uint64_t numbers[kCount];
+    PhiloxBlock noise[kCount];
+#pragma unroll
+    for (int j = 0; j < kCount; ++j) numbers[j] = number(first + (i + j) * Config::kThreads + thread_);
+    philox_blocks(seed, numbers, noise);
+#pragma unroll
+    for (int j = 0; j < kCount; ++j)
+      if (i + j < Config::kBlocks) roundings[i + j] = {noise[j]};
+  }
+  __device__ void round_two(uint64_t, int, int, NearestEven (&)[Config::kBlocks]) const {}
+  __device__ uint64_t seed() const {
+    if constexpr (Options::kStochastic) return args_.seed_in ? *args_.seed_in : args_.seed;
+    return 0;
+  }
+
+  // All of a block, and of its companion if it has one.
+  __device__ EncodedPair encode(Block const& x, float amax, typename Convention::Outer const& outer, int column,
+                                uint64_t seed) const {
+    EncodedPair result{};
+    if constexpr (Options::kAdaptive != Adaptive::kNone) {
+      auto const chosen = encode_adaptive<Options::kAdaptive, Element, Convention>(x, amax, outer);
+      result.codes = chosen.codes, result.scale = chosen.scale;
+    } else {
+      if constexpr (kPairs) {
+        int const at = place(column);
+        if (has_companion(column))
+          return encode_pair<Options::kResidual, Element, Convention>(x, amax, outer, rounding(seed, at),
+                                                                      rounding(seed, at + 1));
+      }
+      result.scale = Convention::block_scale(outer, fabsf(amax));
+      result.codes = encode_block<Element, Convention>(x, amax, outer, result.scale, rounding(seed, place(column)));
+    }
+    return result;
+  }
+
   __device__ void store_values(int first, Block const (&x)[Config::kBlocks], float const (&amax)[Config::kBlocks],
                                typename Convention::Outer const& outer) const {
     auto* const values = reinterpret_cast<uint4*>(static_cast<uint16_t*>(args_.data) + row_ * args_.out_stride);
@@ -309,19 +387,28 @@ template <class Config> class RowQuantizer {
       if (Config::kScaling == Scaling::kPerRow && Config::kResident && ((i ^ blockIdx.y) & (gridDim.y - 1)) != 0)
         continue;
       int const column = first + i * Config::kThreads + thread_;
+      EncodedPair result{};
       uint4 low{}, high{};
       if (real_ && column < args_.columns) {
-        uint8_t const scale = Convention::block_scale(outer, fabsf(amax[i]));
-        uint2 const codes = encode_block<Element, Convention>(x[i], amax[i], outer, scale);
-        BlockValues const block(scale);
-        low = block.eight(codes.x);
-        high = block.eight(codes.y);
+        result = encode(x[i], amax[i], outer, column, seed());
+        BlockValues const block(result.scale);
+        low = block.eight(result.codes.x);
+        high = block.eight(result.codes.y);
       }
-      // A lane has two halves of a sector; it trades one with its neighbour so that both write whole sectors.
-      uint4 const other = swap_with_neighbour(odd ? low : high);
-      int const half = 2 * (column - odd) + odd;
-      if (real_ && half * 8 < args_.k) values[half] = odd ? other : low;
-      if (real_ && half * 8 + 16 < args_.k) values[half + 2] = odd ? high : other;
+      if constexpr (kPairs) {
+        if (!real_ || column >= args_.columns) continue;
+        uint4* const to = values + 2 * place(column);
+        to[0] = low, to[1] = high;
+        if (!has_companion(column)) continue;
+        BlockValues const companion(result.companion_scale);
+        to[2] = companion.eight(result.companion.x), to[3] = companion.eight(result.companion.y);
+      } else {
+        // A lane has two halves of a sector; it trades one with its neighbour so that both write whole sectors.
+        uint4 const other = swap_with_neighbour(odd ? low : high);
+        int const half = 2 * (column - odd) + odd;
+        if (real_ && half * 8 < args_.k) values[half] = odd ? other : low;
+        if (real_ && half * 8 + 16 < args_.k) values[half + 2] = odd ? high : other;
+      }
     }
   }
 
@@ -329,20 +416,36 @@ template <class Config> class RowQuantizer {
                                typename Convention::Outer const& outer) const {
     // All scales before any data: the scale writer's barrier and stores hide behind the encoding.
     ScaleWriter<Config, kStaged> const writer(args_, row_, first);
-    uint8_t scale[Config::kBlocks];
+    EncodedPair results[Config::kBlocks];
+    uint64_t const seed = this->seed();
 #pragma unroll
     for (int i = 0; i < Config::kBlocks; ++i) {
       int const column = first + i * Config::kThreads + thread_;
-      scale[i] = real_ && column < args_.columns ? Convention::block_scale(outer, fabsf(amax[i])) : 0;
-      writer.put(column, scale[i]);
+      EncodedPair& result = results[i];
+      result.scale = 0, result.companion_scale = 0;
+      if (real_ && column < args_.columns) {
+        if constexpr (kEarly) {
+          result = encode(x[i], amax[i], outer, column, seed);
+        } else {
+          result.scale = Convention::block_scale(outer, fabsf(amax[i]));
+        }
+      }
+      writer.put(place(column), result.scale);
+      if (has_companion(column)) writer.put(place(column) + 1, result.companion_scale);
     }
     writer.flush();
-    auto* data = static_cast<uint2*>(args_.data) + row_ * args_.columns;
+    Rounding roundings[Config::kBlocks];
+    auto* data = static_cast<uint2*>(args_.data) + row_ * out_columns<Config>(args_);
 #pragma unroll
     for (int i = 0; i < Config::kBlocks; ++i) {
       int const column = first + i * Config::kThreads + thread_;
-      if (real_ && column < args_.columns)
-        data[column] = encode_block<Element, Convention>(x[i], amax[i], outer, scale[i]);
+      if (!kEarly && i % 2 == 0) round_two(seed, first, i, roundings);
+      if (!real_ || column >= args_.columns) continue;
+      if constexpr (!kEarly) {
+        results[i].codes = encode_block<Element, Convention>(x[i], amax[i], outer, results[i].scale, roundings[i]);
+      }
+      data[place(column)] = results[i].codes;
+      if (has_companion(column)) data[place(column) + 1] = results[i].companion;
     }
   }
 

@@ -3,9 +3,9 @@
 // thread reads whole blocks along rows and along columns, so neither result needs communication.
 #pragma once
 
+#include "fp4gemm/encode.hpp"
 #include "fp4gemm/hadamard.hpp"
-#include "fp4gemm/philox.hpp"
-#include "fp4gemm/quantize.hpp"
+#include "fp4gemm/layout.hpp"
 #include "fp4gemm/tile.hpp"
 
 namespace fp4gemm {
@@ -29,12 +29,12 @@ struct TileOutput {
 struct TileQuantizeArguments {
   TileSource source;
   TileOutput rows, columns;
-  void const* noop;  // null, or where noop_bytes bytes that are not all 0 make the kernel do nothing
+  void const* noop;  // null, or the kernel does nothing where this is not 0
   uint64_t const* seed_at;  // null, or where the seed is
   uint64_t seed;
+  HadamardSigns hadamard;
   int rows_stride, columns_stride;  // of scale_in and outer_scale: 0 or 1
-  int hadamard;  // sign mask
-  int noop_bytes;  // 1 or 4
+  uint32_t noop_mask;  // 0xFF: a byte; else a word, of which these bits count
 };
 
 template <class Element_, class Convention_, class RowScales_, class ColumnScales_, bool kGiven_, bool kRows_,
@@ -51,8 +51,9 @@ struct TileQuantizeConfig {
   static constexpr bool kSquare = kSquare_;  // one block scale for 16 x 16 values
   static constexpr bool kVectorized = kVectorized_;  // rows are 16-byte aligned
   static constexpr int kThreads = kTileThreads;
-  static constexpr int kSharedBytes =
-      Tile<Element>::kBytes + 2 * kTile * kTileBlocks + 2 * kTile * 12 + (kSquare ? kTileBlocks * kTileBlocks * 4 : 0);
+  static constexpr int kSharedBytes = Tile<Element>::kBytes + 2 * kTile * kTileBlocks + 2 * kTile * 12 +
+                                      (kSquare ? kTileBlocks * kTileBlocks * 4 : 0) +
+                                      (kStochastic ? kPhiloxRounds * 8 : 0);
   static_assert(kRows || kColumns, "a result");
   static_assert(!(kSquare && kHadamard), "squares of x are not squares of what is transformed");
 };
@@ -108,28 +109,13 @@ __device__ __forceinline__ uint16_t to_e4m3_pair(float v) {
   return pair;
 }
 __device__ __forceinline__ float from_e4m3_pair(uint16_t pair) {
-  uint32_t both;
-  asm("cvt.rn.f16x2.e4m3x2 %0, %1;" : "=r"(both) : "h"(pair));
-  return half_to_float(static_cast<uint16_t>(both));
+  return half_to_float(static_cast<uint16_t>(e4m3x2_to_half2(pair)));
 }
 
 __device__ __forceinline__ float approximate_reciprocal(float v) {
   float r;
   asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(r) : "f"(v));
   return r;
-}
-
-// stochastic_code of each value, for blocks with NaN or Inf and for those beyond the largest code.
-template <class Element, class Divider>
-__device__ __noinline__ uint2 encode_any_stochastic(typename Element::Block x, Divider divider, PhiloxBlock noise) {
-  uint32_t word[2] = {};
-#pragma unroll
-  for (int i = 0; i < kBlock; ++i) {
-    float const value = Element::value(x, i), magnitude = divider.quotient(fabsf(value));
-    uint32_t const sign = magnitude == magnitude ? __float_as_uint(value) >> 31 << 3 : 0;
-    word[i / 8] |= (stochastic_code(magnitude, noise.w[i / 4] >> (i % 4 * 8) & 0xFF) | sign) << (4 * (i % 8));
-  }
-  return {word[0], word[1]};
 }
 
 // A convention's arithmetic for the common case, from two numbers that a line's blocks share. A line for which it would not
@@ -188,46 +174,43 @@ struct Encoded {
   uint32_t scale;
 };
 
-// A block in any case. shared_amax: that of its square, or negative.
-template <class Element, class Convention, bool kHadamard, bool kStochastic>
-__device__ __noinline__ Encoded encode_slowly(typename Element::Block x, float shared_amax, float level,
-                                              PhiloxBlock noise) {
+// A block in any case. square_amax: the largest magnitude that its scale covers, if that is not its own; else negative.
+template <class Element, class Convention, bool kHadamard, class Rounding>
+__device__ __noinline__ Encoded encode_slowly(typename Element::Block x, float square_amax, float level,
+                                              Rounding rounding) {
   if constexpr (kHadamard) {
 #pragma unroll
     for (int i = 0; i < kBlock; ++i) x.w[i] = __float_as_uint(__fmul_rn(__uint_as_float(x.w[i]), kHadamardFactor));
   }
   typename Convention::Outer const outer{level, 0.0f};
-  float const amax = shared_amax < 0.0f ? amax_without_nan<Element>(x) : shared_amax;
-  uint8_t const scale = Convention::block_scale(outer, amax);
-  auto const divider = Convention::divider(outer, scale);
-  if constexpr (kStochastic) {
-    return {encode_any_stochastic<Element>(x, divider, noise), scale};
-  } else {
-    return {encode_any<Element>(x, divider), scale};
-  }
+  uint8_t const scale = Convention::block_scale(outer, square_amax < 0.0f ? amax_without_nan<Element>(x) : square_amax);
+  return {encode_any<Element>(x, Convention::divider(outer, scale), rounding), scale};
 }
 
 template <class Config> class TileQuantizer {
-  using Element = typename Config::Element;
+  using Tile = fp4gemm::Tile<typename Config::Element>;
+  using Element = typename Tile::Value;
   using Convention = typename Config::Convention;
   using Outer = typename Convention::Outer;
   static constexpr int kScaleBytes = kTile * kTileBlocks;
 
   TileQuantizeArguments const& args_;
   uint8_t* const shared_;
-  Tile<Element> const tile_;
+  Tile const tile_;
   int64_t const row0_;
   int const column0_;
 
-  // Behind the tile: scales of either result, then for each line of either a level and the quick form of it, then the squares' amaxes.
-  __device__ uint8_t* scales(int side) const { return shared_ + Tile<Element>::kBytes + side * kScaleBytes; }
+  // Behind the tile: scales of either result, then for each line of either a level and the quick form of it, then the squares' amaxes and the keys of
+  // Philox, which would take two instructions a round to make again for each block.
+  __device__ uint8_t* scales(int side) const { return shared_ + Tile::kBytes + side * kScaleBytes; }
   __device__ float* levels(int side) const {
-    return reinterpret_cast<float*>(shared_ + Tile<Element>::kBytes + 2 * kScaleBytes) + side * kTile;
+    return reinterpret_cast<float*>(shared_ + Tile::kBytes + 2 * kScaleBytes) + side * kTile;
   }
   __device__ float2* quick(int side) const { return reinterpret_cast<float2*>(levels(2)) + side * kTile; }
   __device__ int* square(int row, int column) const {  // a block of rows and one of columns
     return reinterpret_cast<int*>(quick(2)) + row * kTileBlocks + column;
   }
+  __device__ uint2* keys() const { return reinterpret_cast<uint2*>(square(Config::kSquare ? kTileBlocks : 0, 0)); }
 
  public:
   __device__ TileQuantizer(TileQuantizeArguments const& args, uint8_t* shared)
@@ -243,13 +226,11 @@ template <class Config> class TileQuantizer {
     prepare_levels();
     tile_.wait();
     if constexpr (Config::kSquare) reduce_squares();
-    uint64_t seed = args_.seed;
-    if constexpr (Config::kStochastic) seed = args_.seed_at == nullptr ? seed : *args_.seed_at;
     if constexpr (Config::kRows) {
-      store_lines<false>(tile_.row_place(), seed, [&](int step, int half) { return tile_.row_block(step, half); });
+      store_lines<false>(tile_.row_place(), [&](int step, int half) { return tile_.row_block(step, half); });
     }
     if constexpr (Config::kColumns) {
-      store_lines<true>(tile_.column_place(), seed, [&](int step, int half) { return tile_.column_block(step, half); });
+      store_lines<true>(tile_.column_place(), [&](int step, int half) { return tile_.column_block(step, half); });
     }
     __syncthreads();
     int const thread = threadIdx.x % kTile, side = threadIdx.x / kTile;
@@ -259,8 +240,8 @@ template <class Config> class TileQuantizer {
 
  private:
   __device__ bool skips() const {
-    return (args_.noop_bytes == 1 ? *static_cast<uint8_t const*>(args_.noop)
-                                  : *static_cast<uint32_t const*>(args_.noop)) != 0;
+    return (args_.noop_mask == 0xFF ? *static_cast<uint8_t const*>(args_.noop)
+                                    : *static_cast<uint32_t const*>(args_.noop) & args_.noop_mask) != 0;
   }
 
   // Of the result along columns, or of the other.
@@ -278,6 +259,10 @@ template <class Config> class TileQuantizer {
   }
 
   __device__ void prepare_levels() const {
+    if constexpr (Config::kStochastic) {
+      if (threadIdx.x < kPhiloxRounds)
+        keys()[threadIdx.x] = philox_key(args_.seed_at == nullptr ? args_.seed : *args_.seed_at, threadIdx.x);
+    }
     if constexpr (Config::kSquare) {
       if (threadIdx.x < kTileBlocks * kTileBlocks) *square(0, threadIdx.x) = 0;
     }
@@ -309,7 +294,7 @@ template <class Config> class TileQuantizer {
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
         float const amax = fabsf(flagged_amax<Element>(tile_.row_block(step, half)));
-        int const row = (place.line + step * Tile<Element>::kRowStep) / kBlock;
+        int const row = (place.line + step * Tile::kRowStep) / kBlock;
         atomicMax(square(row, place.pair * 2 + half), __float_as_int(amax));
       }
     }
@@ -318,9 +303,9 @@ template <class Config> class TileQuantizer {
 
   // A thread's blocks of one of the results; load(step, half) reads one.
   template <bool kColumn, class Load>
-  __device__ void store_lines(typename Tile<Element>::Place const& place, uint64_t seed, Load const& load) const {
+  __device__ void store_lines(typename Tile::Place const& place, Load const& load) const {
     using Scales = typename Select<kColumn, typename Config::ColumnScales, typename Config::RowScales>::Type;
-    constexpr int kStep = kColumn ? Tile<Element>::kColumnStep : Tile<Element>::kRowStep;
+    constexpr int kStep = kColumn ? Tile::kColumnStep : Tile::kRowStep;
     int const row_blocks = blocks<kColumn>(), left = row_blocks - block0<kColumn>() - 2 * place.pair;
     int64_t const lines_left = lines<kColumn>() - line0<kColumn>();
     // All of the tile is there, and rows of the result begin on 16 bytes: the same for all threads.
@@ -330,11 +315,11 @@ template <class Config> class TileQuantizer {
     int64_t const step_blocks = static_cast<int64_t>(kStep) * row_blocks;
     uint32_t scale_at = keep(TileScales<Scales>::offset(place.line, 2 * place.pair));
 #pragma unroll 1
-    for (int step = 0; step < Tile<Element>::kSteps; ++step) {
+    for (int step = 0; step < Tile::kSteps; ++step) {
       int const line = place.line + step * kStep;
       float2 const level = quick(kColumn)[line];
-      Encoded low = encode<kColumn>(load(step, 0), level, line, 2 * place.pair, seed, number);
-      Encoded high = encode<kColumn>(load(step, 1), level, line, 2 * place.pair + 1, seed, number + 1);
+      Encoded low = encode<kColumn>(load(step, 0), level, line, 2 * place.pair, number);
+      Encoded high = encode<kColumn>(load(step, 1), level, line, 2 * place.pair + 1, number + 1);
       if (whole) {
         *reinterpret_cast<uint4*>(to) = {low.codes.x, low.codes.y, high.codes.x, high.codes.y};
       } else {
@@ -352,44 +337,35 @@ template <class Config> class TileQuantizer {
     }
   }
 
-  // Block `block` of line `line` of this tile, which is block number `number` of the result.
-  template <bool kColumn> __device__ Encoded encode(typename Element::Block const& x, float2 level, int line, int block,
-                                                    uint64_t seed, int64_t number) const {
+  // Block `block` of line `line` of this tile, which is block `number` of the result.
+  template <bool kColumn>
+  __device__ Encoded encode(typename Element::Block const& x, float2 level, int line, int block, int64_t number) const {
     float bmax = -1.0f;
     if constexpr (Config::kSquare)
       bmax = __int_as_float(kColumn ? *square(block, line / kBlock) : *square(line / kBlock, block));
     if constexpr (kColumn && Config::kHadamard) {
-      return encode_values<Fp32, true>(hadamard_sums<Element>(x, args_.hadamard), bmax, kColumn, level, line, seed,
-                                       number);
+      return encode_values<Fp32, true>(hadamard_sums<Element>(x, args_.hadamard), bmax, kColumn, level, line, number);
     } else {
-      return encode_values<Element, false>(x, bmax, kColumn, level, line, seed, number);
+      return encode_values<Element, false>(x, bmax, kColumn, level, line, number);
     }
   }
 
   // kHadamard: of kHadamardFactor times x. The factor goes to the divider: products are exact, or so small that codes are 0.
-  template <class Values, bool kHadamard>
-  __device__ Encoded encode_values(typename Values::Block const& x, float square_amax, int side, float2 level, int line,
-                                   uint64_t seed, int64_t number) const {
+  template <class Values, bool kHadamard> __device__ Encoded encode_values(typename Values::Block const& x,
+                                                                           float square_amax, int side, float2 level,
+                                                                           int line, int64_t number) const {
     using Quick = QuickScales<Convention>;
     float const amax = kHadamard ? Values::amax(x) * kHadamardFactor : Values::amax(x);
     auto const scale = Quick::scale(level, Config::kSquare ? square_amax : amax);
     auto divider = Quick::divider(level, scale);
-    PhiloxBlock noise{};
-    if constexpr (Config::kStochastic) noise = philox_block(seed, number);
+    typename RoundingOf<Config::kStochastic>::Type rounding;
+    if constexpr (Config::kStochastic)
+      rounding.noise = philox_block_of([this](int round) { return keys()[round]; }, number);
     // False for NaN, too.
     if (!(divider.quotient(amax) < kQuickLimit && Quick::ok(level)))
-      return encode_slowly<Values, Convention, kHadamard, Config::kStochastic>(x, square_amax, levels(side)[line],
-                                                                               noise);
+      return encode_slowly<Values, Convention, kHadamard>(x, square_amax, levels(side)[line], rounding);
     if constexpr (kHadamard) divider = times_factor(divider);
-    if constexpr (Config::kStochastic) {
-      auto const half = [&](int h) {
-        auto const magnitude = [&](int i) { return divider.quotient(fabsf(Values::value(x, 8 * h + i))); };
-        return stochastic_eight(magnitude, noise.w[2 * h], noise.w[2 * h + 1]) | Values::signs(x, h);
-      };
-      return {{half(0), half(1)}, scale};
-    } else {
-      return {{encode_half<Values>(x, 0, divider), encode_half<Values>(x, 1, divider)}, scale};
-    }
+    return {{encode_half<Values>(x, 0, divider, rounding), encode_half<Values>(x, 1, divider, rounding)}, scale};
   }
 
   template <bool kColumn> __device__ void flush(int thread) const {
@@ -406,7 +382,7 @@ struct TileAmaxArguments {
   TileSource source;
   float *rows, *columns;  // [rows], [columns]
   float *tensor, *transformed;  // [1]: the largest of rows, and of columns
-  int hadamard;  // sign mask
+  HadamardSigns hadamard;
 };
 
 template <class Element_, bool kRows_, bool kColumns_, bool kHadamard_, bool kVectorized_> struct TileAmaxConfig {
@@ -417,10 +393,11 @@ template <class Element_, bool kRows_, bool kColumns_, bool kHadamard_, bool kVe
 };
 
 template <class Config> class TileAmax {
-  using Element = typename Config::Element;
+  using Tile = fp4gemm::Tile<typename Config::Element>;
+  using Element = typename Tile::Value;
 
   TileAmaxArguments const& args_;
-  Tile<Element> const tile_;
+  Tile const tile_;
   float* const lines_;  // of rows, then of columns
   int64_t const row0_;
   int const column0_;
@@ -429,7 +406,7 @@ template <class Config> class TileAmax {
   __device__ TileAmax(TileAmaxArguments const& args, uint8_t* shared)
       : args_(args),
         tile_(shared),
-        lines_(reinterpret_cast<float*>(shared + Tile<Element>::kBytes)),
+        lines_(reinterpret_cast<float*>(shared + Tile::kBytes)),
         row0_(args.source.row_tile(blockIdx.x) * int64_t{kTile}),
         column0_((blockIdx.x - args.source.row_tile(blockIdx.x) * args.source.column_tiles) * kTile) {}
 
@@ -442,7 +419,7 @@ template <class Config> class TileAmax {
         auto const place = tile_.row_place();
         float const amax =
             fmaxf(block_amax<Element>(tile_.row_block(step, 0)), block_amax<Element>(tile_.row_block(step, 1)));
-        reduce_line<8>(amax, place.pair, lines_ + place.line + step * Tile<Element>::kRowStep);
+        reduce_line<8>(amax, place.pair, lines_ + place.line + step * Tile::kRowStep);
       }
     }
     if constexpr (Config::kColumns) {
@@ -451,7 +428,7 @@ template <class Config> class TileAmax {
         auto const place = tile_.column_place();
         float amax = fmaxf(column_amax(step, 0), column_amax(step, 1));
         if constexpr (Config::kHadamard) amax *= kHadamardFactor;
-        reduce_line<1>(amax, place.pair, lines_ + kTile + place.line + step * Tile<Element>::kColumnStep);
+        reduce_line<1>(amax, place.pair, lines_ + kTile + place.line + step * Tile::kColumnStep);
       }
     }
     __syncthreads();

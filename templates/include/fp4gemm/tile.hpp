@@ -31,7 +31,16 @@ struct TileSource {
   }
 };
 
-template <class Element> class Tile {
+// What an element of x is in a tile: e4m3 becomes fp16, all others stay what they are.
+template <class Element> struct TileValue {
+  using Type = Element;
+};
+template <> struct TileValue<E4m3> {
+  using Type = Fp16;
+};
+
+template <class Source> class Tile {
+  using Element = typename TileValue<Source>::Type;
   using Block = typename Element::Block;
   static constexpr int kRowBytes = kTile * Element::kBytes;
   static constexpr int kChunks = kRowBytes / 16;
@@ -47,6 +56,7 @@ template <class Element> class Tile {
   }
 
  public:
+  using Value = Element;
   static constexpr int kBytes = kTile * kRowBytes;
 
   __device__ explicit Tile(uint8_t* shared)
@@ -55,7 +65,9 @@ template <class Element> class Tile {
   // Starts to copy the tile at (row, column); what is outside of x becomes 0.
   template <bool kVectorized> __device__ void load(TileSource const& source, int64_t row0, int column0) const {
     auto const* const x = static_cast<char const*>(source.x);
-    if constexpr (kVectorized) {
+    if constexpr (kVectorized && Source::kBytes == 1) {
+      load_bytes(source, row0, column0);
+    } else if constexpr (kVectorized) {
       constexpr int kPerChunk = 16 / Element::kBytes, kRows = kTileThreads / kChunks;  // at a time
       int const first = threadIdx.x / kChunks, chunk = threadIdx.x % kChunks, column = column0 + chunk * kPerChunk;
       int const bytes = min(max(source.columns - column, 0), kPerChunk) * Element::kBytes;
@@ -77,15 +89,19 @@ template <class Element> class Tile {
         from += step;
       }
     } else {
-      using Raw = typename Element::Raw;
       for (int i = threadIdx.x; i < kTile * kTile; i += kTileThreads) {
         int const row = i / kTile, column = i % kTile;
-        Raw value{};
+        typename Source::Raw value{};
         if (row0 + row < source.rows && column0 + column < source.columns)
-          value = reinterpret_cast<Raw const*>(
+          value = reinterpret_cast<typename Source::Raw const*>(
               x)[(row0 + row) * source.row_stride + (column0 + column) * source.column_stride];
         int const at = column * Element::kBytes;
-        *reinterpret_cast<Raw*>(shared_ + offset(row, at / 16) + at % 16) = value;
+        auto* const to = shared_ + offset(row, at / 16) + at % 16;
+        if constexpr (Source::kBytes == 1) {
+          *reinterpret_cast<uint16_t*>(to) = static_cast<uint16_t>(e4m3_to_half2(value));
+        } else {
+          *reinterpret_cast<typename Source::Raw*>(to) = value;
+        }
       }
     }
   }
@@ -135,6 +151,29 @@ template <class Element> class Tile {
   }
 
  private:
+  // 16 bytes are a block, which becomes two chunks of the tile on its way through registers.
+  __device__ void load_bytes(TileSource const& source, int64_t row0, int column0) const {
+    int const column = column0 + threadIdx.x % kTileBlocks * kBlock;
+#pragma unroll
+    for (int row = threadIdx.x / kTileBlocks; row < kTile; row += kTileThreads / kTileBlocks) {
+      auto const* const from = static_cast<uint8_t const*>(source.x) + (row0 + row) * source.row_stride + column;
+      Words<1> bytes{};
+      if (row0 + row < source.rows) {
+        if (column + kBlock <= source.columns) {
+          *reinterpret_cast<uint4*>(bytes.w) = __ldcs(reinterpret_cast<uint4 const*>(from));
+        } else {
+#pragma unroll 1
+          for (int i = 0; i < source.columns - column; ++i) bytes.w[i / 4] |= uint32_t{from[i]} << (i % 4 * 8);
+        }
+      }
+      Block const x = E4m3::unpack(bytes);
+#pragma unroll
+      for (int i = 0; i < 2; ++i)
+        *reinterpret_cast<uint4*>(shared_ + offset(row, threadIdx.x % kTileBlocks * 2 + i)) =
+            reinterpret_cast<uint4 const*>(x.w)[i];
+    }
+  }
+
   __device__ uint32_t first_of_rows() const {
     Place const place = row_place();
     return shared_address(shared_) + offset(place.line, place.pair * 2 * Element::kBytes);

@@ -1,0 +1,94 @@
+// 4/6: a block's largest value becomes the code 6 or, under a scale 1.5 times that, the code 4: whichever errs less.
+#pragma once
+
+#include "fp4gemm/encode.hpp"
+
+namespace fp4gemm {
+
+enum class Adaptive { kNone, kMse, kMae };  // what is summed over the 16 values: squares or magnitudes of errors
+
+// How a block can be written: scale, codes, and its error in units of the scaled tensor, whose value is `level` = |x| * S.
+// Codes and errors are those of magnitudes: the sign changes neither.
+template <Adaptive kError, class Convention> class Candidate {
+ public:
+  uint8_t scale;
+
+ private:
+  using Divider = decltype(Convention::divider({}, 0));
+  Divider divider_;
+  float decoded_, error_ = 0.0f;
+  uint32_t word_[2] = {};
+
+  // code * scale is exact, so one rounding in all.
+  __device__ void add(float value, float level) {
+    float const d = __fmaf_rn(value, decoded_, -level);
+    error_ = __fadd_rn(error_, kError == Adaptive::kMse ? __fmul_rn(d, d) : fabsf(d));
+  }
+
+ public:
+  __device__ Candidate(typename Convention::Outer const& outer, float unrounded)
+      : scale(to_e4m3(fminf(unrounded, 448.0f))),
+        divider_(Convention::divider(outer, scale)),
+        decoded_(from_e4m3(scale)) {}
+  __device__ float quotient(float magnitude) const { return divider_.quotient(magnitude); }
+  __device__ float error() const { return error_; }
+  __device__ uint32_t codes(int half) const { return word_[half]; }
+
+  // Value i, whose quotient is below kQuickLimit, or below kFourLimit. The bits of a code at the place of an fp32's exponent are
+  // its value * 2^-126.
+  template <bool kFour> __device__ __forceinline__ void take(int i, float magnitude, float level) {
+    float const v = quotient(magnitude);
+    uint32_t const bits = kFour ? magnitude_code_of_4(v) : magnitude_code(v);
+    word_[i / 8] += bits << (4 * (i % 8));
+    if (i % 8 == 7) word_[i / 8] -= kMagnitudeBias;
+    add(__fmul_rn(__uint_as_float(bits << 22), 0x1p126f), level);
+  }
+  // Any value, with its sign; NaN does not count.
+  __device__ void take_any(int i, float value, float encode) {
+    uint32_t const code = to_e2m1(copysignf(quotient(fabsf(value)), value));
+    word_[i / 8] |= code << (4 * (i % 8));
+    if (value == value) add(__fmul_rn(__uint_as_float((code & 7) << 22), 0x1p126f), __fmul_rn(fabsf(value), encode));
+  }
+};
+
+struct EncodedBlock {
+  uint2 codes;
+  uint8_t scale;
+};
+
+template <class Candidate> __device__ __forceinline__ EncodedBlock better(Candidate const& six, Candidate const& four) {
+  Candidate const& best = four.error() < six.error() ? four : six;
+  return {{best.codes(0), best.codes(1)}, best.scale};
+}
+
+template <class Element, class Candidate> __device__ __noinline__ EncodedBlock adaptive_any(typename Element::Block x,
+                                                                                            float encode, Candidate six,
+                                                                                            Candidate four) {
+#pragma unroll
+  for (int i = 0; i < kBlock; ++i) {
+    six.take_any(i, Element::value(x, i), encode);
+    four.take_any(i, Element::value(x, i), encode);
+  }
+  return better(six, four);
+}
+
+template <Adaptive kError, class Element, class Convention>
+__device__ __forceinline__ EncodedBlock encode_adaptive(typename Element::Block const& x, float amax,
+                                                        typename Convention::Outer const& outer) {
+  using Way = Candidate<kError, Convention>;
+  float const unrounded = __fmul_rn(fabsf(amax), __fmul_rn(outer.encode, kSixth));
+  Way six(outer, unrounded), four(outer, __fmul_rn(unrounded, 1.5f));
+  if (is_flagged(amax) || !(six.quotient(amax) < kQuickLimit) || !(four.quotient(amax) < kFourLimit))
+    return adaptive_any<Element>(x, outer.encode, six, four);
+#pragma unroll
+  for (int i = 0; i < kBlock; ++i) {
+    float const magnitude = fabsf(Element::value(x, i)), level = __fmul_rn(magnitude, outer.encode);
+    six.template take<false>(i, magnitude, level);
+    four.template take<true>(i, magnitude, level);
+  }
+  EncodedBlock best = better(six, four);
+  best.codes.x |= Element::signs(x, 0), best.codes.y |= Element::signs(x, 1);
+  return best;
+}
+
+}  // namespace fp4gemm

@@ -1,0 +1,101 @@
+// A block in registers -> its maximum, and its codes under a convention's divider and a rounding.
+#pragma once
+
+#include "fp4gemm/convention.hpp"
+#include "fp4gemm/philox.hpp"
+
+namespace fp4gemm {
+
+// Block amax without NaN; the sign bit marks a block that holds NaN or Inf.
+template <class Element> __device__ __noinline__ float amax_without_nan(typename Element::Block x) {
+  float amax = 0.0f;
+#pragma unroll
+  for (int i = 0; i < kBlock; ++i) amax = fmaxf(amax, fabsf(Element::value(x, i)));
+  return amax;
+}
+
+template <class Element> __device__ __forceinline__ float flagged_amax(typename Element::Block const& x) {
+  float const amax = Element::amax(x);
+  return is_finite(amax) ? amax : -amax_without_nan<Element>(x);
+}
+
+__device__ __forceinline__ bool is_flagged(float amax) { return __float_as_uint(amax) >> 31 != 0; }
+
+// A rounding has eight(half, magnitude), codes without signs of magnitudes below kQuickLimit, magnitude(0) in the lowest nibble,
+// and one(i, v), the code of any value. i and 8 * half count in the block.
+struct NearestEven {
+  static constexpr bool kHardware = true;  // cvt.rn does the same
+  template <class Magnitude> __device__ __forceinline__ static uint32_t eight(int, Magnitude const& magnitude) {
+    uint32_t word = 0;
+#pragma unroll
+    for (int i = 7; i >= 0; --i) word = word * 16 + magnitude_code(magnitude(i));
+    return word - kMagnitudeBias;
+  }
+  __device__ static uint32_t one(int, float v) { return to_e2m1(v); }
+};
+
+struct Stochastic {
+  static constexpr bool kHardware = false;
+  PhiloxBlock noise;
+
+  template <class Magnitude> __device__ __forceinline__ uint32_t eight(int half, Magnitude const& magnitude) const {
+    return stochastic_eight(magnitude, noise.w[2 * half], noise.w[2 * half + 1]);
+  }
+  __device__ uint32_t one(int i, float v) const {
+    uint32_t const code = stochastic_code(fabsf(v), noise.w[i / 4] >> (i % 4 * 8) & 0xFF);
+    return v != v ? 7 : code | (__float_as_uint(v) >> 31) << 3;
+  }
+};
+
+template <bool kStochastic> struct RoundingOf {
+  using Type = NearestEven;
+};
+template <> struct RoundingOf<true> {
+  using Type = Stochastic;
+};
+
+template <class Element, class Divider, class Rounding>
+__device__ __forceinline__ uint32_t encode_half(typename Element::Block const& x, int half, Divider const& divider,
+                                                Rounding const& rounding) {
+  auto const magnitude = [&](int i) { return divider.quotient(fabsf(Element::value(x, 8 * half + i))); };
+  return rounding.eight(half, magnitude) | Element::signs(x, half);
+}
+
+// For blocks with NaN or Inf and for those beyond the largest code (their scale underflowed, saturated or was given).
+template <class Element, class Divider, class Rounding>
+__device__ __noinline__ uint2 encode_any(typename Element::Block x, Divider divider, Rounding rounding) {
+  uint32_t word[2] = {};
+#pragma unroll
+  for (int i = 0; i < kBlock; ++i) {
+    float const value = Element::value(x, i);
+    word[i / 8] |= rounding.one(i, copysignf(divider.quotient(fabsf(value)), value)) << (4 * (i % 8));
+  }
+  return {word[0], word[1]};
+}
+
+// The codes of a block: by the quick way if no value is NaN, Inf or beyond the largest code. `exact` divides any value as
+// `divider` divides those of the quick way.
+template <class Element, class Divider, class Exact, class Rounding>
+__device__ __forceinline__ uint2 encode_with(typename Element::Block const& x, float amax, Divider const& divider,
+                                             Exact const& exact, Rounding const& rounding) {
+  bool const quick = !is_flagged(amax) && divider.quotient(amax) < kQuickLimit;
+  return quick ? uint2{encode_half<Element>(x, 0, divider, rounding), encode_half<Element>(x, 1, divider, rounding)}
+               : encode_any<Element>(x, exact, rounding);
+}
+
+template <class Element, class Convention, class Rounding = NearestEven>
+__device__ __forceinline__ uint2 encode_block(typename Element::Block const& x, float amax,
+                                              typename Convention::Outer const& outer, uint8_t scale,
+                                              Rounding const& rounding = {}) {
+  auto const divider = Convention::divider(outer, scale);
+  if constexpr (kHasE2m1 && Rounding::kHardware) {  // which knows NaN, Inf and saturation: there is no other way
+    auto const eight = [&](int half) {
+      return to_e2m1_eight([&](int i) { return divider.quotient(Element::value(x, 8 * half + i)); });
+    };
+    return {eight(0), eight(1)};
+  } else {
+    return encode_with<Element>(x, amax, divider, divider, rounding);
+  }
+}
+
+}  // namespace fp4gemm

@@ -1,0 +1,70 @@
+// Blocks with a companion: an activation's holds the error of the block in front of it, a weight's repeats it. The product of the
+// two, over twice the columns, is then that of the weight and an activation with about twice the bits.
+#pragma once
+
+#include "fp4gemm/encode.hpp"
+#include "fp4gemm/values.hpp"
+
+namespace fp4gemm {
+
+enum class Residual { kNone, kActivation, kWeight };
+
+inline constexpr uint8_t kLeastScale = 0x01;  // 2^-9: what a pair has instead of 0
+
+// d = its scale, r = 1 / d rounded. One correction of d^-1 * x is the IEEE quotient (Markstein), as long as nothing overflows.
+struct CorrectedDivide {
+  float d, r;
+  __device__ float quotient(float x) const {
+    float const q = __fmul_rn(x, r);
+    return __fmaf_rn(__fmaf_rn(-q, d, x), r, q);
+  }
+};
+
+struct EncodedPair {
+  uint2 codes, companion;
+  uint8_t scale, companion_scale;
+};
+
+// What is left of a block in units of the scaled tensor: x * S less code * scale, which is exact. NaN leaves nothing.
+template <class Element> __device__ __forceinline__ Fp32::Block error_of(typename Element::Block const& x, float encode,
+                                                                         uint2 codes, uint8_t scale) {
+  BlockValues const exact(scale);
+  uint4 const low = exact.eight(codes.x), high = exact.eight(codes.y);
+  uint32_t const words[8] = {low.x, low.y, low.z, low.w, high.x, high.y, high.z, high.w};
+  Fp32::Block d;
+#pragma unroll
+  for (int i = 0; i < kBlock; ++i) {
+    float const value = i % 2 ? Bf16::high(words[i / 2]) : Bf16::low(words[i / 2]);
+    Fp32::set(d, i, __float_as_uint(__fadd_rn(__fmul_rn(Element::value(x, i), encode), -value)));
+  }
+  return d;
+}
+
+template <Residual kSide, class Element, class Convention, class Rounding>
+__device__ __forceinline__ EncodedPair encode_pair(typename Element::Block const& x, float amax,
+                                                   typename Convention::Outer const& outer, Rounding const& rounding,
+                                                   Rounding const& companion_rounding) {
+  EncodedPair pair;
+  uint8_t const scale = Convention::block_scale(outer, fabsf(amax));
+  pair.scale = scale == 0 ? kLeastScale : scale;
+  pair.codes = encode_block<Element, Convention>(x, amax, outer, pair.scale, rounding);
+  if constexpr (kSide == Residual::kWeight) {
+    pair.companion = pair.codes, pair.companion_scale = pair.scale;
+  } else {
+    Fp32::Block d = error_of<Element>(x, outer.encode, pair.codes, pair.scale);
+    if (is_flagged(amax)) {
+#pragma unroll
+      for (int i = 0; i < kBlock; ++i)
+        if (Fp32::value(d, i) != Fp32::value(d, i)) Fp32::set(d, i, 0);
+    }
+    float const d_amax = flagged_amax<Fp32>(d);
+    uint8_t const d_scale = to_e4m3(fminf(__fmul_rn(fabsf(d_amax), kSixth), 448.0f));
+    pair.companion_scale = d_scale == 0 ? kLeastScale : d_scale;
+    float const divisor = from_e4m3(pair.companion_scale);
+    pair.companion = encode_with<Fp32>(d, d_amax, CorrectedDivide{divisor, __fdiv_rn(1.0f, divisor)}, DivideBy{divisor},
+                                       companion_rounding);
+  }
+  return pair;
+}
+
+}  // namespace fp4gemm

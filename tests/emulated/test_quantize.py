@@ -1,0 +1,211 @@
+"""The row-wise quantizer against the reference, byte for byte: every option, convention, layout, dtype, ragged shapes.
+
+``calls.quantize`` runs as it does on a GPU, but for the launch. Specials: NaN, Inf, zeros, tiny and huge values, and
+outer scales far from what the values need.
+"""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass, replace
+from typing import Any
+
+import emulator as emulation
+import pytest
+import torch
+
+from fp4gemm import calls, reference, select
+from fp4gemm.formats import PLAIN, SF_LAYOUTS, QuantizeOptions
+from fp4gemm.spec import QuantizeSpec, check
+
+PROBLEMS = 12  # of each kind of option
+DTYPES, LAYOUTS = tuple(select.INPUT_NAMES), tuple(SF_LAYOUTS)
+KS = (1, 15, 16, 17, 48, 130, 256, 500, 512, 528, 1040)
+
+
+@pytest.fixture
+def kernels(emulator: emulation.Emulator, monkeypatch: pytest.MonkeyPatch) -> None:
+    """``calls`` on CPU tensors: kernels are emulated, an amax of the tensor is torch's."""
+
+    class Launcher(emulation.QuantizeLauncher):
+        def __init__(self, spec: QuantizeSpec, arguments: Any, **_: bool) -> None:
+            assert check(spec) is None
+            super().__init__(emulator, spec, arguments)
+
+    def tensor_amax(x: torch.Tensor, *_: object) -> torch.Tensor:
+        return reference.amax(x, rows=False, tensor=True)[0]
+
+    monkeypatch.setattr(calls, "Launcher", Launcher)
+    monkeypatch.setattr(calls, "_tensor_amax", tensor_amax)
+    monkeypatch.setattr(calls, "_stream", lambda _: random.randrange(1 << 30))
+    monkeypatch.setattr(select, "arch_of", lambda _: "sm_90a")
+    monkeypatch.setattr(select, "prefetch_ctas", lambda *_: 0)
+    for cache in (calls._quantizer, calls._values_quantizer):
+        cache.cache_clear()
+    yield
+    for cache in (calls._quantizer, calls._values_quantizer):
+        cache.cache_clear()
+
+
+@dataclass(frozen=True)
+class Problem:
+    m: int
+    k: int
+    dtype: torch.dtype
+    scaling: str  # per_row, per_tensor, given, given_scalar, amax, amax_scalar
+    convention: str
+    sf_layout: str
+    special: str
+    offset: int  # of x in its storage: rows need not be aligned
+    options: QuantizeOptions
+    ordered: bool
+    seed_in_memory: bool
+    seed: int
+
+    @classmethod
+    def draw(cls, rng: random.Random, kind: str) -> Problem:
+        k = rng.choice(KS)
+        options = PLAIN
+        conventions = ("te", "te_per_token")
+        if kind in ("plain", "stochastic"):
+            conventions += ("torchao", "modelopt")
+        if kind.startswith("residual"):
+            k = -(-k // 16) * 16
+            extra = rng.choice((16, k, rng.randrange(1, k // 16 + 1) * 16))
+            side = rng.choice(("activation", "activation", "weight"))
+            options = QuantizeOptions(residual=extra, residual_side=side, stochastic=kind == "residual_stochastic")
+        elif kind == "stochastic":
+            options = QuantizeOptions(stochastic=True)
+        elif kind in ("mse", "mae"):
+            options = QuantizeOptions(adaptive=kind)
+        return cls(
+            m=rng.choice((1, 3, 8, 33, 130) if k < 300 else (1, 2, 5)),
+            k=k,
+            dtype=rng.choice(DTYPES),
+            scaling=rng.choice(("per_row", "per_row", "per_tensor", "given", "given_scalar", "amax", "amax_scalar")),
+            convention=rng.choice(conventions),
+            sf_layout=rng.choice(LAYOUTS),
+            special=rng.choice(("none", "none", "none", "nan", "inf", "zeros", "tiny", "ties", "outliers")),
+            offset=rng.choice((0, 0, 1)),
+            options=options,
+            ordered=bool(options.residual) and rng.random() < 0.5,
+            seed_in_memory=rng.random() < 0.5,
+            seed=rng.getrandbits(62),
+        )
+
+    def values(self) -> torch.Tensor:
+        generator = torch.Generator().manual_seed(self.seed % (1 << 31))
+        x = torch.randn(self.m, self.k, generator=generator)
+        if self.special in ("nan", "inf"):
+            where = torch.rand(self.m, self.k, generator=generator) < 0.02
+            x[where] = float(self.special)
+            x[torch.rand(self.m, self.k, generator=generator) < 0.01] *= -1
+        elif self.special == "zeros":
+            x *= torch.rand(self.m, self.k, generator=generator) < 0.05
+            x[self.m // 2] = -0.0
+        elif self.special == "tiny":
+            x *= 10.0 ** (-40 * torch.rand(self.m, 1, generator=generator))
+            x[:, self.k // 2 :] *= 1e-6
+        elif self.special == "ties":
+            x = torch.randint(-14, 15, (self.m, self.k), generator=generator) / 2.0
+        elif self.special == "outliers":
+            x *= torch.where(torch.rand(self.m, self.k, generator=generator) < 0.02, 300.0, 1.0)
+        storage = torch.empty(self.m * self.k + 64, dtype=self.dtype)
+        view = storage[self.offset :][: self.m * self.k].view(self.m, self.k)
+        return view.copy_(x.to(self.dtype))
+
+    def arguments(self) -> dict[str, Any]:
+        """Of ``reference.quantize``."""
+        generator = torch.Generator().manual_seed(self.seed % (1 << 31) + 1)
+        scalar = self.scaling.endswith("_scalar") or self.scaling == "per_tensor"
+        given = torch.rand(() if scalar else (self.m,), generator=generator)
+        arguments: dict[str, Any] = {
+            "scaling": "per_tensor" if scalar else "per_row",
+            "convention": self.convention,
+            "sf_layout": self.sf_layout,
+            "adaptive": self.options.adaptive,
+            "residual": self.options.residual,
+            "residual_side": self.options.residual_side,
+        }
+        if self.scaling.startswith("given"):  # from far too small to far too large
+            arguments["outer_scale"] = 10.0 ** (given * 8 - 6)
+        if self.scaling.startswith("amax"):
+            arguments["amax"] = given * 8
+        if self.options.stochastic:
+            arguments["seed"] = self.seed
+        if self.ordered:
+            arguments["channel_order"] = torch.randperm(self.k, generator=generator)
+        return arguments
+
+    def run(self, x: torch.Tensor, arguments: dict[str, Any], **more: Any) -> calls.Packed:
+        seed = arguments.get("seed")
+        if seed is not None and self.seed_in_memory:
+            seed = torch.tensor([seed])
+        return calls.quantize(
+            x, arguments["scaling"] == "per_tensor", self.sf_layout, self.convention, arguments.get("outer_scale"),
+            arguments.get("amax"), self.options, seed, arguments.get("channel_order"), **more,
+        )  # fmt: skip
+
+
+def compare(got: calls.Packed, want: Any) -> None:
+    for name in ("outer_scale", "block_scale", "data"):
+        a, b = getattr(got, name), getattr(want, name)
+        assert a.shape == b.shape
+        wrong = (a.flatten().view(torch.uint8) != b.flatten().view(torch.uint8)).nonzero()
+        assert len(wrong) == 0, f"{name}: {len(wrong)} bytes wrong, first at {wrong[0].tolist()}"
+
+
+KINDS = ("plain", "stochastic", "mse", "mae", "residual", "residual_stochastic")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_random_problems(kind: str, kernels: None) -> None:
+    rng = random.Random(kind)
+    for _ in range(PROBLEMS):
+        problem = Problem.draw(rng, kind)
+        x, arguments = problem.values(), problem.arguments()
+        try:
+            compare(problem.run(x, arguments), reference.quantize(x, **arguments))
+        except AssertionError as error:
+            raise AssertionError(f"{problem}: {error}") from error
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_rows_that_do_not_fit(kind: str, kernels: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A row is read in several steps, and twice for its amax."""
+    whole = select.quantize_spec
+
+    def streamed(*args: Any, **options: Any) -> QuantizeSpec:
+        return replace(whole(*args, **options), threads=32, blocks=1, rows=4, resident=False)
+
+    monkeypatch.setattr(select, "quantize_spec", streamed)
+    rng = random.Random(kind)
+    for scaling in ("per_row", "per_tensor"):
+        problem = replace(Problem.draw(rng, kind), m=5, k=1104, scaling=scaling, sf_layout=rng.choice(LAYOUTS))
+        x, arguments = problem.values(), problem.arguments()
+        compare(problem.run(x, arguments), reference.quantize(x, **arguments))
+
+
+@pytest.mark.parametrize("dtype", [torch.bool, torch.uint8, torch.int32, torch.float32], ids=str)
+def test_noop(dtype: torch.dtype, kernels: None) -> None:
+    x, before = torch.randn(5, 64), torch.randn(5, 64) * 3
+    kept, written = reference.quantize(before), reference.quantize(x)
+    for flag, want in ((1, kept), (0, written), (-0.0, written)):
+        out = calls.Packed(kept.data.clone(), kept.block_scale.clone(), kept.outer_scale.clone(), "128x4")
+        noop = torch.tensor(flag).to(dtype)
+        got = calls.quantize(x, False, "128x4", "te_per_token", None, noop=noop, out=out)
+        assert got is out
+        compare(got, want)
+
+
+@pytest.mark.parametrize("residual", [0, 16, 48, 272])
+@pytest.mark.parametrize("m", [3, 70])
+def test_values(residual: int, m: int, kernels: None) -> None:
+    """code * block scale in bf16, companions included, for few rows and for many."""
+    options = QuantizeOptions(residual=residual) if residual else PLAIN
+    k = 272 if m < 64 else 528
+    x, order = torch.randn(m, k, dtype=torch.bfloat16), torch.randperm(k) if residual > 16 else None
+    values, outer = calls.quantize_values(x, False, "te_per_token", None, options, order)
+    want = reference.quantize(x, residual=residual, channel_order=order)
+    assert torch.equal(outer, want.outer_scale)
+    assert torch.equal(values[:, : k + residual].float(), reference.dequantize(want, outer=False))
