@@ -206,8 +206,9 @@ def _multiply(
 def _quantize_multiply(args: QuantizeArguments, w: FP4Tensor, bias: Tensor | None, out_dtype: torch.dtype) -> Tensor:
     x, per_tensor, outer_scale = args.source, args.per_tensor, args.outer_scale
     d = x.new_empty((x.shape[0], w.rows), dtype=out_dtype)
-    if args.options is PLAIN and on_kernels(x) and w.rows > 0:
-        on_its_device(x, calls.quantize_gemm, x, w, bias, per_tensor, _ACTIVATION_CONVENTION, outer_scale, d)
+    if on_kernels(x) and w.rows > 0:
+        extras = (args.options, args.channel_order)
+        on_its_device(x, calls.quantize_gemm, x, w, bias, per_tensor, _ACTIVATION_CONVENTION, outer_scale, d, *extras)
         return d
     _multiply(FP4Tensor(*run(args), (x.shape[0], w.k), _ACTIVATION_LAYOUT), w, bias, None, 0.0, d)
     return d

@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from fp4gemm import calls, reference, select, tile_calls
+from fp4gemm import calls, reference, tile_calls
 from fp4gemm.dispatch import direct, on_its_device, on_kernels
 from fp4gemm.formats import BLOCK, PLAIN, QuantizeOptions, padded_k, scale_layout
 from fp4gemm.reference.arguments import (
@@ -158,12 +158,9 @@ def amax(
 def run(args: QuantizeArguments) -> Parts:
     """Data, block scales and outer scales of checked arguments."""
     x = args.source
-    if _has_kernels(x):
-        if _by_tiles(args):
-            return on_its_device(x, _run_tiles, args, None, None)
-        if args.options is PLAIN and args.amax is None:
-            plain = args.per_tensor, args.sf_layout, args.convention, args.outer_scale
-            return on_its_device(x, calls.quantize, x, *plain)[:3]
+    if _has_kernels(args):
+        made: Parts = on_its_device(x, _run_tiles if _by_tiles(args) else _run_rows, args, None, None)
+        return made
     t = quantize_checked(args)
     return t.data, t.block_scale, t.outer_scale
 
@@ -171,8 +168,8 @@ def run(args: QuantizeArguments) -> Parts:
 def run_into(out: FP4Tensor, args: QuantizeArguments, noop: Tensor | None) -> None:
     """The same, written into ``out`` where ``noop`` is None or zero."""
     parts = out.data, out.block_scale, out.outer_scale
-    if _has_kernels(args.source) and _by_tiles(args) and tile_calls.can_write(*parts):
-        on_its_device(args.source, _run_tiles, args, parts, noop)
+    if _has_kernels(args) and tile_calls.can_write(*parts):
+        on_its_device(args.source, _run_tiles if _by_tiles(args) else _run_rows, args, parts, noop)
     else:
         write(out, FP4Tensor(*run(args), args.shape, args.sf_layout), noop)
 
@@ -180,14 +177,15 @@ def run_into(out: FP4Tensor, args: QuantizeArguments, noop: Tensor | None) -> No
 def run_both(rows: QuantizeArguments, columns: QuantizeArguments) -> tuple[Tensor, ...]:
     """The three of each result."""
     x = rows.source
-    if not _has_kernels(x) or rows.options.adaptive or rows.per_tensor != columns.per_tensor:
+    if not _has_kernels(rows) or rows.options.adaptive or rows.per_tensor != columns.per_tensor:
         return *run(rows), *run(columns)
     both = on_its_device(x, _run_both_tiles, rows, columns)
     return *both[0], *both[1]
 
 
-def _has_kernels(x: Tensor) -> bool:
-    return on_kernels(x) and x.dtype in select.DTYPE_NAMES
+def _has_kernels(args: QuantizeArguments) -> bool:
+    """Whether kernels make this result: all but 4/6 of 16 x 16 blocks, for which the reference runs on the device."""
+    return on_kernels(args.source) and not (args.options.adaptive and args.block[0] == BLOCK)
 
 
 def _is_transposed(x: Tensor) -> bool:
@@ -196,11 +194,22 @@ def _is_transposed(x: Tensor) -> bool:
 
 
 def _by_tiles(args: QuantizeArguments) -> bool:
-    """Whether the tile kernel makes this result: a transposed one, or one of 16 x 16 blocks."""
+    """Whether the tile kernel makes this result: a transposed one, or one of 16 x 16 blocks.
+
+    It has neither 4/6 nor companions: the row kernel quantizes a copy then.
+    """
     o = args.options
     if o.adaptive is not None or o.residual:
         return False
     return o.hadamard is not None or _is_transposed(args.source) or args.block[0] == BLOCK
+
+
+def _run_rows(args: QuantizeArguments, into: Parts | None, noop: Tensor | None) -> Parts:
+    out = None if into is None else calls.Packed(*into, args.sf_layout)
+    return calls.quantize(
+        args.source, args.per_tensor, args.sf_layout, args.convention, args.outer_scale, args.amax, args.options,
+        args.seed, args.channel_order, noop, out,
+    )[:3]  # fmt: skip
 
 
 def _run_tiles(args: QuantizeArguments, into: Parts | None, noop: Tensor | None) -> Parts:
@@ -334,7 +343,7 @@ def _fake_quantize_both(*flat: Any) -> tuple[Tensor, ...]:
 
 
 def _amax(x: Tensor, rows: bool, columns: bool, tensor: bool, hadamard: int | None) -> list[Tensor]:
-    if not _has_kernels(x):
+    if not on_kernels(x):
         return list(reference.amax(x, rows=rows, columns=columns, tensor=tensor, hadamard=hadamard))
 
     def found() -> list[Tensor]:
