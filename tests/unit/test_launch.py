@@ -135,7 +135,9 @@ def test_a_plan_writes_addresses_and_nothing_else(driver, launches, monkeypatch)
 
 def test_a_launcher_packs_its_values(launches, monkeypatch):
     size = launch.AMAX_ARGUMENTS.size
-    made = SimpleNamespace(meta={"threads": 256, "params_bytes": size}, entry_points={"amax": "handle"})
+    made = SimpleNamespace(
+        meta={"threads": 256, "params_bytes": size, "smem_bytes": 0}, entry_points={"amax": "handle"}
+    )
     monkeypatch.setattr(launch, "load", lambda spec: made)
     spec = SimpleNamespace(name="fake", entry_points=("amax",))
     launch.Launcher(spec, launch.AMAX_ARGUMENTS)((9, 1, 1), 3, 1, 2, 3, 4, 5, 6)
