@@ -57,17 +57,17 @@ def quantize_spec(
     the registers: two blocks. The figures are in docs/performance.md.
     """
     columns = (scale_columns(k) + 3) // 4 * 4  # with the padding a tiled layout has
-    if options.residual:
-        columns = scale_columns(k) + 3  # companions move where it begins
     tiled = sf_layout != "linear"
-    # Noise costs instructions, and more blocks share what a thread does once.
-    most = 4 if (tiled or options.stochastic) and dtype != "fp32" else 2
+    # Noise costs instructions, and more blocks share what a thread does once; a companion takes registers.
+    most = 4 if (tiled or options.stochastic) and dtype != "fp32" and not options.residual else 2
     blocks = min(most, max(1, columns // 32))
     threads = _threads(columns, blocks)
     resident = threads <= 1024
     if not resident:
         threads, blocks = 512, 2
-    rows = max(4 if tiled and threads <= 128 else 1, 1 << (256 // threads).bit_length() >> 1)
+    rows = max(
+        4 if tiled and threads <= (256 if options.residual else 128) else 1, 1 << (256 // threads).bit_length() >> 1
+    )
     return QuantizeSpec(
         arch, dtype, scaling, convention, sf_layout, threads, blocks, rows, vectorized, resident,
         stochastic=options.stochastic, adaptive=options.adaptive,

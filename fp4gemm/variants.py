@@ -45,6 +45,22 @@ def _tiles(arch: str) -> list[KernelSpec]:
     ]
 
 
+def _with_options(arch: str) -> list[KernelSpec]:
+    """Quantizers of bf16 at K = 8192 with each option, and of e4m3."""
+    per_row, wide, tiled = ("per_row", "te_per_token"), (128, 4, 2), (128, 4, 4)
+    return [
+        QuantizeSpec(arch, "bf16", *per_row, "linear", *wide, stochastic=True),
+        QuantizeSpec(arch, "bf16", *per_row, "128x4", *tiled, stochastic=True),
+        QuantizeSpec(arch, "bf16", *per_row, "128x4", *tiled, adaptive="mse"),
+        QuantizeSpec(arch, "bf16", *per_row, "128x4", *tiled, adaptive="mae"),
+        QuantizeSpec(arch, "bf16", *per_row, "128x4", 256, 2, 4, residual="activation"),
+        QuantizeSpec(arch, "bf16", *per_row, "128x4", 256, 2, 4, residual="activation", gathered=True),
+        QuantizeSpec(arch, "bf16", *per_row, "128x4", 256, 2, 4, residual="weight"),
+        QuantizeSpec(arch, "bf16", *per_row, "128x4", *tiled, noop=True),
+        QuantizeSpec(arch, "e4m3", *per_row, "128x4", *tiled),
+    ]
+
+
 def _sm90_packed() -> list[KernelSpec]:
     """GEMMs on prepacked weights: of each kind those for few tokens and for many, and each term and dtype once."""
     one, two = (1, 16, 3, 1, 2, 0, 0), (2, 14, 2, 1, 2, 2, 1)
@@ -83,6 +99,7 @@ def default_variants(archs: Iterable[str] = ARCHS) -> list[KernelSpec]:
             for scaling, convention in (("per_row", "te_per_token"), ("per_tensor", "te"), ("given", "te_per_token"))
             for layout in SF_LAYOUTS
         ]
+        specs += _with_options(arch)
         specs.append(AmaxSpec(arch, "bf16"))
         specs += _tiles(arch)
         specs += [DequantizeSpec(arch, "bf16", layout, False) for layout in SF_LAYOUTS]

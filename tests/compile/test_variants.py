@@ -202,6 +202,13 @@ def test_engine_machine_code(entry: cache.Entry, spec: PackedMmaSpec | PackedWgm
     assert "PREEXIT" in code, "the kernel behind may not begin early"
 
 
+@variants([spec for spec in VARIANTS if isinstance(spec, QuantizeSpec) and spec.arch != "sm_90a"])
+def test_blackwell_rounds_in_hardware(entry: cache.Entry, spec: QuantizeSpec) -> None:
+    """To nearest; stochastic rounding and the errors of 4/6 are the kernel's own."""
+    own = spec.stochastic or spec.adaptive
+    assert ("E2M1" in disassembled(entry.path / "kernel.cubin")["quantize"]) is not bool(own)
+
+
 @variants(GEMMS)
 def test_make_params_has_no_breakpoint(entry: cache.Entry, spec: GemmSpec | PackedCollectiveSpec) -> None:
     """CUTLASS's own uint128 divides through a breakpoint, at shapes that make_params is given: nvrtc/std.hpp."""

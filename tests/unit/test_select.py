@@ -7,8 +7,17 @@ import torch
 
 from fp4gemm import select, table
 from fp4gemm.division import divide
-from fp4gemm.formats import SF_LAYOUTS, scale_columns
-from fp4gemm.spec import ARCHS, DTYPES, KERNEL_SCALINGS, PackedCollectiveSpec, PackSpec, QuantizeSpec, check
+from fp4gemm.formats import SF_LAYOUTS, QuantizeOptions, scale_columns
+from fp4gemm.spec import (
+    ARCHS,
+    DTYPES,
+    INPUT_DTYPES,
+    KERNEL_SCALINGS,
+    PackedCollectiveSpec,
+    PackSpec,
+    QuantizeSpec,
+    check,
+)
 from fp4gemm.variants import default_variants
 
 # Around every power of two, where the number of threads or blocks changes, and some in between.
@@ -40,6 +49,29 @@ def test_long_rows_are_streamed_and_short_ones_are_not():
     assert not quantize_spec(2 * 1024 * 16 + 1, "fp32").resident
     assert quantize_spec(4 * 1024 * 16).resident
     assert not quantize_spec(4 * 1024 * 16 + 1).resident
+
+
+OPTIONS = (
+    {"options": QuantizeOptions(stochastic=True)},
+    {"options": QuantizeOptions(adaptive="mse")},
+    {"options": QuantizeOptions(residual=64)},
+    {"options": QuantizeOptions(residual=64, residual_side="weight"), "gathered": True},
+    {"noop": True},
+)
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+@pytest.mark.parametrize("sf_layout", SF_LAYOUTS)
+@pytest.mark.parametrize("dtype", INPUT_DTYPES)
+def test_quantizers_with_options(dtype, sf_layout, options):
+    for k in (16, 512, 4096, 8192, 1 << 17):
+        spec = select.quantize_spec("sm_90a", dtype, k, "per_row", "te", sf_layout, True, **options)
+        assert check(spec) is None
+        assert not spec.plain
+        if spec.resident:  # companions need no threads of their own
+            assert spec.threads * spec.blocks >= k // 16
+        else:
+            assert k > 8192
 
 
 @pytest.mark.parametrize("scaling", KERNEL_SCALINGS)

@@ -47,7 +47,14 @@ def test_the_examples_are_possible(good):
     [
         *((good, {"arch": "sm_80"}, "arch: got 'sm_80', expected one of sm_90a, sm_100a, sm_120a") for good in ALL),
         *((good, {"dtype": "fp8"}, "dtype: got 'fp8', expected one of bf16, fp16, fp32") for good in ALL[:3]),
-        (QUANTIZE, {"scaling": "per_column"}, "scaling: got 'per_column', expected one of per_row, per_tensor, given"),
+        (QUANTIZE, {"scaling": "per_column"}, "scaling: got 'per_column', expected one of per_row, per_tensor, amaxes"),
+        (QUANTIZE, {"adaptive": "max"}, "adaptive: got 'max', expected one of mse, mae"),
+        (QUANTIZE, {"residual": "both"}, "residual: got 'both', expected one of activation, weight"),
+        (QUANTIZE, {"adaptive": "mse", "convention": "torchao"}, "convention of adaptive or residual: got 'torchao'"),
+        (QUANTIZE, {"residual": "weight", "convention": "modelopt"}, "convention of adaptive or residual: got 'mod"),
+        (QUANTIZE, {"adaptive": "mse", "stochastic": True}, "adaptive: expected neither stochastic nor residual"),
+        (QUANTIZE, {"adaptive": "mse", "residual": "weight"}, "adaptive: expected neither stochastic nor residual"),
+        (QUANTIZE, {"gathered": True}, "gathered: expected a residual with it"),
         (QUANTIZE, {"convention": "amd"}, "convention: got 'amd', expected one of te_per_token"),
         (QUANTIZE, {"sf_layout": "4x4"}, "sf_layout: got '4x4', expected one of linear, 128x4, 8x4"),
         (DEQUANTIZE, {"sf_layout": "4x4"}, "sf_layout: got '4x4', expected one of linear, 128x4, 8x4"),
@@ -185,7 +192,8 @@ def test_names_are_unique_and_are_file_names():
         *((QUANTIZE, field, other) for field, other in
           (("arch", "sm_100a"), ("dtype", "fp32"), ("scaling", "given"), ("convention", "te"), ("sf_layout", "8x4"),
            ("threads", 64), ("blocks", 2), ("rows", 2), ("vectorized", False), ("resident", False),
-           ("output", "values"))),
+           ("output", "values"), ("stochastic", True), ("adaptive", "mse"), ("residual", "weight"), ("gathered", True),
+           ("noop", True))),
         *((PACK, field, other) for field, other in
           (("arch", "sm_100a"), ("sf_layout", "8x4"), ("direction", "unpack"), ("threads", 128))),
         *((AMAX, field, other) for field, other in
@@ -232,7 +240,7 @@ def test_default_variants_serve_each_arch():
         chosen = default_variants([arch])
         assert {variant.arch for variant in chosen} == {arch}
         layouts = {(v.scaling, v.sf_layout) for v in chosen if isinstance(v, QuantizeSpec)}
-        assert layouts == {(scaling, name) for scaling in spec.KERNEL_SCALINGS for name in SF_LAYOUTS}
+        assert layouts == {(scaling, name) for scaling in ("per_row", "per_tensor", "given") for name in SF_LAYOUTS}
         assert {v.sf_layout for v in chosen if isinstance(v, DequantizeSpec)} == set(SF_LAYOUTS)
         packers = {(v.direction, v.sf_layout) for v in chosen if isinstance(v, PackSpec)}
         assert len(packers) == (2 * len(SF_LAYOUTS) if arch == "sm_90a" else 0)

@@ -73,16 +73,7 @@ __device__ __noinline__ uint2 encode_any(typename Element::Block x, Divider divi
   return {word[0], word[1]};
 }
 
-// The codes of a block: by the quick way if no value is NaN, Inf or beyond the largest code. `exact` divides any value as
-// `divider` divides those of the quick way.
-template <class Element, class Divider, class Exact, class Rounding>
-__device__ __forceinline__ uint2 encode_with(typename Element::Block const& x, float amax, Divider const& divider,
-                                             Exact const& exact, Rounding const& rounding) {
-  bool const quick = !is_flagged(amax) && divider.quotient(amax) < kQuickLimit;
-  return quick ? uint2{encode_half<Element>(x, 0, divider, rounding), encode_half<Element>(x, 1, divider, rounding)}
-               : encode_any<Element>(x, exact, rounding);
-}
-
+// The codes of a block: by the quick way if no value is NaN, Inf or beyond the largest code.
 template <class Element, class Convention, class Rounding = NearestEven>
 __device__ __forceinline__ uint2 encode_block(typename Element::Block const& x, float amax,
                                               typename Convention::Outer const& outer, uint8_t scale,
@@ -94,7 +85,9 @@ __device__ __forceinline__ uint2 encode_block(typename Element::Block const& x, 
     };
     return {eight(0), eight(1)};
   } else {
-    return encode_with<Element>(x, amax, divider, divider, rounding);
+    bool const quick = !is_flagged(amax) && divider.quotient(amax) < kQuickLimit;
+    return quick ? uint2{encode_half<Element>(x, 0, divider, rounding), encode_half<Element>(x, 1, divider, rounding)}
+                 : encode_any<Element>(x, divider, rounding);
   }
 }
 

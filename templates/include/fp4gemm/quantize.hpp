@@ -69,6 +69,7 @@ struct QuantizeConfig {
   static constexpr bool kResident = kResident_;  // kThreads * kBlocks covers the row
   static constexpr bool kValues = kValues_;  // write values; CTAs (y; a power of two) may share a row
   static constexpr int kCta = kThreads * kRows;
+  static constexpr int kCtasOfSm = 1024 / kCta;  // that should have registers
   static_assert(kThreads % 32 == 0 && kCta <= 1024, "a row is a whole number of warps of one CTA");
   static_assert(kThreads == 32 || kRows <= 8, "a barrier for each row");
 };
@@ -328,9 +329,7 @@ template <class Config> class RowQuantizer {
   // Blocks of the result: where that of column c stands, and how many of column c there are.
   __device__ int first_pair() const { return 2 * args_.columns - args_.out_columns; }
   __device__ bool has_companion(int column) const { return kPairs && column >= first_pair() && column < args_.columns; }
-  __device__ int place(int column) const {
-    return kPairs ? column + max(0, min(column, args_.columns) - first_pair()) : column;
-  }
+  __device__ int place(int column) const { return kPairs ? column + max(0, column - first_pair()) : column; }
 
   __device__ uint64_t number(int place) const {
     return static_cast<uint64_t>(row_) * out_columns<Config>(args_) + place;
@@ -339,19 +338,18 @@ template <class Config> class RowQuantizer {
     if constexpr (Options::kStochastic) return {philox_block(seed, number(place))};
     return {};
   }
-  // Of blocks i and i + 1 of a step: two at a time share round keys, more would need registers.
-  __device__ void round_two(uint64_t seed, int first, int i, Stochastic (&roundings)[Config::kBlocks]) const {
-    constexpr int kCount = Config::kBlocks == 1 ? 1 : 2;
-    uint64_t numbers[kCount];
-    PhiloxBlock noise[kCount];
+  // Of kNoiseBlocks from block i of a step: two share round keys, where there are registers for that.
+  static constexpr int kNoiseBlocks = Config::kBlocks % 2 == 0 && Config::kCtasOfSm > 2 ? 2 : 1;
+  __device__ void make_noise(uint64_t seed, int first, int i, Stochastic (&roundings)[Config::kBlocks]) const {
+    uint64_t numbers[kNoiseBlocks];
+    PhiloxBlock noise[kNoiseBlocks];
 #pragma unroll
-    for (int j = 0; j < kCount; ++j) numbers[j] = number(first + (i + j) * Config::kThreads + thread_);
+    for (int j = 0; j < kNoiseBlocks; ++j) numbers[j] = number(first + (i + j) * Config::kThreads + thread_);
     philox_blocks(seed, numbers, noise);
 #pragma unroll
-    for (int j = 0; j < kCount; ++j)
-      if (i + j < Config::kBlocks) roundings[i + j] = {noise[j]};
+    for (int j = 0; j < kNoiseBlocks; ++j) roundings[i + j] = {noise[j]};
   }
-  __device__ void round_two(uint64_t, int, int, NearestEven (&)[Config::kBlocks]) const {}
+  __device__ void make_noise(uint64_t, int, int, NearestEven (&)[Config::kBlocks]) const {}
   __device__ uint64_t seed() const {
     if constexpr (Options::kStochastic) return args_.seed_in ? *args_.seed_in : args_.seed;
     return 0;
@@ -365,14 +363,14 @@ template <class Config> class RowQuantizer {
       auto const chosen = encode_adaptive<Options::kAdaptive, Element, Convention>(x, amax, outer);
       result.codes = chosen.codes, result.scale = chosen.scale;
     } else {
-      if constexpr (kPairs) {
-        int const at = place(column);
-        if (has_companion(column))
-          return encode_pair<Options::kResidual, Element, Convention>(x, amax, outer, rounding(seed, at),
-                                                                      rounding(seed, at + 1));
-      }
+      int const at = place(column);
       result.scale = Convention::block_scale(outer, fabsf(amax));
-      result.codes = encode_block<Element, Convention>(x, amax, outer, result.scale, rounding(seed, place(column)));
+      if (has_companion(column) && result.scale == 0) result.scale = kLeastScale;
+      result.codes = encode_block<Element, Convention>(x, amax, outer, result.scale, rounding(seed, at));
+      if constexpr (kPairs) {
+        if (has_companion(column))
+          add_companion<Options::kResidual, Element>(result, x, amax, outer.encode, rounding(seed, at + 1));
+      }
     }
     return result;
   }
@@ -414,38 +412,50 @@ template <class Config> class RowQuantizer {
 
   __device__ void store_packed(int first, Block const (&x)[Config::kBlocks], float const (&amax)[Config::kBlocks],
                                typename Convention::Outer const& outer) const {
-    // All scales before any data: the scale writer's barrier and stores hide behind the encoding.
     ScaleWriter<Config, kStaged> const writer(args_, row_, first);
-    EncodedPair results[Config::kBlocks];
+    auto* data = static_cast<uint2*>(args_.data) + row_ * out_columns<Config>(args_);
     uint64_t const seed = this->seed();
+    if constexpr (kEarly) {
 #pragma unroll
-    for (int i = 0; i < Config::kBlocks; ++i) {
-      int const column = first + i * Config::kThreads + thread_;
-      EncodedPair& result = results[i];
-      result.scale = 0, result.companion_scale = 0;
-      if (real_ && column < args_.columns) {
-        if constexpr (kEarly) {
+      for (int i = 0; i < Config::kBlocks; ++i) {
+        int const column = first + i * Config::kThreads + thread_;
+        EncodedPair result{};
+        if (real_ && column < args_.columns) {
           result = encode(x[i], amax[i], outer, column, seed);
+          data[place(column)] = result.codes;  // at once: they are registers
+          if (has_companion(column)) data[place(column) + 1] = result.companion;
+        }
+        if constexpr (kPairs) {
+          if (column >= args_.columns) continue;
+          writer.put(place(column), result.scale);
+          if (has_companion(column)) writer.put(place(column) + 1, result.companion_scale);
         } else {
-          result.scale = Convention::block_scale(outer, fabsf(amax[i]));
+          writer.put(column, result.scale);
         }
       }
-      writer.put(place(column), result.scale);
-      if (has_companion(column)) writer.put(place(column) + 1, result.companion_scale);
-    }
-    writer.flush();
-    Rounding roundings[Config::kBlocks];
-    auto* data = static_cast<uint2*>(args_.data) + row_ * out_columns<Config>(args_);
-#pragma unroll
-    for (int i = 0; i < Config::kBlocks; ++i) {
-      int const column = first + i * Config::kThreads + thread_;
-      if (!kEarly && i % 2 == 0) round_two(seed, first, i, roundings);
-      if (!real_ || column >= args_.columns) continue;
-      if constexpr (!kEarly) {
-        results[i].codes = encode_block<Element, Convention>(x[i], amax[i], outer, results[i].scale, roundings[i]);
+      if constexpr (kPairs) {  // which push padding beyond the columns that threads have
+        int const column = args_.out_columns + thread_;
+        if (first == 0 && column < Scales::padded_columns(args_.out_columns)) writer.put(column, 0);
       }
-      data[place(column)] = results[i].codes;
-      if (has_companion(column)) data[place(column) + 1] = results[i].companion;
+      writer.flush();
+    } else {
+      // All scales before any data: the scale writer's barrier and stores hide behind the encoding.
+      uint8_t scale[Config::kBlocks];
+#pragma unroll
+      for (int i = 0; i < Config::kBlocks; ++i) {
+        int const column = first + i * Config::kThreads + thread_;
+        scale[i] = real_ && column < args_.columns ? Convention::block_scale(outer, fabsf(amax[i])) : 0;
+        writer.put(column, scale[i]);
+      }
+      writer.flush();
+      Rounding roundings[Config::kBlocks];
+#pragma unroll
+      for (int i = 0; i < Config::kBlocks; ++i) {
+        int const column = first + i * Config::kThreads + thread_;
+        if (i % kNoiseBlocks == 0) make_noise(seed, first, i, roundings);
+        if (real_ && column < args_.columns)
+          data[column] = encode_block<Element, Convention>(x[i], amax[i], outer, scale[i], roundings[i]);
+      }
     }
   }
 

@@ -11,12 +11,13 @@ enum class Residual { kNone, kActivation, kWeight };
 
 inline constexpr uint8_t kLeastScale = 0x01;  // 2^-9: what a pair has instead of 0
 
-// d = its scale, r = 1 / d rounded. One correction of d^-1 * x is the IEEE quotient (Markstein), as long as nothing overflows.
-struct CorrectedDivide {
+// x / d as IEEE rounds it where that is below kQuickLimit, and else something that also has the code 7. r = 1 / d, rounded: one
+// correction of x * r then gives the quotient (Markstein). fminf drops the NaN of an overflow.
+struct BoundedDivide {
   float d, r;
-  __device__ float quotient(float x) const {
-    float const q = __fmul_rn(x, r);
-    return __fmaf_rn(__fmaf_rn(-q, d, x), r, q);
+  __device__ float quotient(float magnitude) const {
+    float const q = __fmul_rn(magnitude, r);
+    return fminf(__fmaf_rn(__fmaf_rn(-q, d, magnitude), r, q), 6.5f);
   }
 };
 
@@ -40,31 +41,25 @@ template <class Element> __device__ __forceinline__ Fp32::Block error_of(typenam
   return d;
 }
 
-template <Residual kSide, class Element, class Convention, class Rounding>
-__device__ __forceinline__ EncodedPair encode_pair(typename Element::Block const& x, float amax,
-                                                   typename Convention::Outer const& outer, Rounding const& rounding,
-                                                   Rounding const& companion_rounding) {
-  EncodedPair pair;
-  uint8_t const scale = Convention::block_scale(outer, fabsf(amax));
-  pair.scale = scale == 0 ? kLeastScale : scale;
-  pair.codes = encode_block<Element, Convention>(x, amax, outer, pair.scale, rounding);
+// The companion of a pair whose block is encoded.
+template <Residual kSide, class Element, class Rounding>
+__device__ __forceinline__ void add_companion(EncodedPair& pair, typename Element::Block const& x, float amax,
+                                              float encode, Rounding const& rounding) {
   if constexpr (kSide == Residual::kWeight) {
     pair.companion = pair.codes, pair.companion_scale = pair.scale;
   } else {
-    Fp32::Block d = error_of<Element>(x, outer.encode, pair.codes, pair.scale);
+    Fp32::Block d = error_of<Element>(x, encode, pair.codes, pair.scale);
     if (is_flagged(amax)) {
 #pragma unroll
       for (int i = 0; i < kBlock; ++i)
         if (Fp32::value(d, i) != Fp32::value(d, i)) Fp32::set(d, i, 0);
     }
-    float const d_amax = flagged_amax<Fp32>(d);
-    uint8_t const d_scale = to_e4m3(fminf(__fmul_rn(fabsf(d_amax), kSixth), 448.0f));
-    pair.companion_scale = d_scale == 0 ? kLeastScale : d_scale;
+    uint8_t const scale = to_e4m3(fminf(__fmul_rn(Fp32::amax(d), kSixth), 448.0f));
+    pair.companion_scale = scale == 0 ? kLeastScale : scale;
     float const divisor = from_e4m3(pair.companion_scale);
-    pair.companion = encode_with<Fp32>(d, d_amax, CorrectedDivide{divisor, __fdiv_rn(1.0f, divisor)}, DivideBy{divisor},
-                                       companion_rounding);
+    BoundedDivide const divider{divisor, __fdiv_rn(1.0f, divisor)};
+    pair.companion = {encode_half<Fp32>(d, 0, divider, rounding), encode_half<Fp32>(d, 1, divider, rounding)};
   }
-  return pair;
 }
 
 }  // namespace fp4gemm
