@@ -101,7 +101,7 @@ def _tensor_amax(x: Tensor, vectorized: bool, stream: int) -> Tensor:
     return amax
 
 
-_NOOP_MASKS = {torch.bool: 0xFF, torch.uint8: 0xFF, torch.int32: 0xFFFFFFFF, torch.float32: 0x7FFFFFFF}
+NOOP_MASKS = {torch.bool: 0xFF, torch.uint8: 0xFF, torch.int32: 0xFFFFFFFF, torch.float32: 0x7FFFFFFF}
 _NO_EXTRAS = (0, 0, 0, 0, 0, 0)
 
 
@@ -110,7 +110,7 @@ def _extras(
 ) -> tuple[int, int, int, int, int, int]:
     """The last fields of QuantizeArguments, of which only those that a kernel has an option for are read."""
     seed_in, value = (seed.data_ptr(), 0) if isinstance(seed, Tensor) else (0, seed or 0)
-    flag, mask = (0, 0) if noop is None else (noop.data_ptr(), _NOOP_MASKS[noop.dtype])
+    flag, mask = (0, 0) if noop is None else (noop.data_ptr(), NOOP_MASKS[noop.dtype])
     return seed_in, value, flag, 0 if order is None else order.data_ptr(), mask, out_columns
 
 

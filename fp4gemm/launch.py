@@ -112,7 +112,8 @@ class Launcher:
         self._pack = arguments.pack_into
         self._buffer = ctypes.create_string_buffer(arguments.size)
         address = ctypes.addressof(self._buffer)
-        self._dispatch = Dispatch(kernel, spec.entry_points[0], kernel.meta["threads"], 0, address, waits=waits)
+        threads, shared_bytes = kernel.meta["threads"], kernel.meta["smem_bytes"]
+        self._dispatch = Dispatch(kernel, spec.entry_points[0], threads, shared_bytes, address, waits=waits)
         self._lock = threading.Lock()
 
     def __call__(self, grid: tuple[int, int, int], stream: int, *values: int) -> None:

@@ -20,6 +20,8 @@ from fp4gemm.spec import (
     PackedWgmmaSpec,
     PackSpec,
     QuantizeSpec,
+    TileAmaxSpec,
+    TileQuantizeSpec,
     check,
 )
 
@@ -150,6 +152,29 @@ def pack_spec(arch: str, sf_layout: str, direction: str) -> PackSpec:
 
 def amax_spec(arch: str, dtype: str, vectorized: bool) -> AmaxSpec:
     return AmaxSpec(arch, dtype, vectorized)
+
+
+def tile_quantize_spec(
+    arch: str, dtype: str, scaling: str, convention: str, rows: str | None, columns: str | None,
+    hadamard: bool = False, stochastic: bool = False, square: bool = False, vectorized: bool = True,
+) -> TileQuantizeSpec:  # fmt: skip
+    """As many CTAs of an SM as shared memory has room for and registers suffice for."""
+    flags = (hadamard, stochastic, square, vectorized)
+    ctas = _tile_ctas(arch, dtype)
+    if dtype == "fp32" and hadamard and stochastic:
+        ctas = min(ctas, 2)  # else registers are spilled
+    return TileQuantizeSpec(arch, dtype, scaling, convention, rows, columns, *flags, ctas)
+
+
+def tile_amax_spec(
+    arch: str, dtype: str, rows: bool, columns: bool, hadamard: bool = False, vectorized: bool = True
+) -> TileAmaxSpec:
+    return TileAmaxSpec(arch, dtype, rows, columns, hadamard, vectorized, _tile_ctas(arch, dtype))
+
+
+def _tile_ctas(arch: str, dtype: str) -> int:
+    tile = 3 if dtype == "fp32" else 4
+    return 1 if arch == "sm_120a" and dtype == "fp32" else 2 if arch == "sm_120a" else tile
 
 
 def dequantize_spec(arch: str, dtype: str, sf_layout: str, outer: bool) -> DequantizeSpec:

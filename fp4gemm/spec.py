@@ -14,6 +14,8 @@ DTYPES = ("bf16", "fp16", "fp32")
 INPUT_DTYPES = (*DTYPES, "e4m3")  # that a quantizer reads
 KERNEL_SCALINGS = ("per_row", "per_tensor", "amaxes", "given")
 SM90_SHARED_BYTES = 232448  # that a CTA can have
+TILE = 128  # rows and columns of x that a CTA of a tile kernel has
+TILE_THREADS = 256
 
 
 def _short(arch: str) -> str:
@@ -22,6 +24,10 @@ def _short(arch: str) -> str:
 
 def _thread_problem(threads: int) -> str | None:
     return None if threads in range(32, 1025, 32) else f"threads: got {threads}, expected whole warps, 32 to 1024"
+
+
+def _tile_problem(ctas: int) -> str | None:
+    return None if 1 <= ctas <= 8 else f"ctas: got {ctas}, expected 1 to 8 of {TILE_THREADS} threads on an SM"
 
 
 @dataclass(frozen=True)
@@ -114,6 +120,99 @@ class AmaxSpec:
 
     def why_not(self) -> str | None:
         return _thread_problem(self.threads)
+
+
+@dataclass(frozen=True)
+class TileQuantizeSpec:
+    """Quantizer of x, of its transpose, or of both from one read (templates/include/fp4gemm/quantize_tile.hpp).
+
+    ``scaling``: it reads amaxes (``amax``) or decode multipliers (``given``). ``rows`` and ``columns`` are the scale
+    layouts of the result and of the transposed one, None: not made. ``hadamard`` transforms the transposed one, with a
+    mask given at launch; ``stochastic`` rounds both so; ``square``: one block scale for 16 x 16 values.
+    ``vectorized``: rows of x are contiguous and 16-byte aligned. ``ctas``: that an SM has room for."""
+
+    template: ClassVar[str] = "quantize_tile.cu.jinja"
+    uses_cutlass: ClassVar[bool] = False
+    entry_points: ClassVar[tuple[str, ...]] = ("quantize",)
+
+    arch: str
+    dtype: str
+    scaling: str
+    convention: str
+    rows: str | None
+    columns: str | None
+    hadamard: bool = False
+    stochastic: bool = False
+    square: bool = False
+    vectorized: bool = True
+    ctas: int = 4
+
+    @property
+    def row_scales(self) -> str:
+        return self.rows or "linear"
+
+    @property
+    def column_scales(self) -> str:
+        return self.columns or "linear"
+
+    @property
+    def threads(self) -> int:
+        return TILE_THREADS
+
+    @property
+    def name(self) -> str:
+        results = [f"{way}_{layout}" for way, layout in (("rows", self.rows), ("columns", self.columns)) if layout]
+        options = [name for name in ("hadamard", "stochastic", "square") if getattr(self, name)]
+        parts = (_short(self.arch), self.dtype, self.scaling, self.convention, *results, *options, str(self.ctas))
+        return "quantize_tile_" + "_".join(parts) + ("" if self.vectorized else "_scalar")
+
+    def why_not(self) -> str | None:
+        if self.rows is None and self.columns is None:
+            return "rows, columns: got None for both, expected a scale layout"
+        if self.hadamard and (self.columns is None or self.square):
+            return "hadamard: expected a transposed result, and a block scale for each of its blocks"
+        return (
+            _unknown("scaling", self.scaling, ("amax", "given"))
+            or _unknown("convention", self.convention, CONVENTIONS)
+            or _unknown("rows", self.row_scales, SF_LAYOUTS)
+            or _unknown("columns", self.column_scales, SF_LAYOUTS)
+            or _tile_problem(self.ctas)
+        )
+
+
+@dataclass(frozen=True)
+class TileAmaxSpec:
+    """Largest magnitudes of rows, of columns (of what they are transformed to, if ``hadamard``) and of the tensor, from
+    one read of x, NaN ignored, into floats that are 0 before."""
+
+    template: ClassVar[str] = "amax_tile.cu.jinja"
+    uses_cutlass: ClassVar[bool] = False
+    entry_points: ClassVar[tuple[str, ...]] = ("amax",)
+
+    arch: str
+    dtype: str
+    rows: bool
+    columns: bool
+    hadamard: bool = False
+    vectorized: bool = True
+    ctas: int = 4
+
+    @property
+    def threads(self) -> int:
+        return TILE_THREADS
+
+    @property
+    def name(self) -> str:
+        wanted = [name for name in ("rows", "columns", "hadamard") if getattr(self, name)]
+        parts = (_short(self.arch), self.dtype, *wanted, str(self.ctas))
+        return "amax_tile_" + "_".join(parts) + ("" if self.vectorized else "_scalar")
+
+    def why_not(self) -> str | None:
+        if not self.rows and not self.columns:
+            return "rows, columns: got False for both"
+        if self.hadamard and not self.columns:
+            return "hadamard: expected columns, which it transforms"
+        return _tile_problem(self.ctas)
 
 
 @dataclass(frozen=True)
@@ -388,7 +487,9 @@ class PackedWgmmaSpec:
 
 WGMMA_TOKENS = (16, 32, 64, 96, 128, 192, 256)
 PackedSpec = PackedCollectiveSpec | PackedMmaSpec | PackedWgmmaSpec
-KernelSpec = QuantizeSpec | AmaxSpec | DequantizeSpec | PackSpec | GemmSpec | PackedSpec
+KernelSpec = (
+    QuantizeSpec | AmaxSpec | TileQuantizeSpec | TileAmaxSpec | DequantizeSpec | PackSpec | GemmSpec | PackedSpec
+)
 
 
 def _packed_name(engine: str, spec: PackedMmaSpec | PackedWgmmaSpec) -> str:
@@ -415,7 +516,7 @@ def _unknown(field: str, value: str, known: Iterable[str]) -> str | None:
 def check(spec: KernelSpec) -> str | None:
     """Why this kernel cannot be, or None. Rendering, building and selection all ask here."""
     problem = _unknown("arch", spec.arch, ARCHS)
-    if isinstance(spec, (QuantizeSpec, AmaxSpec)):
+    if isinstance(spec, (QuantizeSpec, AmaxSpec, TileQuantizeSpec, TileAmaxSpec)):
         problem = problem or _unknown("dtype", spec.dtype, INPUT_DTYPES)
     elif isinstance(spec, DequantizeSpec):
         problem = problem or _unknown("dtype", spec.dtype, DTYPES)

@@ -16,6 +16,8 @@ from fp4gemm.spec import (
     PackedWgmmaSpec,
     PackSpec,
     QuantizeSpec,
+    TileAmaxSpec,
+    TileQuantizeSpec,
 )
 
 
@@ -26,6 +28,20 @@ def _sm90_values() -> list[KernelSpec]:
         QuantizeSpec("sm_90a", "bf16", scaling, "te_per_token", "linear", *tile, output="values")
         for scaling in few
         for tile in (few[scaling], (256, 2, 1))
+    ]
+
+
+def _tiles(arch: str) -> list[KernelSpec]:
+    """Both ways at once, plainly and as in training, transposed alone, squares for weights; and their amaxes."""
+    per_token = (arch, "bf16", "amax", "te_per_token")
+    ctas = 2 if arch == "sm_120a" else 4
+    return [
+        TileQuantizeSpec(*per_token, "128x4", "128x4", ctas=ctas),
+        TileQuantizeSpec(*per_token, "128x4", "128x4", hadamard=True, stochastic=True, ctas=ctas),
+        TileQuantizeSpec(*per_token, None, "128x4", ctas=ctas),
+        TileQuantizeSpec(arch, "bf16", "amax", "te", "128x4", "128x4", square=True, ctas=ctas),
+        TileAmaxSpec(arch, "bf16", True, True, ctas=ctas),
+        TileAmaxSpec(arch, "bf16", True, True, True, ctas=ctas),
     ]
 
 
@@ -85,6 +101,7 @@ def default_variants(archs: Iterable[str] = ARCHS) -> list[KernelSpec]:
         ]
         specs += _with_options(arch)
         specs.append(AmaxSpec(arch, "bf16"))
+        specs += _tiles(arch)
         specs += [DequantizeSpec(arch, "bf16", layout, False) for layout in SF_LAYOUTS]
         if arch == "sm_90a":
             specs += _sm90_values()

@@ -10,16 +10,15 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fp4gemm.formats import (
-    ADAPTIVE,
-    BLOCK,
-    CONVENTIONS,
-    PLAIN,
-    RESIDUAL_SIDES,
-    SCALINGS,
-    QuantizeOptions,
-    padded_k,
-    scale_layout,
+from fp4gemm.formats import BLOCK, CONVENTIONS, PLAIN, SCALINGS, QuantizeOptions, padded_k, scale_layout
+from fp4gemm.reference.options import (
+    check_columns,
+    check_mask,
+    check_name,
+    check_options,
+    check_residual,
+    check_scalar,
+    check_seed,
 )
 from fp4gemm.tensor import FP4Tensor
 
@@ -30,8 +29,6 @@ BLOCKS = ((1, BLOCK), (BLOCK, BLOCK))
 
 
 FLAGS = (torch.bool, torch.uint8, torch.int32, torch.float32)
-# What has an S that 4/6 and companion blocks measure errors in.
-ENCODE_CONVENTIONS = ("te_per_token", "te")
 
 
 class QuantizeArguments(NamedTuple):
@@ -54,14 +51,9 @@ class QuantizeArguments(NamedTuple):
 
     @property
     def shape(self) -> tuple[int, int]:
-        """Shape of the result."""
-        return result_shape(self.source, self.options.hadamard, self.options.residual)
-
-
-def result_shape(source: Tensor, hadamard: int | None, residual: int) -> tuple[int, int]:
-    """Shape of what ``source`` [M, K] becomes: a transformed tail is a whole block, a companion adds columns."""
-    m, k = source.shape
-    return m, (k if hadamard is None else padded_k(k)) + residual
+        """Shape of the result: a transformed tail is a whole block, companions add columns."""
+        (m, k), options = self.source.shape, self.options
+        return (m, k) if options is PLAIN else (m, (k if options.hadamard is None else padded_k(k)) + options.residual)
 
 
 def check_quantize(
@@ -83,10 +75,10 @@ def check_quantize(
 ) -> QuantizeArguments:
     """Checks and resolves the arguments of ``quantize``. Raises TypeError or ValueError that names the argument."""
     _check_matrix(x)
-    _check_name("scaling", scaling, SCALINGS)
+    check_name("scaling", scaling, SCALINGS)
     if convention is None:
         convention = "te" if scaling == "per_tensor" else "te_per_token"
-    _check_name("convention", convention, CONVENTIONS)
+    check_name("convention", convention, CONVENTIONS)
     scale_layout(sf_layout)
     block = _check_block(block)
     transposed = transposed or scaling == "per_column"
@@ -115,11 +107,9 @@ def check_quantize(
         or channel_order is not None
     ):
         options = QuantizeOptions(hadamard, seed is not None, adaptive, residual, residual_side)
-        _check_options(options, convention, block, transposed)
-        _check_seed(seed, source.device)
-        _check_residual(options, source)
-        if channel_order is not None:
-            _check_channel_order(channel_order, options, source)
+        check_options(options, convention, block, transposed)
+        check_seed(seed, source.device)
+        check_residual(options, source, channel_order)
     return QuantizeArguments(
         source, per_tensor, sf_layout, convention, block, outer_scale, amax, options, seed, channel_order
     )
@@ -145,7 +135,7 @@ def check_out(args: QuantizeArguments, out: FP4Tensor | None, noop: Tensor | Non
     if out.device != args.source.device:
         raise ValueError(f"out: expected device {args.source.device} (that of x), got {out.device}")
     if noop is not None:
-        _check_scalar("noop", noop, FLAGS, args.source.device)
+        check_scalar("noop", noop, FLAGS, args.source.device)
 
 
 def check_quantize_both(
@@ -166,7 +156,7 @@ def check_quantize_both(
 
     Raises TypeError or ValueError that names the argument.
     """
-    _check_name("scaling", scaling, SCALINGS[:2])
+    check_name("scaling", scaling, SCALINGS[:2])
     outer_rows, outer_columns = _pair("outer_scale", outer_scale)
     amax_rows, amax_columns = _pair("amax", amax)
     shared = {"scaling": scaling, "convention": convention, "block": block, "seed": seed, "adaptive": adaptive}
@@ -187,7 +177,7 @@ def check_amax(x: Tensor, columns: bool, hadamard: int | None) -> None:
     """Checks the arguments of ``amax``. Raises TypeError or ValueError."""
     _check_matrix(x)
     if hadamard is not None:
-        _check_mask(hadamard)
+        check_mask(hadamard)
         if not columns:
             raise ValueError(f"hadamard: needs columns=True, as only columns are transformed, got {hadamard}")
 
@@ -254,7 +244,7 @@ def check_quantize_gemm(
         raise TypeError(f"w: expected an FP4Tensor, got {type(w).__name__}")
     check_float("x.dtype", x.dtype)
     if residual != 0:
-        _check_columns(residual)
+        check_columns(residual)
     if x.dim() < 2 or x.shape[-1] != w.k - residual:
         less = f" less the residual {residual}" if residual else ""
         raise ValueError(
@@ -299,11 +289,6 @@ def _check_matrix(x: Tensor) -> None:
         raise ValueError(f"x: expected 2 dimensions [M, K], got shape {tuple(x.shape)}")
 
 
-def _check_name(argument: str, name: str, known: tuple[str, ...]) -> None:
-    if name not in known:
-        raise ValueError(f"{argument}: expected one of {', '.join(known)}, got {name!r}")
-
-
 def _check_block(block: tuple[int, int]) -> tuple[int, int]:
     for known in BLOCKS:
         if tuple(block) == known:
@@ -340,82 +325,6 @@ def _pair(name: str, given: Tensor | tuple[Tensor, Tensor] | None) -> tuple[Tens
     if isinstance(given, (tuple, list)) and len(given) == 2:
         return given[0], given[1]
     raise TypeError(f"{name}: expected a torch.Tensor, a pair of them (rows, columns) or None, got {given!r}")
-
-
-def _check_options(options: QuantizeOptions, convention: str, block: tuple[int, int], transposed: bool) -> None:
-    if options.hadamard is not None:
-        _check_mask(options.hadamard)
-        if not transposed:
-            raise ValueError("hadamard: needs transposed=True, as only a transposed result is transformed, got False")
-    if options.adaptive is not None:
-        _check_name("adaptive", options.adaptive, ADAPTIVE)
-        if options.hadamard is not None or options.stochastic or options.residual:
-            raise ValueError(f"adaptive: expected None beside hadamard, seed or residual, got {options.adaptive!r}")
-    if options.residual != 0:
-        _check_columns(options.residual)
-        if options.hadamard is not None or block != (1, BLOCK):
-            raise ValueError(f"residual: expected 0 beside hadamard or 16 x 16 blocks, got {options.residual}")
-    if (options.adaptive is not None or options.residual) and convention not in ENCODE_CONVENTIONS:
-        name = "residual" if options.residual else "adaptive"
-        raise ValueError(f"convention: expected one of {', '.join(ENCODE_CONVENTIONS)} with {name}, got {convention!r}")
-    _check_name("residual_side", options.residual_side, RESIDUAL_SIDES)
-
-
-def _check_mask(hadamard: int) -> None:
-    if not isinstance(hadamard, int) or isinstance(hadamard, bool):
-        raise TypeError(f"hadamard: expected an int (a mask of 16 signs) or None, got {type(hadamard).__name__}")
-    if not 0 <= hadamard < 1 << BLOCK:
-        raise ValueError(f"hadamard: expected a mask in 0..65535, got {hadamard}")
-
-
-def _check_seed(seed: Tensor | int | None, device: torch.device) -> None:
-    if seed is None:
-        return
-    if isinstance(seed, Tensor):
-        _check_scalar("seed", seed, (torch.int64,), device)
-    elif not isinstance(seed, int) or isinstance(seed, bool):
-        raise TypeError(f"seed: expected an int, an int64 tensor or None, got {type(seed).__name__}")
-    elif not 0 <= seed < 1 << 63:
-        raise ValueError(f"seed: expected 0..2**63-1, got {seed}")
-
-
-def _check_scalar(name: str, t: Tensor, dtypes: tuple[torch.dtype, ...], device: torch.device) -> None:
-    if not isinstance(t, Tensor):
-        raise TypeError(f"{name}: expected a torch.Tensor or None, got {type(t).__name__}")
-    if t.dtype not in dtypes:
-        raise TypeError(f"{name}: expected dtype {' or '.join(map(str, dtypes))}, got {t.dtype}")
-    if tuple(t.shape) not in ((), (1,)):
-        raise ValueError(f"{name}: expected shape [] or [1], got {list(t.shape)}")
-    if t.device != device:
-        raise ValueError(f"{name}: expected device {device} (that of x), got {t.device}")
-
-
-def _check_columns(residual: int) -> None:
-    if not isinstance(residual, int) or isinstance(residual, bool):
-        raise TypeError(f"residual: expected an int, got {type(residual).__name__}")
-    if residual < 0 or residual % BLOCK:
-        raise ValueError(f"residual: expected a multiple of {BLOCK}, at least 0, got {residual}")
-
-
-def _check_residual(options: QuantizeOptions, source: Tensor) -> None:
-    k = source.shape[1]
-    if options.residual and k % BLOCK:
-        raise ValueError(f"x: expected K to be a multiple of {BLOCK} with a residual, got {k}")
-    if options.residual > k:
-        raise ValueError(f"residual: expected at most K = {k}, got {options.residual}")
-
-
-def _check_channel_order(order: Tensor, options: QuantizeOptions, source: Tensor) -> None:
-    if not options.residual:
-        raise ValueError("channel_order: expected None without a residual, got one")
-    if not isinstance(order, Tensor):
-        raise TypeError(f"channel_order: expected a torch.Tensor or None, got {type(order).__name__}")
-    if order.dtype not in (torch.int64, torch.int32):
-        raise TypeError(f"channel_order: expected dtype torch.int64 or torch.int32, got {order.dtype}")
-    if tuple(order.shape) != (source.shape[1],):
-        raise ValueError(f"channel_order: expected shape [{source.shape[1]}] (K of x), got {list(order.shape)}")
-    if order.device != source.device:
-        raise ValueError(f"channel_order: expected device {source.device} (that of x), got {order.device}")
 
 
 def _check_bias(bias: Tensor, columns: int, device: torch.device) -> None:

@@ -31,7 +31,10 @@ from fp4gemm.spec import (
     PackedWgmmaSpec,
     PackSpec,
     QuantizeSpec,
+    TileAmaxSpec,
+    TileQuantizeSpec,
 )
+from fp4gemm.tile_calls import TILE_AMAX_ARGUMENTS, TILE_QUANTIZE_ARGUMENTS
 from fp4gemm.variants import default_variants
 
 pytestmark = pytest.mark.compile
@@ -44,6 +47,8 @@ ARGUMENTS = {
     AmaxSpec: AMAX_ARGUMENTS,
     DequantizeSpec: DEQUANTIZE_ARGUMENTS,
     PackSpec: PACK_ARGUMENTS,
+    TileQuantizeSpec: TILE_QUANTIZE_ARGUMENTS,
+    TileAmaxSpec: TILE_AMAX_ARGUMENTS,
 }
 # Dynamic shared memory that a CTA may ask for.
 SHARED = {"sm_90a": 232448, "sm_100a": 232448, "sm_120a": 101376}
@@ -110,6 +115,7 @@ def test_small_kernels(entry: cache.Entry, spec: KernelSpec) -> None:
     assert entry.meta["params_bytes"] == ARGUMENTS[type(spec)].size
     assert entry.meta["threads"] == spec.threads * getattr(spec, "rows", 1)
     assert entry.meta["cluster"] == [1, 1, 1]
+    assert (entry.meta["smem_bytes"] > 0) == isinstance(spec, (TileQuantizeSpec, TileAmaxSpec))
 
 
 @variants(ENGINE)
@@ -165,6 +171,16 @@ def test_gemm_uses_the_tensor_core_and_tma(entry: cache.Entry, spec: GemmSpec | 
     code = disassembled(entry.path / "kernel.cubin")["gemm"]
     for instruction in (MULTIPLIES[spec.arch], "UTMALDG", "UTMASTG"):
         assert re.search(rf"\s{instruction}\b", code), f"no {instruction}"
+
+
+@variants([spec for spec in VARIANTS if isinstance(spec, (TileQuantizeSpec, TileAmaxSpec))])
+def test_tile_machine_code(entry: cache.Entry, spec: TileQuantizeSpec | TileAmaxSpec) -> None:
+    """Tiles come by asynchronous copies, columns leave by transposing loads; results by 16 bytes."""
+    code = disassembled(entry.path / "kernel.cubin")[spec.entry_points[0]]
+    for instruction in ("LDGSTS", *(["LDSM"] if spec.columns else [])):
+        assert re.search(rf"\s{instruction}\b", code), f"no {instruction}"
+    assert isinstance(spec, TileAmaxSpec) or "STG.E.128" in code
+    assert not re.search(r"\s(LDL|STL)\b", code)
 
 
 @variants(ENGINE)

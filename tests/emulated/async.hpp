@@ -108,10 +108,14 @@ inline void copy_16_bytes(uint32_t to, void const* from, int valid) {
   store_shared(to, v);
 }
 
+inline void copy_16_bytes(uint32_t to, void const* from) { copy_16_bytes(to, from, 16); }
+inline void wait_for_copies() {}
+
 inline void launch_dependents() {}
 inline void wait_for_inputs() {}
 
 inline uint4 load_shared_128(uint32_t address) { return load_shared<uint4>(address); }
+inline uint32_t load_shared_32(uint32_t address) { return load_shared<uint32_t>(address); }
 inline uint2 load_shared_64(uint32_t address) { return load_shared<uint2>(address); }
 inline float4 load_shared_float4(uint32_t address) { return load_shared<float4>(address); }
 template <class T> void store_shared_128(uint32_t address, T const& v) {
@@ -126,6 +130,10 @@ inline uint4 load_matrices(uint32_t address) {
   for (int i = 0; i < 4; ++i) v[i] = load_shared<uint32_t>(words[8 * i + lane() / 4][0] + lane() % 4 * 4);
   __syncwarp();
   return {v[0], v[1], v[2], v[3]};
+}
+inline uint4 load_matrices_transposed(uint32_t address) {
+  uint4 const v = load_matrices(address);
+  return {transpose_matrix(v.x), transpose_matrix(v.y), transpose_matrix(v.z), transpose_matrix(v.w)};
 }
 inline void store_transposed(uint32_t address, uint32_t const (&v)[4]) {
   auto& words = warp().words;

@@ -199,6 +199,7 @@ inline float __uint_as_float(uint32_t bits) {
   std::memcpy(&v, &bits, 4);
   return v;
 }
+inline float __int_as_float(int bits) { return __uint_as_float(static_cast<uint32_t>(bits)); }
 inline int __float_as_int(float v) { return static_cast<int>(__float_as_uint(v)); }
 inline float __fmul_rn(float a, float b) { return a * b; }
 inline float __fadd_rn(float a, float b) { return a + b; }
@@ -217,6 +218,7 @@ inline uint32_t __vimin3_u32(uint32_t a, uint32_t b, uint32_t c) { return std::m
 inline uint32_t __funnelshift_l(uint32_t low, uint32_t high, int n) {
   return static_cast<uint32_t>((static_cast<uint64_t>(high) << 32 | low) << (n % 32) >> 32);
 }
+inline uint32_t __umulhi(uint32_t a, uint32_t b) { return static_cast<uint32_t>(static_cast<uint64_t>(a) * b >> 32); }
 inline uint32_t __byte_perm(uint32_t a, uint32_t b, uint32_t selector) {
   uint64_t const bytes = static_cast<uint64_t>(b) << 32 | a;
   uint32_t v = 0;
@@ -281,7 +283,8 @@ inline float e4m3_to_float(uint32_t byte) {
   float const v = exponent ? std::ldexp(1 + mantissa / 8.0f, exponent - 7) : std::ldexp(mantissa / 8.0f, -6);
   return byte & 128 ? -v : v;
 }
-inline uint8_t to_e4m3_byte(float v) {  // of v >= 0: nearest, ties to even, at most 448
+inline uint8_t to_e4m3_byte(float v) {  // of v >= 0 or NaN: nearest, ties to even, at most 448
+  if (v != v) return 127;
   uint8_t nearest = 0;
   for (int byte = 1; byte < 127; ++byte) {
     float const step = std::fabs(e4m3_to_float(byte) - v), best = std::fabs(e4m3_to_float(nearest) - v);

@@ -77,7 +77,13 @@ _RULES: dict[str, tuple[tuple[str, str], ...]] = {
         (r'asm volatile\("bar\.sync 1, %0;" ::"n"\(([^;]*?)\)\s*: "memory"\);', r"sync_named(1, \1);"),
     ),
     "convention.hpp": (),
+    "hadamard.hpp": (),
     "philox.hpp": (),
+    "quantize_tile.hpp": (
+        (r'uint16_t pair;\s*asm\("cvt\.rn\.satfinite.*?return pair;', "return to_e4m3_byte(v);"),
+        (r'float r;\s*asm\("rcp.*?return r;', "return 1.0f / v;"),
+    ),
+    "tile.hpp": ((r'asm volatile\("" : "\+r"\(v\)\);', ""),),
     "encode.hpp": (),
     "adaptive.hpp": (),
     "residual.hpp": (),

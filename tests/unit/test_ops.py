@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.autograd import forward_ad
+from torch.utils import _pytree as pytree
 
 import fp4gemm
 from fp4gemm import ops, reference
@@ -59,11 +60,79 @@ def bias():
         {"outer_scale": torch.linspace(0.001, 0.1, M), "sf_layout": "linear"},
         {"outer_scale": torch.linspace(0.001, 0.1, K), "scaling": "per_column"},
         {"check_finite": True},
+        {"transposed": True},
+        {"transposed": True, "hadamard": 0xACE1, "seed": 3},
+        {"seed": torch.tensor([5])},
+        {"adaptive": "mse", "scaling": "per_tensor", "block": (16, 16)},
+        {"amax": torch.tensor(2.5)},
+        {"amax": torch.linspace(0.1, 3, M), "adaptive": "mae"},
     ],
     ids=lambda options: "-".join(options) or "default",
 )
 def test_quantize_is_the_reference(x, dtype, options):
     assert_same(fp4gemm.quantize(x.to(dtype), **options), reference.quantize(x.to(dtype), **options))
+
+
+RESIDUAL = {"residual": 32, "channel_order": torch.arange(47, -1, -1)}
+
+
+@pytest.mark.parametrize("options", [{}, {"residual_side": "weight"}, {"seed": 2}])
+def test_a_residual_is_the_reference(options):
+    x = values(M, 48)
+    got = fp4gemm.quantize(x, **RESIDUAL, **options)
+    assert got.shape == (M, 80)
+    assert_same(got, reference.quantize(x, **RESIDUAL, **options))
+
+
+@pytest.mark.parametrize("name", SF_LAYOUTS)
+def test_e4m3_is_quantized_as_its_values(x, name):
+    x = x.to(torch.float8_e4m3fn)
+    assert_same(fp4gemm.quantize(x, sf_layout=name), reference.quantize(x.float(), sf_layout=name))
+
+
+BOTH = [
+    {},
+    {"scaling": "per_tensor", "block": (16, 16)},
+    {"hadamard": 0xACE1, "seed": 7, "sf_layout": "8x4", "transposed_sf_layout": "linear"},
+    {"outer_scale": torch.tensor(0.01), "adaptive": "mse"},
+    {"amax": (torch.linspace(0.1, 3, M), torch.tensor(2.5)), "seed": torch.tensor(3)},
+]
+
+
+@pytest.mark.parametrize("options", BOTH, ids=lambda options: "-".join(options) or "default")
+def test_quantize_both_is_the_reference(x, options):
+    for got, expected in zip(fp4gemm.quantize_both(x, **options), reference.quantize_both(x, **options), strict=True):
+        assert_same(got, expected)
+
+
+def test_amax_is_the_reference(x):
+    for options in ({}, {"columns": True, "tensor": True, "hadamard": 3}, {"rows": False, "tensor": True}):
+        got, expected = fp4gemm.amax(x, **options), reference.amax(x, **options)
+        assert len(got) == len(expected)
+        assert all(torch.equal(*pair) for pair in zip(got, expected, strict=True))
+
+
+def test_quantize_writes_into_out(x):
+    out = fp4gemm.quantize(x)
+    data = out.data
+    assert fp4gemm.quantize(-x, out=out) is out
+    assert out.data is data
+    assert_same(out, reference.quantize(-x))
+    assert fp4gemm.quantize(x, out=out, noop=torch.tensor(True)) is out
+    assert_same(out, reference.quantize(-x))
+    fp4gemm.quantize(x, out=out, noop=torch.zeros(1))
+    assert_same(out, reference.quantize(x))
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize("leading", [(M,), (2, 3)])
+@pytest.mark.parametrize("outer_scale", [None, torch.tensor(0.01)])
+def test_quantize_gemm_with_a_residual(bias, dtype, leading, outer_scale):
+    x, weight = values(*leading, 48, dtype=dtype), values(N, 48, seed=1)
+    w = fp4gemm.quantize(weight, **RESIDUAL, residual_side="weight")
+    got = fp4gemm.quantize_gemm(x, w.prepack(), bias, outer_scale=outer_scale, **RESIDUAL)
+    a = reference.quantize(x.reshape(-1, 48), outer_scale=outer_scale, **RESIDUAL)
+    assert torch.equal(got, reference.gemm(a, w, bias, dtype).reshape(*leading, N))
 
 
 @pytest.mark.parametrize("dtype", FLOATS)
@@ -252,6 +321,44 @@ def test_compiles_whole_and_once_for_every_m(w, bias):
     assert counter.frame_count == 1
 
 
+def every_option(x, out, seed, noop):
+    q = fp4gemm.quantize(x, transposed=True, hadamard=0xACE1, seed=seed)
+    r = fp4gemm.quantize(x, residual=16, channel_order=torch.arange(47, -1, -1), seed=5)
+    row, column = fp4gemm.quantize_both(x, hadamard=1, seed=seed, amax=fp4gemm.amax(x, columns=True, hadamard=1))
+    fp4gemm.quantize(x, seed=seed, noop=noop, out=out)
+    d = fp4gemm.quantize_gemm(x, r, residual=16)
+    return q, r, row, column, out, d, fp4gemm.amax(x, tensor=True), fp4gemm.quantize(x, adaptive="mse")
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+@pytest.mark.parametrize("skip", [False, True])
+def test_compiles_with_every_option(dynamic, skip):
+    torch._dynamo.reset()
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(every_option, fullgraph=True, dynamic=dynamic, backend=counter)
+    for rows in (M, 2, 33):
+        x = values(rows, 48)
+        outs = [fp4gemm.quantize(-x) for _ in range(2)]
+        flags = torch.tensor(rows), torch.tensor(skip)
+        results = [pytree.tree_leaves(f(x, out, *flags)) for f, out in zip((compiled, every_option), outs, strict=True)]
+        for got, expected in zip(*results, strict=True):
+            assert torch.equal(*(t.reshape(-1).view(torch.uint8) for t in (got, expected)))
+        assert_same(*outs)
+        assert_same(outs[0], fp4gemm.quantize(-x) if skip else fp4gemm.quantize(x, seed=rows))
+    assert counter.frame_count == (1 if dynamic else 3)
+
+
+def test_compiles_once_for_every_seed():
+    """An int that changes becomes a symbol: two compilations at the most."""
+    torch._dynamo.reset()
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(lambda x, seed: fp4gemm.quantize(x, seed=seed), fullgraph=True, backend=counter)
+    x = values(M, K)
+    for seed in (3, 4, 5, 2**40):
+        assert_same(compiled(x, seed), fp4gemm.quantize(x, seed=seed))
+    assert counter.frame_count <= 2
+
+
 def with_prepacked(x, w, out, c):
     fp4gemm.gemm(x, w, out=out)
     d = fp4gemm.gemm(x + 1, w, c=c, beta=0.25, column_major=True)
@@ -318,6 +425,31 @@ def prepacked():
         ("quantize", lambda x, w, bias: (x, False, "128x4", "te_per_token", 1, None)),
         ("quantize", lambda x, w, bias: (x, True, "linear", "te", 16, None)),
         ("quantize", lambda x, w, bias: (x.t(), False, "8x4", "torchao", 1, torch.ones(K))),
+        (
+            "quantize",
+            lambda x, w, bias: (x.t(), False, "8x4", "te", 1, None, torch.ones(K), 9, torch.tensor(1), None, None),
+        ),
+        (
+            "quantize",
+            lambda x, w, bias: (
+                *(x[:, :32], True, "linear", "te", 1, None, None, None, None, 3, None, 16, "weight", torch.arange(32)),
+            ),
+        ),
+        (
+            "quantize_out",
+            lambda x, w, bias: (
+                *ops._flat(fp4gemm.quantize(-x))[:3],
+                *(torch.tensor(False), x, False, "128x4", "te_per_token", 1, None, None, None, None, 1),
+            ),
+        ),
+        (
+            "quantize_both",
+            lambda x, w, bias: (
+                *(x, False, True, "8x4", "linear", "te", 1, None, None, None, torch.tensor(3.0)),
+                *(1, torch.tensor(3), None, None),
+            ),
+        ),
+        ("amax", lambda x, w, bias: (x, True, True, True, 3)),
         ("dequantize", lambda x, w, bias: (*w, K, torch.bfloat16)),
         ("prepack", lambda x, w, bias: (w[0], w[1], "128x4", K)),
         ("unpack", lambda x, w, bias: (reference.quantize(values(70, 130)).prepack().data, "8x4", 70, 130)),
@@ -327,6 +459,13 @@ def prepacked():
         ("gemm_out", lambda x, w, bias: (values(N, N).t(), *w, *prepacked(), N, K, None, None, 0.0)),
         ("quantize_gemm", lambda x, w, bias: (x, *w, N, bias, torch.float16, None)),
         ("quantize_gemm", lambda x, w, bias: (x, *prepacked(), N, None, torch.float32, torch.tensor(0.1))),
+        (
+            "quantize_gemm",
+            lambda x, w, bias: (
+                *(x[:, :32], *ops._flat(reference.quantize(values(N, 32), residual=16)), N),
+                *(None, torch.float32, None, 16, torch.arange(32)),
+            ),
+        ),
     ],
 )
 def test_opcheck(x, w, bias, name, arguments):
@@ -481,6 +620,24 @@ def test_no_gradient_of_another_operand_is_dropped_in_silence(x, w, bias, call):
         (lambda x, w: fp4gemm.quantize_gemm(x, w, torch.ones(N).double()), TypeError, "bias.dtype: expected one of"),
         (lambda x, w: fp4gemm.quantize_gemm(x, w, torch.ones(1, N)), ValueError, r"bias: expected shape \[7\]"),
         (lambda x, w: fp4gemm.quantize_gemm(x, w, out_dtype=torch.int8), TypeError, "out_dtype: expected one of"),
+        (
+            lambda x, w: fp4gemm.quantize_gemm(x, w, residual=16),
+            ValueError,
+            r"x: expected \[..., K\] with K = 24 .* less the residual 16\)",
+        ),
+        (lambda x, w: fp4gemm.quantize_gemm(x, w, residual=8), ValueError, "residual: expected a multiple of 16"),
+        (
+            lambda x, w: fp4gemm.quantize_gemm(x, w, channel_order=torch.arange(K)),
+            ValueError,
+            "channel_order: expected None without a residual",
+        ),
+        (lambda x, w: fp4gemm.quantize_gemm(x.to(torch.float8_e4m3fn), w), TypeError, "x.dtype: expected one of"),
+        (lambda x, w: fp4gemm.gemm(x.to(torch.float8_e4m3fn), w), TypeError, "a: expected an FP4Tensor, or a bf16"),
+        (lambda x, w: fp4gemm.quantize(x, hadamard=1), ValueError, "hadamard: needs transposed=True"),
+        (lambda x, w: fp4gemm.quantize(x, noop=torch.tensor(1.0)), ValueError, "noop: expected None where out is None"),
+        (lambda x, w: fp4gemm.quantize(x, out=w), ValueError, r"out: expected shape \(5, 40\), got \(7, 40\)"),
+        (lambda x, w: fp4gemm.quantize_both(x, scaling="per_column"), ValueError, "scaling: expected one of per_row"),
+        (lambda x, w: fp4gemm.amax(x, hadamard=1), ValueError, "hadamard: needs columns=True"),
         (
             lambda x, w: fp4gemm.quantize_gemm(x[None], w, outer_scale=torch.ones(1, M)),
             ValueError,

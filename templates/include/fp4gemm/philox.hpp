@@ -9,30 +9,30 @@ struct PhiloxBlock {
   uint32_t w[4];  // byte i of word w, 0 the lowest, belongs to value 4 * w + i
 };
 
-// Key: the seed. Counter: (block, 0), block = row * ceil(K / 16) + column of the result. Several at once share round keys.
-template <int kCount> __device__ __forceinline__ void philox_blocks(uint64_t seed, uint64_t const (&block)[kCount],
-                                                                    PhiloxBlock (&noise)[kCount]) {
-  uint32_t key0 = static_cast<uint32_t>(seed), key1 = static_cast<uint32_t>(seed >> 32);
+// The keys of round 0 to 9: the seed, plus Weyl constants for each round before.
+inline constexpr int kPhiloxRounds = 10;
+
+__device__ __forceinline__ uint2 philox_key(uint64_t seed, int round) {
+  return {static_cast<uint32_t>(seed) + round * 0x9E3779B9u, static_cast<uint32_t>(seed >> 32) + round * 0xBB67AE85u};
+}
+
+// Counter: (block, 0), block = row * ceil(K / 16) + column of the result. key(round) is a philox_key.
+template <class Key> __device__ __forceinline__ PhiloxBlock philox_block_of(Key const& key, uint64_t block) {
+  uint32_t c0 = static_cast<uint32_t>(block), c1 = static_cast<uint32_t>(block >> 32), c2 = 0, c3 = 0;
 #pragma unroll
-  for (int i = 0; i < kCount; ++i)
-    noise[i] = {{static_cast<uint32_t>(block[i]), static_cast<uint32_t>(block[i] >> 32), 0, 0}};
-#pragma unroll
-  for (int round = 0; round < 10; ++round) {
-#pragma unroll
-    for (int i = 0; i < kCount; ++i) {
-      uint32_t const(&c)[4] = noise[i].w;
-      uint64_t const p0 = uint64_t{0xD2511F53} * c[0], p1 = uint64_t{0xCD9E8D57} * c[2];
-      noise[i] = {{static_cast<uint32_t>(p1 >> 32) ^ c[1] ^ key0, static_cast<uint32_t>(p1),
-                   static_cast<uint32_t>(p0 >> 32) ^ c[3] ^ key1, static_cast<uint32_t>(p0)}};
-    }
-    key0 += 0x9E3779B9, key1 += 0xBB67AE85;
+  for (int round = 0; round < kPhiloxRounds; ++round) {
+    uint2 const k = key(round);
+    uint64_t const p0 = uint64_t{0xD2511F53} * c0, p1 = uint64_t{0xCD9E8D57} * c2;
+    c0 = static_cast<uint32_t>(p1 >> 32) ^ c1 ^ k.x;
+    c1 = static_cast<uint32_t>(p1);
+    c2 = static_cast<uint32_t>(p0 >> 32) ^ c3 ^ k.y;
+    c3 = static_cast<uint32_t>(p0);
   }
+  return {{c0, c1, c2, c3}};
 }
 
 __device__ __forceinline__ PhiloxBlock philox_block(uint64_t seed, uint64_t block) {
-  PhiloxBlock noise[1];
-  philox_blocks(seed, {block}, noise);
-  return noise[0];
+  return philox_block_of([seed](int round) { return philox_key(seed, round); }, block);
 }
 
 // The rule as docs/numerics.md has it, for any magnitude: t = |v| + step * byte / 256, rounded once, then down to the grid.
