@@ -68,6 +68,8 @@ def quantize_spec(
     rows = max(
         4 if tiled and threads <= (256 if options.residual else 128) else 1, 1 << (256 // threads).bit_length() >> 1
     )
+    if options.stochastic and not options.residual and scaling != "per_row" and threads * rows == 512:
+        threads //= 2  # without a row to reduce; a CTA of 512 threads has too few registers
     return QuantizeSpec(
         arch, dtype, scaling, convention, sf_layout, threads, blocks, rows, vectorized, resident,
         stochastic=options.stochastic, adaptive=options.adaptive,

@@ -35,6 +35,14 @@ __device__ __forceinline__ PhiloxBlock philox_block(uint64_t seed, uint64_t bloc
   return philox_block_of([seed](int round) { return philox_key(seed, round); }, block);
 }
 
+// Several at once, which share round keys.
+template <int kCount> __device__ __forceinline__ void philox_blocks(uint64_t seed, uint64_t const (&block)[kCount],
+                                                                    PhiloxBlock (&noise)[kCount]) {
+#pragma unroll
+  for (int i = 0; i < kCount; ++i)
+    noise[i] = philox_block_of([seed](int round) { return philox_key(seed, round); }, block[i]);
+}
+
 // The rule as docs/numerics.md has it, for any magnitude: t = |v| + step * byte / 256, rounded once, then down to the grid.
 // The code is the least of three lines in t (numeric.hpp), rounded down. NaN gives 7.
 __device__ __forceinline__ uint32_t stochastic_code(float magnitude, uint32_t byte) {
