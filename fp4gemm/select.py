@@ -161,8 +161,10 @@ def tile_quantize_spec(
     """As many CTAs of an SM as shared memory has room for and registers suffice for."""
     flags = (hadamard, stochastic, square, vectorized)
     ctas = _tile_ctas(arch, dtype)
-    if dtype == "fp32" and hadamard and stochastic:
-        ctas = min(ctas, 2)  # else registers are spilled
+    # What would spill registers has one CTA less.
+    quick = convention in ("te_per_token", "te")
+    if stochastic and (hadamard if dtype == "fp32" else square or not quick or dtype == "e4m3"):
+        ctas = max(1, ctas - 1)
     return TileQuantizeSpec(arch, dtype, scaling, convention, rows, columns, *flags, ctas)
 
 

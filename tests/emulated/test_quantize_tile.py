@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 
 import emulator as emulation
 import pytest
@@ -11,7 +13,7 @@ import tiles
 import torch
 from torch import Tensor
 
-from fp4gemm import reference, select
+from fp4gemm import reference, select, tile_calls
 from fp4gemm.spec import TileAmaxSpec, TileQuantizeSpec, check
 from fp4gemm.tensor import FP4Tensor
 from fp4gemm.tile_calls import Output, vectorized
@@ -203,3 +205,50 @@ def test_amax(spec: TileAmaxSpec, emulator: emulation.Emulator) -> None:
         tiles.amax(emulator.folder, spec, x, tuple(got), mask)
         for name, a, b in zip(("rows", "columns", "tensor", "transformed"), got, want, strict=True):
             assert (a is None and b is None) or torch.equal(a, b), f"{name} of {p}"
+
+
+@pytest.fixture
+def launches(emulator: emulation.Emulator, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """``tile_calls`` as on a GPU, with CPU tensors."""
+    monkeypatch.setattr(tile_calls, "Launcher", partial(tiles.Launcher, emulator.folder))
+    monkeypatch.setattr(select, "arch_of", lambda device: "sm_90a")
+    monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda device: 1, raising=False)
+    caches = tile_calls._quantizer, tile_calls._amax
+    for cached in caches:
+        cached.cache_clear()
+    yield
+    for cached in caches:
+        cached.cache_clear()
+
+
+@pytest.mark.usefixtures("launches")
+@pytest.mark.parametrize("per_tensor", [False, True])
+@pytest.mark.parametrize("hadamard", [None, 0xACE1])
+@pytest.mark.parametrize("layouts", [("128x4", "8x4"), (None, "linear"), ("linear", None)], ids=str)
+def test_calls(layouts: tuple[str | None, str | None], hadamard: int | None, per_tensor: bool) -> None:
+    """One call with its amaxes taken, and the same with amaxes or outer scales given."""
+    x = torch.randn(130, 70, generator=torch.Generator().manual_seed(3)).to(torch.bfloat16)
+    mask = hadamard if layouts[1] else None
+    shared = {"convention": "te_per_token", "scaling": "per_tensor" if per_tensor else "per_row"}
+    options = ({}, {"transposed": True, "hadamard": mask})
+    wanted = [
+        None if layout is None else reference.quantize(x, sf_layout=layout, **shared, **option)
+        for layout, option in zip(layouts, options, strict=True)
+    ]
+    how = {"per_tensor": per_tensor, "convention": "te_per_token", "hadamard": mask}
+    results = tile_calls.quantize(x, layouts, **how)
+    amaxes = tuple(None if t is None else t.scale_in for t in results)
+    outers = tuple(None if t is None else t.outer_scale for t in wanted)
+    given = [
+        None if t is None else reference.quantize(x, sf_layout=t.sf_layout, outer_scale=t.outer_scale, **shared, **o)
+        for t, o in zip(wanted, options, strict=True)
+    ]
+    for got, want in (
+        (results, wanted),
+        (tile_calls.quantize(x, layouts, amaxes=amaxes, **how), wanted),
+        (tile_calls.quantize(x, layouts, outer_scales=outers, **how), given),
+    ):
+        for what, a, b in zip(("rows", "columns"), got, want, strict=True):
+            assert (a is None) == (b is None)
+            if a is not None and b is not None:
+                compare(what, a, b)

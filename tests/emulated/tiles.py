@@ -44,6 +44,18 @@ def amax(folder: Path, spec: TileAmaxSpec, x: Tensor, results: tuple[Tensor | No
     _run(folder, spec, "TileAmax", "TileAmaxArguments", TILE_AMAX_ARGUMENTS)(values, tile_calls.tiles(x), 1)
 
 
+class Launcher:
+    """In the place of ``fp4gemm.launch.Launcher``, for tile kernels."""
+
+    def __init__(self, folder: Path, spec: TileQuantizeSpec | TileAmaxSpec, packing: struct.Struct) -> None:
+        name = "Quantize" if isinstance(spec, TileQuantizeSpec) else "Amax"
+        kernel = "TileQuantizer" if isinstance(spec, TileQuantizeSpec) else "TileAmax"
+        self._run = _run(folder, spec, kernel, f"Tile{name}Arguments", packing)
+
+    def __call__(self, grid: tuple[int, int, int], stream: int, *values: int) -> None:
+        self._run(values, grid[0], stream)
+
+
 @cache
 def _run(
     folder: Path, spec: TileQuantizeSpec | TileAmaxSpec, kernel: str, arguments: str, packing: struct.Struct
