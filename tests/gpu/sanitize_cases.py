@@ -15,6 +15,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from itertools import product
 from pathlib import Path
+from typing import Any
 
 os.environ.setdefault("PYTORCH_NO_CUDA_MEMORY_CACHING", "1")
 sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[2])]
@@ -42,8 +43,38 @@ def quantize_cases(device: torch.device) -> Iterator[str]:
         yield _quantize(torch.randn(5, 48).bfloat16(), device, f"quantize given {outer.dim()}", outer)
 
 
+OPTIONS: tuple[dict[str, Any], ...] = (
+    {"seed": 5},
+    {"adaptive": "mse"},
+    {"adaptive": "mae", "scaling": "per_tensor"},
+    {"residual": 32},
+    {"residual": 16, "residual_side": "weight", "seed": 1},
+    {"transposed": True},
+    {"transposed": True, "hadamard": 0xACE1, "seed": 7},
+    {"block": (16, 16), "scaling": "per_tensor"},
+)
+
+
+def options_cases(device: torch.device) -> Iterator[str]:
+    """Every option alone, and those of training together, at whole and ragged edges."""
+    for (rows, k), sf_layout, options in product(((1, 32), (130, 272), (33, 4112)), SF_LAYOUTS, OPTIONS):
+        x = torch.randn(rows, k).bfloat16()
+        yield _quantize(x, device, f"quantize {rows}x{k} {sf_layout} {options}", sf_layout=sf_layout, **options)
+        if "residual" in options or "adaptive" in options or "transposed" in options:
+            continue
+        both = {**options, "sf_layout": sf_layout, "hadamard": None if "block" in options else 3}
+        for got, want in zip(
+            fp4gemm.quantize_both(x.to(device), **both), reference.quantize_both(x, **both), strict=True
+        ):
+            cases.assert_same(got, want, f"quantize_both {rows}x{k} {both}")
+    for rows, k in ((5, 33), (33, 4097)):
+        x = torch.randn(rows, k)
+        for options in ({"transposed": True, "hadamard": 1}, {"seed": 2}):
+            yield _quantize(x, device, f"quantize {rows}x{k} {options}", **options)
+
+
 def _quantize(
-    x: torch.Tensor, device: torch.device, what: str, outer: torch.Tensor | None = None, **options: str
+    x: torch.Tensor, device: torch.device, what: str, outer: torch.Tensor | None = None, **options: Any
 ) -> str:
     want = reference.quantize(x, outer_scale=outer, **options)
     got = fp4gemm.quantize(x.to(device), outer_scale=None if outer is None else outer.to(device), **options)
@@ -152,7 +183,7 @@ def _engine(config: cases.Config, shape: tuple[int, int, int], device: torch.dev
 
 SUITES = {
     suite.__name__.removesuffix("_cases"): suite
-    for suite in (quantize_cases, dequantize_cases, packed_cases, values_cases, gemm_cases, engine_cases)
+    for suite in (quantize_cases, options_cases, dequantize_cases, packed_cases, values_cases, gemm_cases, engine_cases)
 }
 
 
