@@ -60,11 +60,11 @@ class _Quantizer:
         self.launch = Launcher(spec, QUANTIZE_ARGUMENTS)
         self.rows = spec.rows
         step = spec.threads * spec.blocks
-        # Without a row to reduce, CTAs divide rows too; 3 is the most padding columns a layout adds.
-        self.steps = 1 if scaling == "per_row" else min(-(-(scale_columns(k) + 3) // step), 65535)
+        # Without a row to reduce, CTAs divide rows too; a layout pads columns to whole fours.
+        self.steps = 1 if scaling == "per_row" else min(-(-(-(-scale_columns(k) // 4) * 4) // step), 65535)
         if options.residual and spec.resident:
             self.steps = 1  # the scales of a row leave together
-        self.prefetch = select.prefetch_ctas(spec, k, device)
+        self.prefetch = select.prefetch_ctas(spec, k, device) if self.steps == 1 else 0
 
 
 _quantizer = lru_cache(maxsize=1024)(_Quantizer)

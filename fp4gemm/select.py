@@ -58,16 +58,16 @@ def quantize_spec(
     """
     columns = (scale_columns(k) + 3) // 4 * 4  # with the padding a tiled layout has
     tiled = sf_layout != "linear"
-    # Noise costs instructions, and more blocks share what a thread does once; a companion takes registers.
-    most = 4 if (tiled or options.stochastic) and dtype != "fp32" and not options.residual else 2
+    # Noise and companions cost instructions, and more blocks share what a thread does once.
+    most = 4 if (tiled or options.stochastic or options.residual) and dtype != "fp32" else 2
     blocks = min(most, max(1, columns // 32))
     threads = _threads(columns, blocks)
     resident = threads <= 1024
     if not resident:
         threads, blocks = 512, 2
-    rows = max(
-        4 if tiled and threads <= (256 if options.residual else 128) else 1, 1 << (256 // threads).bit_length() >> 1
-    )
+    # Companions take registers: a CTA of 512 threads would have too few.
+    staged = tiled and threads <= 128 and not options.residual
+    rows = max(4 if staged else 1, 1 << (256 // threads).bit_length() >> 1)
     if options.stochastic and not options.residual and scaling != "per_row" and threads * rows == 512:
         threads //= 2  # without a row to reduce; a CTA of 512 threads has too few registers
     return QuantizeSpec(
@@ -114,8 +114,8 @@ _PREFETCH_BYTES = 64 << 10  # of rows ahead for each SM
 
 
 def prefetch_ctas(spec: QuantizeSpec, k: int, device: int) -> int:
-    """How many CTAs ahead a per-row quantizer fetches rows into L2; 0 where it does not."""
-    if spec.scaling != "per_row" or not spec.resident or not spec.vectorized:
+    """How many CTAs ahead a quantizer of whole rows fetches rows into L2; 0 where it does not."""
+    if not spec.resident or not spec.vectorized:
         return 0
     cta_bytes = spec.rows * k * _INPUT_BYTES[spec.dtype]
     sms: int = torch.cuda.get_device_properties(device).multi_processor_count

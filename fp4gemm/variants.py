@@ -53,9 +53,9 @@ def _with_options(arch: str) -> list[KernelSpec]:
         QuantizeSpec(arch, "bf16", *per_row, "128x4", *tiled, stochastic=True),
         QuantizeSpec(arch, "bf16", *per_row, "128x4", *tiled, adaptive="mse"),
         QuantizeSpec(arch, "bf16", *per_row, "128x4", *tiled, adaptive="mae"),
-        QuantizeSpec(arch, "bf16", *per_row, "128x4", 256, 2, 4, residual="activation"),
-        QuantizeSpec(arch, "bf16", *per_row, "128x4", 256, 2, 4, residual="activation", gathered=True),
-        QuantizeSpec(arch, "bf16", *per_row, "128x4", 256, 2, 4, residual="weight"),
+        QuantizeSpec(arch, "bf16", *per_row, "128x4", *wide, residual="activation"),
+        QuantizeSpec(arch, "bf16", *per_row, "128x4", *wide, residual="activation", gathered=True),
+        QuantizeSpec(arch, "bf16", *per_row, "128x4", *wide, residual="weight"),
         QuantizeSpec(arch, "bf16", *per_row, "128x4", *tiled, noop=True),
         QuantizeSpec(arch, "e4m3", *per_row, "128x4", *tiled),
     ]

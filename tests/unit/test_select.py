@@ -204,6 +204,7 @@ def test_prefetch_is_for_rows_read_whole(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
     assert select.prefetch_ctas(quantize_spec(4096), 4096, 0) % 132 == 0
     assert select.prefetch_ctas(quantize_spec(4096), 4096, 0) > 0
-    for spec in (quantize_spec(4096, scaling="given"), quantize_spec(4100), quantize_spec(1 << 20)):
+    assert select.prefetch_ctas(quantize_spec(4096, scaling="given"), 4096, 0) > 0
+    for spec in (quantize_spec(4100), quantize_spec(1 << 20)):
         assert isinstance(spec, QuantizeSpec)
         assert select.prefetch_ctas(spec, 4096, 0) == 0

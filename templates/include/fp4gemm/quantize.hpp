@@ -240,7 +240,8 @@ template <class Config> class RowQuantizer {
         return;
     }
     if constexpr (Config::kScaling != Scaling::kPerRow) {
-      // No reduction: CTAs split the row as well.
+      // No reduction: CTAs split the row as well, where it is longer than a step.
+      prefetch_ahead();
       auto const outer = outer_scale(0.0f);
       for (int first = blockIdx.y * kStep; first < padded_columns(); first += gridDim.y * kStep)
         encode_step(first, outer);
