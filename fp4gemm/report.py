@@ -227,6 +227,11 @@ def file_name(document: Mapping[str, Any]) -> str:
     return f"{document['bench']}-{gpu_slug(document['gpu'])}-{document['date'][:10]}.json"
 
 
+def is_whole(document: Mapping[str, Any]) -> bool:
+    """Whether a run measured all that its bench has: tables and plots are not made from `--quick` ones."""
+    return "--quick" not in str(document["command"]).split()
+
+
 def free_path(folder: Path, name: str) -> Path:
     """`folder/name`, or the same with -2, -3, ... before the suffix: a run never overwrites another run of the day."""
     path, count = folder / name, 1

@@ -24,11 +24,12 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from fp4gemm import report  # noqa: E402
-from fp4gemm.bench import sweep  # noqa: E402
+from fp4gemm.bench import sweep, tables  # noqa: E402
 
 Row = dict[str, Any]
 _OURS, _PEER = "#76b900", "#9aa0a6"
 _LARGE_M = 1024  # below, time is a launch and bandwidth says nothing
+_SHOWN = (16384, 8192)  # M, K of quantizers, where a run has it
 
 
 def _graph_rows(rows: Sequence[Row], bench: str) -> list[Row]:
@@ -59,12 +60,11 @@ def _bars(
 def plot_quantize(document: dict[str, Any], path: Path) -> bool:
     """Bandwidth of quantizers and dequantizers beside a copy of the same bytes, large M. False: no such rows."""
     rows = _graph_rows(document["rows"], "quantize") + _graph_rows(document["rows"], "dequantize")
-    rows = [row for row in rows if row["M"] >= _LARGE_M]
+    large = [row for row in rows if row["M"] >= _LARGE_M]
+    rows = [row for row in large if (row["M"], row["K"]) == _SHOWN] or large
     if not rows:
         return False
-    labels = [
-        " ".join(filter(None, (row["bench"], f"{row['M']}x{row['K']}", _options(row["options"])))) for row in rows
-    ]
+    labels = [" ".join((row["bench"], f"{row['M']}x{row['K']}", _options(row))) for row in rows]
     ours = [row["bytes"] / row["us"] / 1e3 for row in rows]
     copy = [row["bytes"] / row["vs_us"]["copy_same_bytes"] / 1e3 for row in rows]
     title = f"Bytes read + written, {document['gpu']}, {document['date'][:10]}"
@@ -72,9 +72,8 @@ def plot_quantize(document: dict[str, Any], path: Path) -> bool:
     return True
 
 
-def _options(options: dict[str, Any]) -> str:
-    given = "given" if options.get("outer_scale") == "given" else ""
-    return " ".join(filter(None, (options.get("scaling", ""), given, options.get("sf_layout", ""))))
+def _options(row: Row) -> str:
+    return ", ".join(filter(None, (tables.options_text(row), row["options"].get("sf_layout", ""))))
 
 
 _LINES = {  # colour, line style and marker of each curve
@@ -153,7 +152,7 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     out_dir = options.out_dir or options.folder
     out_dir.mkdir(parents=True, exist_ok=True)
-    documents = report.read_all(options.folder)
+    documents = [item for item in report.read_all(options.folder) if report.is_whole(item[1])]
     drawn = 0
     for bench, plot in PLOTS.items():
         path = out_dir / f"{bench}.png"

@@ -70,8 +70,9 @@ Documents = list[tuple[Path, dict[str, Any]]]
 
 
 def newest_with(bench: str, documents: Documents) -> tuple[Path, dict[str, Any]] | None:
-    """The newest document that has rows of this bench; `documents` come newest first."""
-    return next((item for item in documents if any(row["bench"] == bench for row in item[1]["rows"])), None)
+    """The newest whole run that has rows of this bench, not a `--quick` one; `documents` come newest first."""
+    whole = (item for item in documents if report.is_whole(item[1]))
+    return next((item for item in whole if any(row["bench"] == bench for row in item[1]["rows"])), None)
 
 
 def _heading(path: Path, document: dict[str, Any]) -> str:

@@ -62,7 +62,8 @@ def _tflop_s(row: Row) -> str:
     return number(2 * row["M"] * row["N"] * row["K"] / row["us"] / 1e6)
 
 
-def _scaling(row: Row) -> str:
+def options_text(row: Row) -> str:
+    """Scaling and options of a quantizer's row, in words."""
     options = row["options"]
     words = {
         "given scale": options.get("outer_scale") == "given",
@@ -101,7 +102,7 @@ TABLES: dict[str, tuple[str, tuple[Column, ...]]] = {
         "Quantize (M x K, bf16)",
         (
             _SHAPE,
-            ("scaling, options", _scaling),
+            ("scaling, options", options_text),
             ("scale layout", _layout),
             _MODE,
             _US,
@@ -182,7 +183,7 @@ TABLES: dict[str, tuple[str, tuple[Column, ...]]] = {
 }
 
 
-_SUMMARY_SHAPES = ((8192, 8192), (16384, 8192), (1, 8192), (128, 8192))  # M, K of quantizers
+_SUMMARY_SHAPES = ((16384, 8192), (128, 8192))  # M, K of quantizers
 
 
 def _in_summary(row: Row) -> bool:

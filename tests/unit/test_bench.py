@@ -176,7 +176,7 @@ def test_quantize_suite(monkeypatch: pytest.MonkeyPatch) -> None:
     (training,) = (r for r in rows if r["options"].get("outputs") == "both" and not r["options"]["rht"]
                    and not r["options"]["sr"] and r["mode"] == "graph")  # fmt: skip
     assert training["bytes"] == 2 * 128 * 512 * 2 + plain + 512 * 64 + 512 * 8 + 512 * 4  # x is read twice
-    shown = {tables._scaling(row) for row in rows if row["bench"] == "quantize"}
+    shown = {tables.options_text(row) for row in rows if row["bench"] == "quantize"}
     assert len(shown) == len(quantize.VARIANTS) - 2  # two of them differ in the layout alone
     assert "per_row, row + transposed, Hadamard, stochastic" in shown
 
@@ -205,7 +205,7 @@ def test_tiles_suite_launches_what_it_names(monkeypatch: pytest.MonkeyPatch) -> 
     launched: list[tuple[int, int]] = []
     monkeypatch.setattr(tiles, "SHAPES", ((256, 2048),))
     monkeypatch.setattr(tiles, "_sms", lambda: 10)
-    monkeypatch.setattr(tiles, "_launcher", lambda spec: lambda grid, *rest: launched.append((grid[0], rest[-1])))
+    monkeypatch.setattr(tiles, "_launcher", lambda spec: lambda grid, *rest: launched.append((grid[0], rest[-7])))
     monkeypatch.setattr(torch.cuda, "current_stream", lambda: types.SimpleNamespace(cuda_stream=0))
     rows = rows_of(tiles.jobs(common.Config()))
     assert {row["options"]["sf_layout"] for row in rows} == {"linear", "128x4"}

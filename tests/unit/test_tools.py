@@ -34,7 +34,7 @@ def render() -> ModuleType:
 
 def quantize_row(**changes: Any) -> dict[str, Any]:
     row = {
-        "bench": "quantize", "M": 8192, "K": 8192, "dtype": "bf16", "mode": "graph", "us": 50.0, "bytes": 171_966_464,
+        "bench": "quantize", "M": 16384, "K": 8192, "dtype": "bf16", "mode": "graph", "us": 50.0, "bytes": 171_966_464,
         "options": {"scaling": "per_row", "outer_scale": "amax", "sf_layout": "128x4"},
         "vs_us": {"copy_same_bytes": 45.0},
     }  # fmt: skip
@@ -130,7 +130,7 @@ def test_check_fails_when_a_measurement_changed(render: ModuleType, project: Pat
     assert "1,400" in readme
     assert "1,500" not in readme
     assert (
-        "| 8192 x 8192 | per_row | 128x4 | graph | 50.0 | 3,439 | 45.0 | 90% |" in readme
+        "| 16384 x 8192 | per_row | 128x4 | graph | 50.0 | 3,439 | 45.0 | 90% |" in readme
     )  # still from the older file
     assert readme.startswith("# Title\n\n<!-- measurements:begin -->\n")
     assert readme.endswith("<!-- measurements:end -->\n\nrest\n")
@@ -203,3 +203,12 @@ def test_plot_draws_both_figures(project: Path) -> None:
     assert plot.main(["--folder", str(folder), "--out-dir", str(out)]) == 0
     assert (out / "gemm.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
     assert plot.main(["--folder", str(project / "generated")]) == 1
+
+
+def test_tables_are_made_from_whole_runs(render: ModuleType, project: Path) -> None:
+    quick = document([quantize_row(us=40.0)], date="2026-11-21T10:00:00Z") | {
+        "command": "fp4gemm bench quantize --quick"
+    }
+    report.write(quick, project / "docs" / "measurements" / "quantize-h200-2026-11-21.json")
+    assert render.main([], project, {}) == 0
+    assert "| graph | 50.0 |" in (project / "README.md").read_text()
