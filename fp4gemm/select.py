@@ -123,7 +123,8 @@ def prefetch_ctas(spec: QuantizeSpec, k: int, device: int) -> int:
 
 
 def bf16_specs(arch: str, k: int) -> list[KernelSpec]:
-    """Every kernel that bf16 tensors of ``k`` columns can ask for, GEMMs without bias: what to build before serving."""
+    """Every kernel that bf16 tensors of ``k`` columns ask for, without options of ``quantize`` and bias: what to build
+    before serving."""
     quantizers = [
         quantize_spec(arch, "bf16", k, scaling, convention, sf_layout, vectorized=k % BLOCK == 0)
         for scaling, convention in (("per_row", "te_per_token"), ("per_tensor", "te"), ("given", "te_per_token"))
@@ -132,7 +133,14 @@ def bf16_specs(arch: str, k: int) -> list[KernelSpec]:
     dequantizers = [
         dequantize_spec(arch, "bf16", sf_layout, outer) for sf_layout in SF_LAYOUTS for outer in (True, False)
     ]
-    small: list[KernelSpec] = [*quantizers, amax_spec(arch, "bf16", k % BLOCK == 0), *dequantizers]
+    aligned = k % 8 == 0  # rows of whole 16 bytes
+    turned = [
+        tile_quantize_spec(arch, "bf16", scaling, "te_per_token", None, sf_layout, False, False, False, aligned)
+        for scaling in ("amax", "given")
+        for sf_layout in SF_LAYOUTS
+    ]
+    small: list[KernelSpec] = [*quantizers, amax_spec(arch, "bf16", k % BLOCK == 0), *dequantizers, *turned]
+    small.append(tile_amax_spec(arch, "bf16", False, True, False, aligned))
     if arch != "sm_90a":
         return small
     values = [

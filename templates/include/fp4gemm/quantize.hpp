@@ -208,10 +208,10 @@ template <class Config> class RowQuantizer {
   using Scales = typename Config::Scales;
   using Block = typename Element::Block;
   static constexpr int kStep = Config::kThreads * Config::kBlocks;  // columns at a time
-  // A tiled layout scatters the scales of one row in words of four; the rows of a CTA together fill whole chunks.
   using Options = typename Config::Options;
   using Rounding = typename RoundingOf<Options::kStochastic>::Type;
   static constexpr bool kPairs = Options::kResidual != Residual::kNone;
+  // A tiled layout scatters the scales of one row in words of four; the rows of a CTA together fill whole chunks.
   static constexpr bool kStaged = Scales::kTiled && Config::kRows % 4 == 0 && (!kPairs || Config::kResident);
   // Encoded before its scale is stored: what the codes are decides, or depends on, the scales.
   static constexpr bool kEarly = kPairs || Options::kAdaptive != Adaptive::kNone;
