@@ -113,7 +113,7 @@ def test_resources(entry: cache.Entry, spec: KernelSpec) -> None:
 @variants([spec for spec in VARIANTS if type(spec) in ARGUMENTS])
 def test_small_kernels(entry: cache.Entry, spec: KernelSpec) -> None:
     assert entry.meta["params_bytes"] == ARGUMENTS[type(spec)].size
-    assert entry.meta["threads"] == spec.threads * getattr(spec, "rows", 1)
+    assert entry.meta["threads"] == spec.threads * (spec.rows if isinstance(spec, QuantizeSpec) else 1)
     assert entry.meta["cluster"] == [1, 1, 1]
     assert (entry.meta["smem_bytes"] > 0) == isinstance(spec, (TileQuantizeSpec, TileAmaxSpec))
 
