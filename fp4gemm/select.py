@@ -215,8 +215,8 @@ def packed_of(
 def quantizing(spec: PackedSpec, x_dtype: str, m: int) -> PackedMmaSpec | None:
     """``spec`` made to quantize x of this dtype, with given outer scales, on its way in; None where that does not pay.
 
-    Every CTA quantizes the tokens again: for one it takes as long as a launch, or up to a microsecond less in a chain
-    of dependent launches; for four it takes a microsecond more.
+    Every CTA quantizes the tokens again: for one that takes about as long as a launch of its own, and less in a chain
+    of dependent launches; from a few on it takes longer (docs/performance.md).
     """
     if not isinstance(spec, PackedMmaSpec) or m > 1:
         return None
