@@ -1,0 +1,69 @@
+"""What a kernel is: frozen dataclasses whose fields are all that its source may depend on, and ``check``, the one
+predicate that says what is possible. ``name`` is the file name in ``generated/`` and begins a cache entry's."""
+
+from __future__ import annotations
+
+from fp4gemm.formats import SF_LAYOUTS
+from fp4gemm.spec.common import ARCHS, DTYPES, INPUT_DTYPES, unknown
+from fp4gemm.spec.gemm import GemmSpec
+from fp4gemm.spec.packed import (
+    SM90_SHARED_BYTES,
+    WGMMA_TOKENS,
+    PackedCollectiveSpec,
+    PackedMmaSpec,
+    PackedSpec,
+    PackedWgmmaSpec,
+    PackSpec,
+)
+from fp4gemm.spec.quantize import (
+    KERNEL_SCALINGS,
+    TILE,
+    TILE_THREADS,
+    AmaxSpec,
+    DequantizeSpec,
+    QuantizeSpec,
+    TileAmaxSpec,
+    TileQuantizeSpec,
+)
+
+__all__ = [
+    "ARCHS",
+    "DTYPES",
+    "INPUT_DTYPES",
+    "KERNEL_SCALINGS",
+    "SM90_SHARED_BYTES",
+    "TILE",
+    "TILE_THREADS",
+    "WGMMA_TOKENS",
+    "AmaxSpec",
+    "DequantizeSpec",
+    "GemmSpec",
+    "KernelSpec",
+    "PackSpec",
+    "PackedCollectiveSpec",
+    "PackedMmaSpec",
+    "PackedSpec",
+    "PackedWgmmaSpec",
+    "QuantizeSpec",
+    "TileAmaxSpec",
+    "TileQuantizeSpec",
+    "check",
+]
+
+KernelSpec = (
+    QuantizeSpec | AmaxSpec | TileQuantizeSpec | TileAmaxSpec | DequantizeSpec | PackSpec | GemmSpec | PackedSpec
+)
+
+
+def check(spec: KernelSpec) -> str | None:
+    """Why this kernel cannot be, or None. Rendering, building and selection all ask here."""
+    problem = unknown("arch", spec.arch, ARCHS)
+    if isinstance(spec, (QuantizeSpec, AmaxSpec, TileQuantizeSpec, TileAmaxSpec)):
+        problem = problem or unknown("dtype", spec.dtype, INPUT_DTYPES)
+    elif isinstance(spec, DequantizeSpec):
+        problem = problem or unknown("dtype", spec.dtype, DTYPES)
+    elif not isinstance(spec, PackSpec):
+        problem = problem or unknown("out_dtype", spec.out_dtype, DTYPES)
+    if isinstance(spec, (QuantizeSpec, DequantizeSpec, PackSpec)):
+        problem = problem or unknown("sf_layout", spec.sf_layout, SF_LAYOUTS)
+    return problem or spec.why_not()
