@@ -12,6 +12,7 @@ from fp4gemm import engine, select
 from fp4gemm.engine import Activations, Output, Weight
 from fp4gemm.formats import (
     BLOCK,
+    NORMS,
     PACKED_BLOCK,
     PLAIN,
     QuantizeOptions,
@@ -23,10 +24,12 @@ from fp4gemm.formats import (
 from fp4gemm.launch import (
     AMAX_ARGUMENTS,
     DEQUANTIZE_ARGUMENTS,
+    NORM_ARGUMENTS,
     PACK_ARGUMENTS,
     QUANTIZE_ARGUMENTS,
     Launcher,
 )
+from fp4gemm.spec import check
 from fp4gemm.tensor import FP4Tensor
 
 _UNITS = 2**32  # half blocks that a dequantizer counts
@@ -46,6 +49,20 @@ def _stream(device: int) -> int:
     return torch._C._cuda_getCurrentRawStream(device)
 
 
+class Norm(NamedTuple):
+    """What an RMSNorm in front of a quantizer of x [M, K] takes and leaves, all of the dtype of x: weight [K], residual
+    and their sum [M, K], contiguous, or None for both."""
+
+    weight: Tensor
+    residual: Tensor | None
+    sum: Tensor | None
+    eps: float
+
+    @property
+    def producer(self) -> str:
+        return "rmsnorm" if self.residual is None else "add_rmsnorm"
+
+
 class _Quantizer:
     """A quantizer's launcher and how it divides a tensor among CTAs."""
 
@@ -57,13 +74,14 @@ class _Quantizer:
         spec = select.quantize_spec(
             arch, name, k, scaling, convention, sf_layout, vectorized, options, gathered=gathered, noop=noop
         )
-        self.launch = Launcher(spec, QUANTIZE_ARGUMENTS)
+        norm = options.producer in NORMS
+        self.launch = Launcher(spec, NORM_ARGUMENTS if norm else QUANTIZE_ARGUMENTS)
         self.rows = spec.rows
         step = spec.threads * spec.blocks
         # Without a row to reduce, CTAs divide rows too; a layout pads columns to whole fours.
         self.steps = 1 if scaling == "per_row" else min(-(-(-(-scale_columns(k) // 4) * 4) // step), 65535)
-        if options.residual and spec.resident:
-            self.steps = 1  # the scales of a row leave together
+        if (options.residual and spec.resident) or norm:
+            self.steps = 1  # the scales of a row leave together, or its sum of squares is taken
         self.prefetch = select.prefetch_ctas(spec, k, device) if self.steps == 1 else 0
 
 
@@ -71,8 +89,9 @@ _quantizer = lru_cache(maxsize=1024)(_Quantizer)
 
 
 @lru_cache(maxsize=64)
-def _amax(device: int, dtype: torch.dtype, vectorized: bool) -> Launcher:
-    return Launcher(select.amax_spec(select.arch_of(device), select.INPUT_NAMES[dtype], vectorized), AMAX_ARGUMENTS)
+def _amax(device: int, dtype: torch.dtype, vectorized: bool, producer: str | None) -> Launcher:
+    spec = select.amax_spec(select.arch_of(device), select.INPUT_NAMES[dtype], vectorized, producer)
+    return Launcher(spec, AMAX_ARGUMENTS)
 
 
 @lru_cache(maxsize=64)
@@ -87,16 +106,16 @@ def _scale_shape(sf_layout: str, m: int, k: int) -> tuple[int, ...]:
     return scale_layout(sf_layout).shape(m, k)
 
 
-def _vectorized(x: Tensor) -> bool:
+def _vectorized(x: Tensor, k: int) -> bool:
     """Whether every row starts on 16 bytes and holds whole blocks, so that a block is whole 16-byte loads."""
     rows_aligned = x.shape[0] == 1 or x.stride(0) * x.element_size() % 16 == 0
-    return x.shape[1] % BLOCK == 0 and x.data_ptr() % 16 == 0 and rows_aligned
+    return k % BLOCK == 0 and x.data_ptr() % 16 == 0 and rows_aligned
 
 
-def _tensor_amax(x: Tensor, vectorized: bool, stream: int) -> Tensor:
-    """max(|x|), float32 []."""
-    amax, (m, k) = x.new_zeros((), dtype=torch.float32), x.shape
-    launch = _amax(x.device.index, x.dtype, vectorized)
+def _tensor_amax(x: Tensor, k: int, producer: str | None, vectorized: bool, stream: int) -> Tensor:
+    """max(|x|), or of the k columns that are made of it, float32 []."""
+    amax, m = x.new_zeros((), dtype=torch.float32), x.shape[0]
+    launch = _amax(x.device.index, x.dtype, vectorized, producer)
     launch((min(m, 1024), 1, 1), stream, x.data_ptr(), amax.data_ptr(), x.stride(0), m, k, scale_columns(k))
     return amax
 
@@ -120,13 +139,16 @@ def _order(channel_order: Tensor | None) -> Tensor | None:
 
 
 def _scaling(
-    x: Tensor, per_tensor: bool, outer_scale: Tensor | None, amax: Tensor | None, vectorized: bool, stream: int
-) -> tuple[str, Tensor | None]:
+    x: Tensor, per_tensor: bool, outer_scale: Tensor | None, amax: Tensor | None, options: QuantizeOptions,
+    vectorized: bool, stream: int,
+) -> tuple[str, Tensor | None]:  # fmt: skip
     """What the kernel does for outer scales, and what it reads for that."""
     if outer_scale is not None:
         return "given", outer_scale
     if per_tensor:
-        return "per_tensor", _tensor_amax(x, vectorized, stream) if amax is None else amax
+        if amax is None:
+            amax = _tensor_amax(x, options.columns(x.shape[1]), options.producer, vectorized, stream)
+        return "per_tensor", amax
     return ("per_row", None) if amax is None else ("amaxes", amax)
 
 
@@ -142,22 +164,29 @@ def quantize(
     channel_order: Tensor | None = None,
     noop: Tensor | None = None,
     out: Packed | None = None,
+    norm: Norm | None = None,
 ) -> Packed:
     """Row-wise NVFP4 of x [M, K], M and K positive; see ``ops.quantize``, which has checked all of it.
 
-    ``options`` without a transform; ``noop`` needs ``out``, whose tensors are contiguous: written, and returned.
+    ``options`` without a transform, and with the producer that ``norm`` is, if it is one; ``noop`` needs ``out``, whose
+    tensors are contiguous: written, and returned.
     """
     if x.stride(1) != 1:
         x = x.contiguous()
-    device, (m, k) = x.device.index, x.shape
+    device, m, k = x.device.index, x.shape[0], options.columns(x.shape[1])
     columns, stream = scale_columns(k), _stream(device)
     out_columns = columns + options.residual // BLOCK
     if out is None:
         data = x.new_empty((m, out_columns * BLOCK // 2), dtype=torch.uint8)
         block_scale = x.new_empty(_scale_shape(sf_layout, m, out_columns * BLOCK), dtype=torch.float8_e4m3fn)
         out = Packed(data, block_scale, x.new_empty(() if per_tensor else (m,), dtype=torch.float32), sf_layout)
-    vectorized = _vectorized(x)
-    scaling, scale_in = _scaling(x, per_tensor, outer_scale, amax, vectorized, stream)
+    vectorized = _vectorized(x, k)
+    tail: tuple[int | float, ...] = ()
+    if norm is not None:
+        operands = [t if t.stride(-1) == 1 else t.contiguous() for t in norm[:2] if t is not None]
+        vectorized = vectorized and all(_vectorized(t.view(-1, k) if t.dim() == 1 else t, k) for t in operands)
+        tail = _norm_tail(operands, norm)
+    scaling, scale_in = _scaling(x, per_tensor, outer_scale, amax, options, vectorized, stream)
     order = _order(channel_order)
     if options is PLAIN and noop is None:
         quantizer = _quantizer(device, x.dtype, k, scaling, convention, sf_layout, vectorized)
@@ -174,9 +203,26 @@ def quantize(
         x.data_ptr(), out.data.data_ptr(), out.block_scale.data_ptr(), out.outer_scale.data_ptr(),
         0 if scale_in is None else scale_in.data_ptr(),
         x.stride(0), 0, m, padded_rows, k, columns, int(scaling == "given" and not per_tensor), quantizer.prefetch,
-        *extras,
+        *extras, *tail,
     )  # fmt: skip
     return out
+
+
+def _norm_tail(operands: list[Tensor], norm: Norm) -> tuple[int | float, ...]:
+    """The fields that NormArguments adds: ``operands`` are weight and residual, columns contiguous."""
+    if norm.sum is None:
+        return operands[0].data_ptr(), 0, 0, 0, norm.eps
+    weight, residual = operands
+    return weight.data_ptr(), residual.data_ptr(), norm.sum.data_ptr(), residual.stride(0), norm.eps
+
+
+@lru_cache(maxsize=1024)
+def can_quantize(
+    device: int, dtype: torch.dtype, k: int, scaling: str, convention: str, sf_layout: str, options: QuantizeOptions
+) -> bool:
+    """Whether there is a kernel for such rows of k values: not where a norm's row does not fit on chip."""
+    arch, name = select.arch_of(device), select.INPUT_NAMES[dtype]
+    return check(select.quantize_spec(arch, name, k, scaling, convention, sf_layout, True, options)) is None
 
 
 class _ValuesQuantizer:
@@ -214,9 +260,9 @@ def quantize_values(
     """
     if x.stride(1) != 1:
         x = x.contiguous()
-    device, (m, k) = x.device.index, x.shape
-    stream, vectorized, order = _stream(device), _vectorized(x), _order(channel_order)
-    scaling, scale_in = _scaling(x, per_tensor, outer_scale, None, vectorized, stream)
+    device, m, k = x.device.index, x.shape[0], options.columns(x.shape[1])
+    stream, vectorized, order = _stream(device), _vectorized(x, k), _order(channel_order)
+    scaling, scale_in = _scaling(x, per_tensor, outer_scale, None, options, vectorized, stream)
     quantizer = _values_quantizer(
         device, x.dtype, m, k, scaling, convention, vectorized, int(scaling == "given" and not per_tensor),
         options, order is not None,
@@ -347,7 +393,7 @@ def quantize_gemm(
         and options is PLAIN
         and convention == _FUSED_CONVENTION
         and x.stride(1) == 1
-        and _vectorized(x)
+        and _vectorized(x, x.shape[1])
         and engine.quantize_gemm(x, outer_scale, weight, bias, d, packed)
     ):
         return

@@ -38,6 +38,8 @@ PACKED_BLOCK_BYTES = PACKED_CODE_BYTES + 256
 
 ADAPTIVE = ("mse", "mae")
 RESIDUAL_SIDES = ("activation", "weight")
+PRODUCERS = ("silu_mul", "gelu_tanh", "relu2")
+NORMS = ("rmsnorm", "add_rmsnorm")
 RECIPE_SIGNS = 0xACE1
 """A sign mask of the 16-point Hadamard transform: both operands of a GEMM need the same one."""
 
@@ -54,6 +56,7 @@ class QuantizeOptions:
         adaptive: None, or the error that chooses between a largest code of 6 and of 4: a name in ``ADAPTIVE``.
         residual: KE, a multiple of 16: how many columns at the end of K get a companion block.
         residual_side: a name in ``RESIDUAL_SIDES``: companions hold the error (activation), or repeat (weight).
+        producer: what makes the quantized values of x: a name in ``PRODUCERS`` or ``NORMS``.
     """
 
     hadamard: int | None = None
@@ -61,6 +64,11 @@ class QuantizeOptions:
     adaptive: str | None = None
     residual: int = 0
     residual_side: str = "activation"
+    producer: str | None = None
+
+    def columns(self, x_columns: int) -> int:
+        """K of what is quantized: a gated activation has two columns of x for each."""
+        return x_columns // 2 if self.producer == "silu_mul" else x_columns
 
 
 PLAIN = QuantizeOptions()

@@ -20,6 +20,7 @@ from fp4gemm.tensor_map import SIZE, address_word, find_requests
 
 # The structs of templates/include/fp4gemm/{quantize,dequantize,pack,gemm}.hpp: keep both alike.
 QUANTIZE_ARGUMENTS = struct.Struct("<5Q4q4i4QIi")
+NORM_ARGUMENTS = struct.Struct(QUANTIZE_ARGUMENTS.format + "3Qqf4x")
 AMAX_ARGUMENTS = struct.Struct("<2Q2q2i")
 DEQUANTIZE_ARGUMENTS = struct.Struct("<4QI2i4x")
 PACK_ARGUMENTS = struct.Struct("<3Q2q2i")
@@ -116,7 +117,7 @@ class Launcher:
         self._dispatch = Dispatch(kernel, spec.entry_points[0], threads, shared_bytes, address, waits=waits)
         self._lock = threading.Lock()
 
-    def __call__(self, grid: tuple[int, int, int], stream: int, *values: int) -> None:
+    def __call__(self, grid: tuple[int, int, int], stream: int, *values: float) -> None:
         with self._lock:  # the driver copies the buffer before it returns
             self._pack(self._buffer, 0, *values)
             self._dispatch(grid, stream)

@@ -14,7 +14,7 @@ from fp4gemm.calls import Packed
 from fp4gemm.dispatch import direct, on_its_device, on_kernels
 from fp4gemm.engine import Output
 from fp4gemm.formats import BLOCK, PLAIN, QuantizeOptions, packed_shape, padded_k, scale_layout
-from fp4gemm.quantize_ops import amax, quantize, quantize_both, run
+from fp4gemm.quantize_ops import amax, quantize, quantize_both, quantize_rmsnorm, run
 from fp4gemm.reference import packed as packed_form
 from fp4gemm.reference.arguments import (
     QuantizeArguments,
@@ -25,7 +25,17 @@ from fp4gemm.reference.arguments import (
 )
 from fp4gemm.tensor import FP4Tensor
 
-__all__ = ["amax", "dequantize", "gemm", "prepack", "quantize", "quantize_both", "quantize_gemm", "unpack"]
+__all__ = [
+    "amax",
+    "dequantize",
+    "gemm",
+    "prepack",
+    "quantize",
+    "quantize_both",
+    "quantize_gemm",
+    "quantize_rmsnorm",
+    "unpack",
+]
 
 # On Hopper a quantized activation never leaves quantize_gemm, so its scales take the layout that has no padding.
 _ACTIVATION_LAYOUT = "linear"
@@ -117,25 +127,28 @@ def quantize_gemm(
     outer_scale: Tensor | None = None,
     residual: int = 0,
     channel_order: Tensor | None = None,
+    producer: str | None = None,
 ) -> Tensor:
     """Quantize ``x`` [..., K] per row and multiply: x . w^T [..., N], in ``out_dtype`` (default: that of ``x``).
 
     Bit for bit ``gemm(quantize(x), w, bias)``, in two launches where ``w`` is prepacked, in one for a few rows with
     ``outer_scale`` (float32, [], [1] or [rows], instead of the row amax). ``residual=KE`` and ``channel_order`` (int64
     or int32 [K]) are those of ``quantize``; ``w`` is then [N, K + KE], quantized with the same two and
-    ``residual_side="weight"``. Raises what ``quantize`` and ``gemm`` raise.
+    ``residual_side="weight"``. So is ``producer``: with ``silu_mul``, ``x`` is [..., 2 K]. Raises what ``quantize`` and
+    ``gemm`` raise.
     """
-    check_quantize_gemm(x, w, bias, out_dtype, residual)
+    check_quantize_gemm(x, w, bias, out_dtype, residual, producer)
     rows = x if x.dim() == 2 else x.flatten(0, -2)
     args = check_quantize(
-        rows, sf_layout=_ACTIVATION_LAYOUT, outer_scale=outer_scale, residual=residual, channel_order=channel_order
-    )
+        rows, sf_layout=_ACTIVATION_LAYOUT, outer_scale=outer_scale, residual=residual, channel_order=channel_order,
+        producer=producer,
+    )  # fmt: skip
     dtype = out_dtype or x.dtype
     if direct(x, w.outer_scale, bias, args.outer_scale):
         result = _quantize_multiply(args, w, bias, dtype)
     else:
         result = torch.ops.fp4gemm.quantize_gemm(
-            rows, *_flat(w), w.rows, bias, dtype, args.outer_scale, residual, channel_order
+            rows, *_flat(w), w.rows, bias, dtype, args.outer_scale, residual, channel_order, producer
         )
     return result if x.dim() == 2 else result.view(*x.shape[:-1], w.rows)
 
@@ -238,12 +251,13 @@ def _gemm_out(
 def _quantize_gemm(
     x: Tensor, w: Tensor, w_block_scale: Tensor | None, w_outer_scale: Tensor | None, w_kind: str, n: int,
     bias: Tensor | None, out_dtype: torch.dtype, outer_scale: Tensor | None,
-    residual: int = 0, channel_order: Tensor | None = None,
+    residual: int = 0, channel_order: Tensor | None = None, producer: str | None = None,
 ) -> Tensor:  # fmt: skip
-    weight = _weight((w, w_block_scale, w_outer_scale, w_kind), n, x.shape[1] + residual)
+    options = QuantizeOptions(residual=residual, producer=producer)
+    weight = _weight((w, w_block_scale, w_outer_scale, w_kind), n, options.columns(x.shape[1]) + residual)
     args = QuantizeArguments(
         x, outer_scale is not None and outer_scale.dim() == 0, _ACTIVATION_LAYOUT, _ACTIVATION_CONVENTION, (1, BLOCK),
-        outer_scale, options=QuantizeOptions(residual=residual) if residual else PLAIN, channel_order=channel_order,
+        outer_scale, options=PLAIN if options == PLAIN else options, channel_order=channel_order,
     )  # fmt: skip
     return _quantize_multiply(args, weight, bias, out_dtype)
 
@@ -277,7 +291,7 @@ def _fake_gemm(
 def _fake_quantize_gemm(
     x: Tensor, w: Tensor, w_block_scale: Tensor | None, w_outer_scale: Tensor | None, w_kind: str, n: int,
     bias: Tensor | None, out_dtype: torch.dtype, outer_scale: Tensor | None,
-    residual: int = 0, channel_order: Tensor | None = None,
+    residual: int = 0, channel_order: Tensor | None = None, producer: str | None = None,
 ) -> Tensor:  # fmt: skip
     return x.new_empty((x.shape[0], n), dtype=out_dtype)
 

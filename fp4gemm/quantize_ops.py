@@ -5,6 +5,7 @@ A custom op passes plain tensors and names: ``_flat`` takes checked arguments ap
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any, TypeVar
 
 import torch
@@ -20,6 +21,7 @@ from fp4gemm.reference.arguments import (
     check_out,
     check_quantize,
     check_quantize_both,
+    check_rmsnorm,
 )
 from fp4gemm.reference.quantize import quantize_checked, write
 from fp4gemm.tensor import FP4Tensor
@@ -45,6 +47,7 @@ def quantize(
     residual_side: str = "activation",
     channel_order: Tensor | None = None,
     amax: Tensor | None = None,
+    producer: str | None = None,
     noop: Tensor | None = None,
     out: FP4Tensor | None = None,
 ) -> FP4Tensor:
@@ -70,6 +73,8 @@ def quantize(
         residual_side: companions hold the error of their block (``activation``) or repeat it (``weight``).
         channel_order: int64 or int32 [K], a permutation: columns are put into this order first (only with residual).
         amax: float32, [], [1] or [rows of the result]: what :func:`amax` returned, so that x is read only once here.
+        producer: what makes the quantized values of x, rounded to its dtype: ``silu_mul`` of [M, 2 K], gate and up,
+            ``gelu_tanh`` or ``relu2`` (bf16, fp16, fp32; not transposed, nor with 16 x 16 blocks or channel_order).
         noop: bool, uint8, int32 or float32 tensor, [] or [1]: where it is nonzero, ``out`` stays as it is. The device
             reads it, so a captured graph can skip the work. Needs ``out``.
         out: an FP4Tensor of the shape, layout and outer scales of the result to write into; it is returned.
@@ -82,7 +87,7 @@ def quantize(
     args = check_quantize(
         x, scaling=scaling, sf_layout=sf_layout, convention=convention, block=block, outer_scale=outer_scale,
         transposed=transposed, hadamard=hadamard, seed=seed, adaptive=adaptive, residual=residual,
-        residual_side=residual_side, channel_order=channel_order, amax=amax,
+        residual_side=residual_side, channel_order=channel_order, amax=amax, producer=producer,
     )  # fmt: skip
     if out is not None or noop is not None:
         check_out(args, out, noop)
@@ -97,6 +102,46 @@ def quantize(
     else:
         torch.ops.fp4gemm.quantize_out(out.data, out.block_scale, out.outer_scale, noop, *_flat(args))
     return out
+
+
+def quantize_rmsnorm(
+    x: Tensor,
+    weight: Tensor,
+    *,
+    eps: float = 1e-6,
+    residual: Tensor | None = None,
+    scaling: str = "per_row",
+    sf_layout: str = "128x4",
+    convention: str | None = None,
+    outer_scale: Tensor | None = None,
+    seed: Tensor | int | None = None,
+    adaptive: str | None = None,
+) -> tuple[FP4Tensor, Tensor]:
+    """The FP4Tensor of RMSNorm(h) * weight, h = x + residual, and h: [M, K] both, in one launch.
+
+    Bit for bit ``quantize`` of what ``reference.rmsnorm`` makes, which rounds h and the normalized rows to the dtype of
+    ``x``; docs/numerics.md has the order of the sums.
+
+    Args:
+        x: [M, K], bf16, fp16 or fp32; ``weight`` [K] and ``residual`` [M, K] have its dtype.
+        eps: added to the mean square of a row.
+        residual: None: h is ``x`` itself.
+
+    The other arguments, and what is raised, are those of :func:`quantize`.
+    """
+    check_rmsnorm(x, weight, eps, residual)
+    args = check_quantize(
+        x, scaling=scaling, sf_layout=sf_layout, convention=convention, outer_scale=outer_scale, seed=seed,
+        adaptive=adaptive,
+    )  # fmt: skip
+    if args.source is not x:
+        raise ValueError(f"scaling: expected per_row or per_tensor, as rows are what is normalized, got {scaling!r}")
+    if direct(x, weight, residual, args.outer_scale):
+        parts = run_rmsnorm(args, weight, eps, residual)
+    else:
+        parts = torch.ops.fp4gemm.quantize_rmsnorm(weight, eps, residual, *_flat(args))
+    data, block_scale, outer, h = parts
+    return FP4Tensor(data, block_scale, outer, args.shape, sf_layout), x if residual is None else h
 
 
 def quantize_both(
@@ -174,6 +219,23 @@ def run_into(out: FP4Tensor, args: QuantizeArguments, noop: Tensor | None) -> No
         write(out, FP4Tensor(*run(args), args.shape, args.sf_layout), noop)
 
 
+def run_rmsnorm(
+    args: QuantizeArguments, weight: Tensor, eps: float, residual: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Data, block scales and outer scales of the norm of the source, and the sum, empty without a residual."""
+    x = args.source
+    producer = "rmsnorm" if residual is None else "add_rmsnorm"
+    options = replace(args.options, producer=producer)
+    scaling = "given" if args.outer_scale is not None else "per_tensor" if args.per_tensor else "per_row"
+    key = (x.dtype, x.shape[1], scaling, args.convention, args.sf_layout, options)
+    if on_kernels(x) and calls.can_quantize(x.device.index, *key):
+        h = x.new_empty(0 if residual is None else x.shape)
+        norm = calls.Norm(weight, residual, None if residual is None else h, eps)
+        return *on_its_device(x, _run_rows, args._replace(options=options), None, None, norm), h
+    normalized, h = reference.rmsnorm(x, weight, eps, residual)
+    return *run(args._replace(source=normalized)), x.new_empty(0) if residual is None else h
+
+
 def run_both(rows: QuantizeArguments, columns: QuantizeArguments) -> tuple[Tensor, ...]:
     """The three of each result."""
     x = rows.source
@@ -196,19 +258,21 @@ def _is_transposed(x: Tensor) -> bool:
 def _by_tiles(args: QuantizeArguments) -> bool:
     """Whether the tile kernel makes this result: a transposed one, or one of 16 x 16 blocks.
 
-    It has neither 4/6 nor companions: the row kernel quantizes a copy then.
+    It has neither 4/6 nor companions nor producers: the row kernel quantizes a copy then.
     """
     o = args.options
-    if o.adaptive is not None or o.residual:
+    if o.adaptive is not None or o.residual or o.producer is not None:
         return False
     return o.hadamard is not None or _is_transposed(args.source) or args.block[0] == BLOCK
 
 
-def _run_rows(args: QuantizeArguments, into: Parts | None, noop: Tensor | None) -> Parts:
+def _run_rows(
+    args: QuantizeArguments, into: Parts | None, noop: Tensor | None, norm: calls.Norm | None = None
+) -> Parts:
     out = None if into is None else calls.Packed(*into, args.sf_layout)
     return calls.quantize(
         args.source, args.per_tensor, args.sf_layout, args.convention, args.outer_scale, args.amax, args.options,
-        args.seed, args.channel_order, noop, out,
+        args.seed, args.channel_order, noop, out, norm,
     )[:3]  # fmt: skip
 
 
@@ -253,6 +317,7 @@ def _flat(args: QuantizeArguments) -> tuple[Any, ...]:
     return (
         args.source, args.per_tensor, args.sf_layout, args.convention, args.block[0], args.outer_scale, args.amax,
         o.hadamard, *_flat_seed(args.seed), o.adaptive, o.residual, o.residual_side, args.channel_order,
+        o.producer,
     )  # fmt: skip
 
 
@@ -260,11 +325,11 @@ def _arguments(
     x: Tensor, per_tensor: bool, sf_layout: str, convention: str, block_rows: int, outer_scale: Tensor | None,
     amax: Tensor | None = None, hadamard: int | None = None, seed: Tensor | None = None,
     seed_value: int | None = None, adaptive: str | None = None, residual: int = 0, residual_side: str = "activation",
-    channel_order: Tensor | None = None,
+    channel_order: Tensor | None = None, producer: str | None = None,
 ) -> QuantizeArguments:  # fmt: skip
     """Inverse of ``_flat``."""
     either = seed_value if seed is None else seed
-    options = QuantizeOptions(hadamard, either is not None, adaptive, residual, residual_side)
+    options = QuantizeOptions(hadamard, either is not None, adaptive, residual, residual_side, producer)
     return QuantizeArguments(
         x, per_tensor, sf_layout, convention, (block_rows, BLOCK), outer_scale, amax,
         PLAIN if options == PLAIN else options, either, channel_order,
@@ -275,7 +340,7 @@ def _arguments(
 _SCHEMA = (
     "Tensor x, bool per_tensor, str sf_layout, str convention, SymInt block_rows, Tensor? outer_scale, "
     "Tensor? amax=None, SymInt? hadamard=None, Tensor? seed=None, SymInt? seed_value=None, str? adaptive=None, "
-    'SymInt residual=0, str residual_side="activation", Tensor? channel_order=None'
+    'SymInt residual=0, str residual_side="activation", Tensor? channel_order=None, str? producer=None'
 )
 
 
@@ -299,6 +364,15 @@ def _empty_parts(args: QuantizeArguments) -> Parts:
         x.new_empty(scale_layout(args.sf_layout).shape(m, k), dtype=torch.float8_e4m3fn),
         x.new_empty(() if args.per_tensor else (m,), dtype=torch.float32),
     )
+
+
+def _quantize_rmsnorm(weight: Tensor, eps: float, residual: Tensor | None, *flat: Any) -> tuple[Tensor, ...]:
+    return run_rmsnorm(_arguments(*flat), weight, eps, residual)
+
+
+def _fake_quantize_rmsnorm(weight: Tensor, eps: float, residual: Tensor | None, *flat: Any) -> tuple[Tensor, ...]:
+    args = _arguments(*flat)
+    return *_empty_parts(args), args.source.new_empty(0 if residual is None else args.shape)
 
 
 def _flat_both(rows: QuantizeArguments, columns: QuantizeArguments) -> tuple[Any, ...]:
@@ -360,6 +434,12 @@ def _fake_amax(x: Tensor, rows: bool, columns: bool, tensor: bool, hadamard: int
 for _name, _implementation, _fake, _schema in (
     ("quantize", _quantize, _fake_quantize, f"({_SCHEMA}) -> (Tensor, Tensor, Tensor)"),
     ("quantize_both", _quantize_both, _fake_quantize_both, f"({_SCHEMA_BOTH}) -> ({', '.join(['Tensor'] * 6)})"),
+    (
+        "quantize_rmsnorm",
+        _quantize_rmsnorm,
+        _fake_quantize_rmsnorm,
+        f"(Tensor weight, float eps, Tensor? residual, {_SCHEMA}) -> (Tensor, Tensor, Tensor, Tensor)",
+    ),
     ("amax", _amax, _fake_amax, "(Tensor x, bool rows, bool columns, bool tensor, SymInt? hadamard) -> Tensor[]"),
 ):
     _op = torch.library.custom_op(f"fp4gemm::{_name}", _implementation, mutates_args=(), schema=_schema)

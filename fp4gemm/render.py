@@ -22,6 +22,13 @@ _FILTERS: dict[str, dict[Any, str]] = {
     "scaling": {"per_row": "kPerRow", "per_tensor": "kPerTensor", "amaxes": "kAmaxes", "given": "kGiven"},
     "adaptive": {None: "kNone", "mse": "kMse", "mae": "kMae"},
     "residual": {None: "kNone", "activation": "kActivation", "weight": "kWeight"},
+    "producer": {
+        "silu_mul": "kSiluMul",
+        "gelu_tanh": "kGeluTanh",
+        "relu2": "kRelu2",
+        "rmsnorm": "kRmsNorm",
+        "add_rmsnorm": "kAddRmsNorm",
+    },
     "cpp": {True: "true", False: "false"},
     "schedule": {
         "cooperative": "Cooperative",

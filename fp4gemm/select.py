@@ -9,7 +9,7 @@ import torch
 
 from fp4gemm import table
 from fp4gemm.division import divide
-from fp4gemm.formats import BLOCK, PLAIN, SF_LAYOUTS, QuantizeOptions, scale_columns
+from fp4gemm.formats import BLOCK, NORMS, PLAIN, SF_LAYOUTS, QuantizeOptions, scale_columns
 from fp4gemm.spec import (
     AmaxSpec,
     DequantizeSpec,
@@ -68,12 +68,14 @@ def quantize_spec(
     # Companions take registers: a CTA of 512 threads would have too few.
     staged = tiled and threads <= 128 and not options.residual
     rows = max(4 if staged else 1, 1 << (256 // threads).bit_length() >> 1)
-    if options.stochastic and not options.residual and scaling != "per_row" and threads * rows == 512:
+    reduced = scaling == "per_row" or options.producer in NORMS
+    if options.stochastic and not options.residual and not reduced and threads * rows == 512:
         threads //= 2  # without a row to reduce; a CTA of 512 threads has too few registers
     return QuantizeSpec(
         arch, dtype, scaling, convention, sf_layout, threads, blocks, rows, vectorized, resident,
         stochastic=options.stochastic, adaptive=options.adaptive,
         residual=options.residual_side if options.residual else None, gathered=gathered, noop=noop,
+        producer=options.producer,
     )  # fmt: skip
 
 
@@ -158,8 +160,8 @@ def pack_spec(arch: str, sf_layout: str, direction: str) -> PackSpec:
     return PackSpec(arch, sf_layout, direction)
 
 
-def amax_spec(arch: str, dtype: str, vectorized: bool) -> AmaxSpec:
-    return AmaxSpec(arch, dtype, vectorized)
+def amax_spec(arch: str, dtype: str, vectorized: bool, producer: str | None = None) -> AmaxSpec:
+    return AmaxSpec(arch, dtype, vectorized, producer)
 
 
 def tile_quantize_spec(

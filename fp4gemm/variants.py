@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from fp4gemm.formats import SF_LAYOUTS
+from fp4gemm.formats import NORMS, PRODUCERS, SF_LAYOUTS
 from fp4gemm.spec import (
     ARCHS,
     AmaxSpec,
@@ -46,7 +46,7 @@ def _tiles(arch: str) -> list[KernelSpec]:
 
 
 def _with_options(arch: str) -> list[KernelSpec]:
-    """Quantizers of bf16 at K = 8192 with each option, and of e4m3."""
+    """Quantizers of bf16 at K = 8192 with each option and producer, and of e4m3."""
     per_row, wide, tiled = ("per_row", "te_per_token"), (128, 4, 2), (128, 4, 4)
     return [
         QuantizeSpec(arch, "bf16", *per_row, "linear", *wide, stochastic=True),
@@ -58,6 +58,7 @@ def _with_options(arch: str) -> list[KernelSpec]:
         QuantizeSpec(arch, "bf16", *per_row, "128x4", *wide, residual="weight"),
         QuantizeSpec(arch, "bf16", *per_row, "128x4", *tiled, noop=True),
         QuantizeSpec(arch, "e4m3", *per_row, "128x4", *tiled),
+        *(QuantizeSpec(arch, "bf16", *per_row, "128x4", *tiled, producer=name) for name in (*PRODUCERS, *NORMS)),
     ]
 
 

@@ -5,8 +5,8 @@ using namespace fp4gemm;
 using Config = QuantizeConfig<E4m3, TePerToken, Scales128x4, Scaling::kPerRow,
                               128, 4, 4, true, true, false>;
 
-extern "C" __device__ int fp4gemm_meta[6] = {Config::kCta, 1, 1, 1, 0, sizeof(QuantizeArguments)};
+extern "C" __device__ int fp4gemm_meta[6] = {Config::kCta, 1, 1, 1, 0, sizeof(Config::Arguments)};
 
-extern "C" __global__ void __launch_bounds__(Config::kCta) quantize(const __grid_constant__ QuantizeArguments args) {
+extern "C" __global__ void __launch_bounds__(Config::kCta) quantize(const __grid_constant__ Config::Arguments args) {
   RowQuantizer<Config>(args).run();
 }

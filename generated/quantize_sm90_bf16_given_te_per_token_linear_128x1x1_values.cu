@@ -5,8 +5,8 @@ using namespace fp4gemm;
 using Config = QuantizeConfig<Bf16, TePerToken, LinearScales, Scaling::kGiven,
                               128, 1, 1, true, true, true>;
 
-extern "C" __device__ int fp4gemm_meta[6] = {Config::kCta, 1, 1, 1, 0, sizeof(QuantizeArguments)};
+extern "C" __device__ int fp4gemm_meta[6] = {Config::kCta, 1, 1, 1, 0, sizeof(Config::Arguments)};
 
-extern "C" __global__ void __launch_bounds__(Config::kCta) quantize(const __grid_constant__ QuantizeArguments args) {
+extern "C" __global__ void __launch_bounds__(Config::kCta) quantize(const __grid_constant__ Config::Arguments args) {
   RowQuantizer<Config>(args).run();
 }

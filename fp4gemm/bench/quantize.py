@@ -9,6 +9,7 @@ from itertools import product
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 
 import fp4gemm
 from fp4gemm.bench import peers, timing
@@ -22,7 +23,7 @@ DEQUANTIZED = ((4096, 4096), (8192, 8192), (16384, 8192))
 PEERS_AT = (8192, 8192)
 _GIVEN = 1.0 / 512  # a decode multiplier that suits N(0, 1): amax about 5.2 = 512 / 2688 * 5.2 of the range
 _MASK, _SEED, _RESIDUAL = 0xACE1, 1, 512
-_BOTH = "both"
+_BOTH, _NORM = "both", "add_rmsnorm"
 
 
 @dataclass(frozen=True)
@@ -41,9 +42,15 @@ class Variant:
     adaptive: str | None = None
     residual: int = 0
     square: bool = False
+    producer: str | None = None
 
     def options(self) -> dict[str, object]:
-        rare = {"adaptive": self.adaptive, "residual": self.residual, "block": "16x16" if self.square else None}
+        rare = {
+            "adaptive": self.adaptive,
+            "residual": self.residual,
+            "block": "16x16" if self.square else None,
+            "producer": self.producer,
+        }
         return {
             "scaling": self.scaling,
             "outer_scale": "given" if self.given else "amax",
@@ -71,7 +78,16 @@ class Variant:
             arguments["residual"] = self.residual
         if self.square:
             arguments["block"] = (16, 16)
+        if self.producer == _NORM:
+            return functools.partial(_quantize_norm, **arguments)
+        if self.producer:
+            arguments["producer"] = self.producer
         return functools.partial(fp4gemm.quantize_both if self.outputs == _BOTH else fp4gemm.quantize, **arguments)
+
+    @property
+    def columns(self) -> int:
+        """Of x for each of the result: gate and up, or x and a residual beside each other."""
+        return 2 if self.producer in ("silu_mul", _NORM) else 1
 
     @property
     def reads(self) -> int:
@@ -98,7 +114,35 @@ VARIANTS = (
     replace(_TRAINING, hadamard=True),
     replace(_TRAINING, stochastic=True),
     replace(_TRAINING, hadamard=True, stochastic=True),
+    *(Variant(producer=name) for name in ("silu_mul", "gelu_tanh", "relu2", _NORM)),
 )
+
+
+def _halves(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    k = x.shape[1] // 2
+    return x[:, :k], x[:, k:]
+
+
+@functools.cache
+def _weight(k: int) -> torch.Tensor:
+    return random_inputs(1, 1, k)[0][0]
+
+
+def _quantize_norm(both: torch.Tensor, **arguments: Any) -> tuple[FP4Tensor, torch.Tensor]:
+    x, residual = _halves(both)
+    return fp4gemm.quantize_rmsnorm(x, _weight(x.shape[1]), residual=residual, **arguments)
+
+
+def _unfused(producer: str, x: torch.Tensor) -> object:
+    """What a layer does without a fused producer: torch's own kernels, then the quantizer."""
+    if producer == _NORM:
+        h, residual = _halves(x)
+        h = h + residual
+        return fp4gemm.quantize(F.rms_norm(h, (h.shape[1],), _weight(h.shape[1]), 1e-6)), h
+    if producer == "silu_mul":
+        gate, up = _halves(x)
+        return fp4gemm.quantize(F.silu(gate) * up)
+    return fp4gemm.quantize(F.gelu(x, approximate="tanh") if producer == "gelu_tanh" else F.relu(x).square())
 
 
 def jobs(config: Config) -> Iterator[Job]:
@@ -112,13 +156,16 @@ def jobs(config: Config) -> Iterator[Job]:
 
 
 def _quantize_rows(variant: Variant, M: int, K: int, config: Config) -> list[Row]:
-    xs = random_inputs(timing.rotation(2 * M * K), M, K)
+    columns = variant.columns * K
+    xs = random_inputs(timing.rotation(2 * M * columns), M, columns)
     quantize = variant.call()
     made = quantize(xs[0])
     results = made if isinstance(made, tuple) else (made,)
-    moved = variant.reads * nbytes(xs[0]) + nbytes(*(t for t in results if isinstance(t, FP4Tensor)))
+    moved = variant.reads * nbytes(xs[0]) + nbytes(*(t for t in results if isinstance(t, (FP4Tensor, torch.Tensor))))
     ours: list[timing.Call] = [functools.partial(quantize, x) for x in xs]
     others = peers.calls(xs) if (M, K) == PEERS_AT and variant == VARIANTS[0] else {}
+    if variant.producer:
+        others = {"unfused": [functools.partial(_unfused, variant.producer, x) for x in xs]}
     row = {"bench": "quantize", "M": M, "K": K, "dtype": "bf16", "options": variant.options()}
     return _rows(row, "quantize", ours, moved, config, others)
 

@@ -74,6 +74,7 @@ def options_text(row: Row) -> str:
         "stochastic": options.get("sr"),
         f"4/6 ({options.get('adaptive')})": options.get("adaptive"),
         f"residual {options.get('residual')}": options.get("residual"),
+        str(options.get("producer")).replace("_", " "): options.get("producer"),
     }
     return ", ".join([str(options.get("scaling", "")), *(word for word, given in words.items() if given)])
 
@@ -111,6 +112,7 @@ TABLES: dict[str, tuple[str, tuple[Column, ...]]] = {
             ("of copy bandwidth", _share_of_copy),
             ("Model Optimizer fake-quant, us", _versus(peers.MODELOPT)),
             ("torchao, compiled, us", _versus(peers.TORCHAO)),
+            ("torch's kernels, then quantize, us", _versus("unfused")),
         ),
     ),
     "dequantize": (

@@ -16,6 +16,7 @@ from fp4gemm.reference.options import (
     check_mask,
     check_name,
     check_options,
+    check_producer,
     check_residual,
     check_scalar,
     check_seed,
@@ -53,7 +54,10 @@ class QuantizeArguments(NamedTuple):
     def shape(self) -> tuple[int, int]:
         """Shape of the result: a transformed tail is a whole block, companions add columns."""
         (m, k), options = self.source.shape, self.options
-        return (m, k) if options is PLAIN else (m, (k if options.hadamard is None else padded_k(k)) + options.residual)
+        if options is PLAIN:
+            return m, k
+        k = options.columns(k)
+        return m, (k if options.hadamard is None else padded_k(k)) + options.residual
 
 
 def check_quantize(
@@ -72,6 +76,7 @@ def check_quantize(
     residual_side: str = "activation",
     channel_order: Tensor | None = None,
     amax: Tensor | None = None,
+    producer: str | None = None,
 ) -> QuantizeArguments:
     """Checks and resolves the arguments of ``quantize``. Raises TypeError or ValueError that names the argument."""
     _check_matrix(x)
@@ -105,9 +110,11 @@ def check_quantize(
         or residual != 0
         or residual_side != "activation"
         or channel_order is not None
+        or producer is not None
     ):
-        options = QuantizeOptions(hadamard, seed is not None, adaptive, residual, residual_side)
+        options = QuantizeOptions(hadamard, seed is not None, adaptive, residual, residual_side, producer)
         check_options(options, convention, block, transposed)
+        check_producer(options, x, block, transposed, channel_order)
         check_seed(seed, source.device)
         check_residual(options, source, channel_order)
     return QuantizeArguments(
@@ -231,10 +238,35 @@ def _check_output(name: str, t: Tensor, shape: tuple[int, int], dtype: torch.dty
         raise ValueError(f"{name}: expected device {device} (that of a), got {t.device}")
 
 
+def check_rmsnorm(x: Tensor, weight: Tensor, eps: float, residual: Tensor | None) -> None:
+    """Checks x and the residual [M, K], and the weight [K], of ``quantize_rmsnorm``. Raises TypeError or ValueError."""
+    _check_matrix(x)
+    check_float("x.dtype", x.dtype)
+    for name, t, shape in (("weight", weight, x.shape[1:]), ("residual", residual, x.shape)):
+        if t is None and name == "residual":
+            continue
+        if not isinstance(t, Tensor):
+            raise TypeError(f"{name}: expected a torch.Tensor, got {type(t).__name__}")
+        if t.dtype != x.dtype:
+            raise TypeError(f"{name}: expected dtype {x.dtype} (that of x), got {t.dtype}")
+        if t.shape != shape:
+            raise ValueError(f"{name}: expected shape {list(shape)}, got {list(t.shape)}")
+        if t.device != x.device:
+            raise ValueError(f"{name}: expected device {x.device} (that of x), got {t.device}")
+    if not isinstance(eps, (int, float)) or not 0 <= eps < float("inf"):
+        raise ValueError(f"eps: expected a finite number >= 0, got {eps!r}")
+
+
 def check_quantize_gemm(
-    x: Tensor, w: FP4Tensor, bias: Tensor | None, out_dtype: torch.dtype | None, residual: int = 0
+    x: Tensor,
+    w: FP4Tensor,
+    bias: Tensor | None,
+    out_dtype: torch.dtype | None,
+    residual: int = 0,
+    producer: str | None = None,
 ) -> None:
-    """Checks x [..., K], the weight w [N, K + residual] and bias [N] of ``quantize_gemm``.
+    """Checks x [..., K], or [..., 2 K] for ``silu_mul``, the weight w [N, K + residual] and bias [N] of
+    ``quantize_gemm``.
 
     Raises TypeError or ValueError.
     """
@@ -245,10 +277,12 @@ def check_quantize_gemm(
     check_float("x.dtype", x.dtype)
     if residual != 0:
         check_columns(residual)
-    if x.dim() < 2 or x.shape[-1] != w.k - residual:
+    columns = (w.k - residual) * (2 if producer == "silu_mul" else 1)
+    if x.dim() < 2 or x.shape[-1] != columns:
         less = f" less the residual {residual}" if residual else ""
+        twice = ", twice for silu_mul" if producer == "silu_mul" else ""
         raise ValueError(
-            f"x: expected [..., K] with K = {w.k - residual} (that of w, shape {w.shape}{less}), "
+            f"x: expected [..., K] with K = {columns} (that of w, shape {w.shape}{less}{twice}), "
             f"got shape {tuple(x.shape)}"
         )
     if x.device != w.device:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fp4gemm.formats import ADAPTIVE, BLOCK, RESIDUAL_SIDES, QuantizeOptions
+from fp4gemm.formats import ADAPTIVE, BLOCK, PRODUCERS, RESIDUAL_SIDES, QuantizeOptions
 
 ENCODE_CONVENTIONS = ("te_per_token", "te")
 """Those with an S, in whose units 4/6 and companion blocks measure errors."""
@@ -38,6 +38,23 @@ def check_options(options: QuantizeOptions, convention: str, block: tuple[int, i
         name = "residual" if options.residual else "adaptive"
         raise ValueError(f"convention: expected one of {', '.join(ENCODE_CONVENTIONS)} with {name}, got {convention!r}")
     check_name("residual_side", options.residual_side, RESIDUAL_SIDES)
+
+
+def check_producer(
+    options: QuantizeOptions, x: Tensor, block: tuple[int, int], transposed: bool, channel_order: Tensor | None
+) -> None:
+    """Checks what makes the quantized values of x [M, columns] against the other arguments."""
+    if options.producer is None:
+        return
+    check_name("producer", options.producer, PRODUCERS)
+    if transposed or block != (1, BLOCK) or channel_order is not None:
+        raise ValueError(
+            f"producer: expected None beside transposed, 16 x 16 blocks or channel_order, got {options.producer!r}"
+        )
+    if x.dtype not in (torch.bfloat16, torch.float16, torch.float32):
+        raise TypeError(f"x.dtype: expected torch.bfloat16, float16 or float32 with a producer, got {x.dtype}")
+    if options.producer == "silu_mul" and x.shape[1] % 2:
+        raise ValueError(f"x: expected [M, 2 K] for silu_mul, gate and up, got shape {tuple(x.shape)}")
 
 
 def check_mask(hadamard: int) -> None:
@@ -82,7 +99,7 @@ def check_columns(residual: int) -> None:
 
 def check_residual(options: QuantizeOptions, source: Tensor, channel_order: Tensor | None) -> None:
     """Checks companions and ``channel_order`` against ``source``, of which both take columns."""
-    k = source.shape[1]
+    k = options.columns(source.shape[1])
     if options.residual and k % BLOCK:
         raise ValueError(f"x: expected K to be a multiple of {BLOCK} with a residual, got {k}")
     if options.residual > k:

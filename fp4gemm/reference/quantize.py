@@ -27,11 +27,13 @@ from fp4gemm.reference.arguments import (
     check_out,
     check_quantize,
     check_quantize_both,
+    check_rmsnorm,
 )
 from fp4gemm.reference.conventions import ADAPTIVE_CONVENTIONS, CONVENTIONS, Convention
 from fp4gemm.reference.hadamard import rotate
 from fp4gemm.reference.packed import unpack
 from fp4gemm.reference.philox import random_bytes
+from fp4gemm.reference.producers import produce, rmsnorm
 from fp4gemm.reference.residual import companions, interleave, places_of, without_zeros
 from fp4gemm.reference.rounding import encode_e2m1, encode_e2m1_stochastic, encode_e4m3
 from fp4gemm.tensor import FP4Tensor
@@ -65,6 +67,7 @@ def quantize(
     residual_side: str = "activation",
     channel_order: Tensor | None = None,
     amax: Tensor | None = None,
+    producer: str | None = None,
     noop: Tensor | None = None,
     out: FP4Tensor | None = None,
 ) -> FP4Tensor:
@@ -75,7 +78,7 @@ def quantize(
     args = check_quantize(
         x, scaling=scaling, sf_layout=sf_layout, convention=convention, block=block, outer_scale=outer_scale,
         transposed=transposed, hadamard=hadamard, seed=seed, adaptive=adaptive, residual=residual,
-        residual_side=residual_side, channel_order=channel_order, amax=amax,
+        residual_side=residual_side, channel_order=channel_order, amax=amax, producer=producer,
     )  # fmt: skip
     check_out(args, out, noop)
     if check_finite:
@@ -107,6 +110,30 @@ def quantize_both(
 
 
 @torch.no_grad()
+def quantize_rmsnorm(
+    x: Tensor,
+    weight: Tensor,
+    *,
+    eps: float = 1e-6,
+    residual: Tensor | None = None,
+    scaling: str = "per_row",
+    sf_layout: str = "128x4",
+    convention: str | None = None,
+    outer_scale: Tensor | None = None,
+    seed: Tensor | int | None = None,
+    adaptive: str | None = None,
+) -> tuple[FP4Tensor, Tensor]:
+    """The FP4Tensor of the RMSNorm of x + residual, and that sum; see :func:`fp4gemm.quantize_rmsnorm`."""
+    check_rmsnorm(x, weight, eps, residual)
+    args = check_quantize(
+        x, scaling=scaling, sf_layout=sf_layout, convention=convention, outer_scale=outer_scale, seed=seed,
+        adaptive=adaptive,
+    )  # fmt: skip
+    normalized, h = rmsnorm(x, weight, eps, residual)
+    return quantize_checked(args._replace(source=normalized)), h
+
+
+@torch.no_grad()
 def amax(
     x: Tensor, *, rows: bool = True, columns: bool = False, tensor: bool = False, hadamard: int | None = None
 ) -> tuple[Tensor, ...]:
@@ -128,6 +155,8 @@ def amax(
 def quantize_checked(args: QuantizeArguments) -> FP4Tensor:
     """``quantize`` of arguments that ``check_quantize`` has resolved."""
     options, source = args.options, args.source
+    if options.producer is not None:
+        source = _produced(source, options)
     if args.channel_order is not None:
         source = _columns(source, args.channel_order)
     rule = (ADAPTIVE_CONVENTIONS if options.adaptive else CONVENTIONS)[args.convention]
@@ -198,6 +227,14 @@ def _rows_of(per_row: Tensor, rows: slice) -> Tensor:
 
 def _tensors(t: FP4Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return t.data, t.block_scale, t.outer_scale
+
+
+def _produced(x: Tensor, options: QuantizeOptions) -> Tensor:
+    assert options.producer is not None
+    result = torch.empty(x.shape[0], options.columns(x.shape[1]), dtype=x.dtype, device=x.device)
+    for rows in _row_chunks(x, x.shape[1]):
+        result[rows] = produce(x[rows], options.producer)
+    return result
 
 
 def _columns(x: Tensor, order: Tensor) -> Tensor:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from fp4gemm.formats import ADAPTIVE, CONVENTIONS, RESIDUAL_SIDES, SF_LAYOUTS
+from fp4gemm.formats import ADAPTIVE, CONVENTIONS, NORMS, PRODUCERS, RESIDUAL_SIDES, SF_LAYOUTS
 from fp4gemm.spec.common import short, thread_problem, unknown
 
 KERNEL_SCALINGS = ("per_row", "per_tensor", "amaxes", "given")
@@ -25,7 +25,7 @@ class QuantizeSpec:
     ``vectorized`` that rows are 16-byte aligned and K % 16 == 0. ``output``: ``packed`` NVFP4, or ``values``, code *
     block scale as exact bf16, for a GEMM that follows at once. ``stochastic``, ``adaptive`` (the error of 4/6) and
     ``residual`` (the side) are those of ``quantize``; ``gathered``: columns are taken in another order; ``noop``: a
-    flag on the device may stop it."""
+    flag on the device may stop it; ``producer``: what makes the values of x that are quantized."""
 
     template: ClassVar[str] = "quantize.cu.jinja"
     uses_cutlass: ClassVar[bool] = False
@@ -47,11 +47,12 @@ class QuantizeSpec:
     residual: str | None = None
     gathered: bool = False
     noop: bool = False
+    producer: str | None = None
 
     @property
     def plain(self) -> bool:
         """Without any option."""
-        return not (self.stochastic or self.adaptive or self.residual or self.gathered or self.noop)
+        return not (self.stochastic or self.adaptive or self.residual or self.gathered or self.noop or self.producer)
 
     @property
     def name(self) -> str:
@@ -61,6 +62,7 @@ class QuantizeSpec:
         flags += ("_stochastic" if self.stochastic else "") + (f"_{self.adaptive}" if self.adaptive else "")
         flags += f"_residual_{self.residual}" if self.residual else ""
         flags += ("_gathered" if self.gathered else "") + ("_noop" if self.noop else "")
+        flags += f"_{self.producer}" if self.producer else ""
         parts = (short(self.arch), self.dtype, self.scaling, self.convention, self.sf_layout, shape)
         return "quantize_" + "_".join(parts) + flags
 
@@ -79,10 +81,15 @@ class QuantizeSpec:
             return "adaptive: expected neither stochastic nor residual with it"
         if self.gathered and not self.residual:
             return "gathered: expected a residual with it"
+        if self.producer and (self.gathered or self.dtype == "e4m3"):
+            return f"producer: got {self.producer!r} of {self.dtype}, expected bf16, fp16 or fp32, columns in order"
+        if self.producer in NORMS and (not self.resident or self.output == "values" or self.scaling == "per_tensor"):
+            return f"producer: got {self.producer!r}, expected packed rows in registers, and no amax of the tensor"
         return (
             unknown("scaling", self.scaling, KERNEL_SCALINGS)
             or (None if self.adaptive is None else unknown("adaptive", self.adaptive, ADAPTIVE))
             or (None if self.residual is None else unknown("residual", self.residual, RESIDUAL_SIDES))
+            or (None if self.producer is None else unknown("producer", self.producer, (*PRODUCERS, *NORMS)))
             or unknown("convention", self.convention, CONVENTIONS)
             or unknown("output", self.output, ("packed", "values"))
         )
@@ -90,7 +97,7 @@ class QuantizeSpec:
 
 @dataclass(frozen=True)
 class AmaxSpec:
-    """max(|x|) of a whole tensor, NaN ignored, into one fp32 that is 0 before."""
+    """max(|x|) of a whole tensor, or of what ``producer`` makes of it, NaN ignored, into one fp32 that is 0 before."""
 
     template: ClassVar[str] = "amax.cu.jinja"
     uses_cutlass: ClassVar[bool] = False
@@ -99,13 +106,17 @@ class AmaxSpec:
     arch: str
     dtype: str
     vectorized: bool = True
+    producer: str | None = None
     threads: int = 256
 
     @property
     def name(self) -> str:
-        return f"amax_{short(self.arch)}_{self.dtype}_{self.threads}" + ("" if self.vectorized else "_scalar")
+        flags = ("" if self.vectorized else "_scalar") + (f"_{self.producer}" if self.producer else "")
+        return f"amax_{short(self.arch)}_{self.dtype}_{self.threads}{flags}"
 
     def why_not(self) -> str | None:
+        if self.producer is not None:
+            return unknown("producer", self.producer, PRODUCERS) or thread_problem(self.threads)
         return thread_problem(self.threads)
 
 

@@ -17,7 +17,14 @@ import pytest
 from fp4gemm import builder, cache
 from fp4gemm.compile import compile_source, read_ints
 from fp4gemm.division import mma_shared_bytes, wgmma_shared_bytes
-from fp4gemm.launch import AMAX_ARGUMENTS, DEQUANTIZE_ARGUMENTS, PACK_ARGUMENTS, QUANTIZE_ARGUMENTS
+from fp4gemm.formats import NORMS
+from fp4gemm.launch import (
+    AMAX_ARGUMENTS,
+    DEQUANTIZE_ARGUMENTS,
+    NORM_ARGUMENTS,
+    PACK_ARGUMENTS,
+    QUANTIZE_ARGUMENTS,
+)
 from fp4gemm.packed_plan import PACKED_GEMM_BYTES
 from fp4gemm.render import render
 from fp4gemm.spec import (
@@ -43,7 +50,7 @@ VARIANTS = default_variants()
 GEMMS = [spec for spec in VARIANTS if "make_params" in spec.entry_points]  # of CUTLASS's kernel layers
 ENGINE = [spec for spec in VARIANTS if isinstance(spec, (PackedMmaSpec, PackedWgmmaSpec))]
 ARGUMENTS = {
-    QuantizeSpec: QUANTIZE_ARGUMENTS,
+    QuantizeSpec: QUANTIZE_ARGUMENTS,  # of a norm: NORM_ARGUMENTS
     AmaxSpec: AMAX_ARGUMENTS,
     DequantizeSpec: DEQUANTIZE_ARGUMENTS,
     PackSpec: PACK_ARGUMENTS,
@@ -112,7 +119,8 @@ def test_resources(entry: cache.Entry, spec: KernelSpec) -> None:
 
 @variants([spec for spec in VARIANTS if type(spec) in ARGUMENTS])
 def test_small_kernels(entry: cache.Entry, spec: KernelSpec) -> None:
-    assert entry.meta["params_bytes"] == ARGUMENTS[type(spec)].size
+    norm = getattr(spec, "producer", None) in NORMS
+    assert entry.meta["params_bytes"] == (NORM_ARGUMENTS if norm else ARGUMENTS[type(spec)]).size
     assert entry.meta["threads"] == spec.threads * (spec.rows if isinstance(spec, QuantizeSpec) else 1)
     assert entry.meta["cluster"] == [1, 1, 1]
     assert (entry.meta["smem_bytes"] > 0) == isinstance(spec, (TileQuantizeSpec, TileAmaxSpec))

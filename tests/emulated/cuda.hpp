@@ -204,6 +204,7 @@ inline int __float_as_int(float v) { return static_cast<int>(__float_as_uint(v))
 inline float __fmul_rn(float a, float b) { return a * b; }
 inline float __fadd_rn(float a, float b) { return a + b; }
 inline float __fdiv_rn(float a, float b) { return a / b; }
+inline float __fsqrt_rn(float v) { return std::sqrt(v); }
 inline float __fmaf_rn(float a, float b, float c) { return std::fma(a, b, c); }
 // fma(a, b, c) rounded down; sums of doubles and their error are exact here.
 inline float __fmaf_rd(float a, float b, float c) {

@@ -31,9 +31,9 @@ extern "C" char const* run(PackedGemmArguments const* args, int ctas, int cluste
 }
 """
 _QUANTIZE_DRIVER = """
-static QuantizeArguments const* arguments;
-extern "C" int arguments_bytes() { return sizeof(QuantizeArguments); }
-extern "C" char const* run(QuantizeArguments const* args, int ctas, int layers, unsigned seed) {
+static Config::Arguments const* arguments;
+extern "C" int arguments_bytes() { return sizeof(Config::Arguments); }
+extern "C" char const* run(Config::Arguments const* args, int ctas, int layers, unsigned seed) {
   arguments = args;
   return run_grid([] { RowQuantizer<Config>(*arguments).run(); }, ctas, 1, Config::kCta, 0, seed, layers);
 }
@@ -109,7 +109,7 @@ class QuantizeLauncher:
         assert self._library.arguments_bytes() == arguments.size
         self._struct = arguments
 
-    def __call__(self, grid: tuple[int, int, int], stream: int, *values: int) -> None:
+    def __call__(self, grid: tuple[int, int, int], stream: int, *values: float) -> None:
         storage = ctypes.create_string_buffer(self._struct.pack(*values), self._struct.size)
         wrong: bytes | None = self._library.run(storage, grid[0], grid[1], stream)
         assert wrong is None, wrong

@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from fp4gemm import calls, reference, select
-from fp4gemm.formats import PLAIN, SF_LAYOUTS, QuantizeOptions
+from fp4gemm.formats import PLAIN, PRODUCERS, SF_LAYOUTS, QuantizeOptions
 from fp4gemm.spec import QuantizeSpec, check
 
 PROBLEMS = 12  # of each kind of option
@@ -32,8 +32,9 @@ def kernels(emulator: emulation.Emulator, monkeypatch: pytest.MonkeyPatch) -> No
             assert check(spec) is None
             super().__init__(emulator, spec, arguments)
 
-    def tensor_amax(x: torch.Tensor, *_: object) -> torch.Tensor:
-        return reference.amax(x, rows=False, tensor=True)[0]
+    def tensor_amax(x: torch.Tensor, k: int, producer: str | None, *_: object) -> torch.Tensor:
+        made = x if producer is None else reference.produce(x, producer)
+        return reference.amax(made, rows=False, tensor=True)[0]
 
     monkeypatch.setattr(calls, "Launcher", Launcher)
     monkeypatch.setattr(calls, "_tensor_amax", tensor_amax)
@@ -78,40 +79,45 @@ class Problem:
             options = QuantizeOptions(stochastic=True)
         elif kind in ("mse", "mae"):
             options = QuantizeOptions(adaptive=kind)
+        elif kind in PRODUCERS:
+            extra = rng.choice(({}, {}, {"stochastic": True}, {"residual": 16}, {"adaptive": "mse"}))
+            k = -(-k // 16) * 16 if "residual" in extra else k
+            options = QuantizeOptions(producer=kind, **extra)
         return cls(
             m=rng.choice((1, 3, 8, 33, 130) if k < 300 else (1, 2, 5)),
             k=k,
-            dtype=rng.choice(DTYPES),
+            dtype=rng.choice(DTYPES[:3] if kind in PRODUCERS else DTYPES),
             scaling=rng.choice(("per_row", "per_row", "per_tensor", "given", "given_scalar", "amax", "amax_scalar")),
             convention=rng.choice(conventions),
             sf_layout=rng.choice(LAYOUTS),
             special=rng.choice(("none", "none", "none", "nan", "inf", "zeros", "tiny", "ties", "outliers")),
             offset=rng.choice((0, 0, 1)),
             options=options,
-            ordered=bool(options.residual) and rng.random() < 0.5,
+            ordered=bool(options.residual) and not options.producer and rng.random() < 0.5,
             seed_in_memory=rng.random() < 0.5,
             seed=rng.getrandbits(62),
         )
 
     def values(self) -> torch.Tensor:
         generator = torch.Generator().manual_seed(self.seed % (1 << 31))
-        x = torch.randn(self.m, self.k, generator=generator)
+        columns = self.k * (2 if self.options.producer == "silu_mul" else 1)
+        x = torch.randn(self.m, columns, generator=generator)
         if self.special in ("nan", "inf"):
-            where = torch.rand(self.m, self.k, generator=generator) < 0.02
+            where = torch.rand(x.shape, generator=generator) < 0.02
             x[where] = float(self.special)
-            x[torch.rand(self.m, self.k, generator=generator) < 0.01] *= -1
+            x[torch.rand(x.shape, generator=generator) < 0.01] *= -1
         elif self.special == "zeros":
-            x *= torch.rand(self.m, self.k, generator=generator) < 0.05
+            x *= torch.rand(x.shape, generator=generator) < 0.05
             x[self.m // 2] = -0.0
         elif self.special == "tiny":
             x *= 10.0 ** (-40 * torch.rand(self.m, 1, generator=generator))
             x[:, self.k // 2 :] *= 1e-6
         elif self.special == "ties":
-            x = torch.randint(-14, 15, (self.m, self.k), generator=generator) / 2.0
+            x = torch.randint(-14, 15, x.shape, generator=generator) / 2.0
         elif self.special == "outliers":
-            x *= torch.where(torch.rand(self.m, self.k, generator=generator) < 0.02, 300.0, 1.0)
-        storage = torch.empty(self.m * self.k + 64, dtype=self.dtype)
-        view = storage[self.offset :][: self.m * self.k].view(self.m, self.k)
+            x *= torch.where(torch.rand(x.shape, generator=generator) < 0.02, 300.0, 1.0)
+        storage = torch.empty(x.numel() + 64, dtype=self.dtype)
+        view = storage[self.offset :][: x.numel()].view(x.shape)
         return view.copy_(x.to(self.dtype))
 
     def arguments(self) -> dict[str, Any]:
@@ -126,6 +132,7 @@ class Problem:
             "adaptive": self.options.adaptive,
             "residual": self.options.residual,
             "residual_side": self.options.residual_side,
+            "producer": self.options.producer,
         }
         if self.scaling.startswith("given"):  # from far too small to far too large
             arguments["outer_scale"] = 10.0 ** (given * 8 - 6)
@@ -155,7 +162,7 @@ def compare(got: calls.Packed, want: Any) -> None:
         assert len(wrong) == 0, f"{name}: {len(wrong)} bytes wrong, first at {wrong[0].tolist()}"
 
 
-KINDS = ("plain", "stochastic", "mse", "mae", "residual", "residual_stochastic")
+KINDS = ("plain", "stochastic", "mse", "mae", "residual", "residual_stochastic", *PRODUCERS)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -184,6 +191,30 @@ def test_rows_that_do_not_fit(kind: str, kernels: None, monkeypatch: pytest.Monk
         problem = replace(Problem.draw(rng, kind), m=5, k=1104, scaling=scaling, sf_layout=rng.choice(LAYOUTS))
         x, arguments = problem.values(), problem.arguments()
         compare(problem.run(x, arguments), reference.quantize(x, **arguments))
+
+
+@pytest.mark.parametrize("case", range(24))
+def test_rmsnorm(case: int, kernels: None) -> None:
+    """With a residual and without, every dtype, ragged rows, zeros and what is not finite."""
+    rng = random.Random(case)
+    m, k, dtype = rng.choice((1, 3, 33)), rng.choice((*KS, 2064)), rng.choice(tuple(select.DTYPE_NAMES))
+    layout, scaling = rng.choice(LAYOUTS), rng.choice(("per_row", "given"))
+    x, weight, residual = (torch.randn(shape).to(dtype) for shape in ((m, k), (k,), (m, k + 5)))
+    x[0, : rng.choice((0, 1, k))] = rng.choice((0.0, float("inf"), float("nan"), 1e-30))
+    eps = rng.choice((0.0, 1e-6))
+    added = residual[:, :k] if case % 2 else None
+    sums = None if added is None else torch.full((m, k), float("nan"), dtype=dtype)
+    outer = torch.rand(m) if scaling == "given" else None
+    options = QuantizeOptions(stochastic=rng.random() < 0.3, producer="rmsnorm" if added is None else "add_rmsnorm")
+    seed = 7 if options.stochastic else None
+    norm = calls.Norm(weight, added, sums, eps)
+    got = calls.quantize(x, False, layout, "te_per_token", outer, options=options, seed=seed, norm=norm)
+    want, h = reference.quantize_rmsnorm(
+        x, weight, eps=eps, residual=added, sf_layout=layout, outer_scale=outer, seed=seed
+    )
+    compare(got, want)
+    if sums is not None:
+        assert torch.equal(sums.nan_to_num(7.0), h.nan_to_num(7.0))
 
 
 @pytest.mark.parametrize("dtype", [torch.bool, torch.uint8, torch.int32, torch.float32], ids=str)

@@ -87,6 +87,7 @@ _RULES: dict[str, tuple[tuple[str, str], ...]] = {
     "encode.hpp": (),
     "adaptive.hpp": (),
     "residual.hpp": (),
+    "producer.hpp": (),
     "layout.hpp": (),
 }
 

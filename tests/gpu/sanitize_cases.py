@@ -25,7 +25,7 @@ import torch  # noqa: E402
 
 import fp4gemm  # noqa: E402
 from fp4gemm import calls, reference, select  # noqa: E402
-from fp4gemm.formats import SF_LAYOUTS  # noqa: E402
+from fp4gemm.formats import PRODUCERS, SF_LAYOUTS  # noqa: E402
 from fp4gemm.spec import check  # noqa: E402
 
 SHAPES = ((1, 16), (5, 33), (130, 272))
@@ -67,6 +67,18 @@ def options_cases(device: torch.device) -> Iterator[str]:
             fp4gemm.quantize_both(x.to(device), **both), reference.quantize_both(x, **both), strict=True
         ):
             cases.assert_same(got, want, f"quantize_both {rows}x{k} {both}")
+    for rows, k in ((1, 32), (5, 33), (33, 4112)):
+        weight, residual = torch.randn(k).bfloat16(), torch.randn(rows, k).bfloat16()
+        for producer in PRODUCERS:
+            x = torch.randn(rows, 2 * k if producer == "silu_mul" else k).bfloat16()
+            yield _quantize(x, device, f"quantize {rows}x{k} {producer}", producer=producer)
+        for added in (None, residual):
+            want, total = reference.quantize_rmsnorm(residual, weight, residual=added)
+            on_device = None if added is None else added.to(device)
+            got, h = fp4gemm.quantize_rmsnorm(residual.to(device), weight.to(device), residual=on_device)
+            cases.assert_same(got, want, f"quantize_rmsnorm {rows}x{k}")
+            cases.assert_same_bits(h, total, "x + residual")
+            yield f"quantize_rmsnorm {rows}x{k}"
     for rows, k in ((5, 33), (33, 4097)):
         x = torch.randn(rows, k)
         for options in ({"transposed": True, "hadamard": 1}, {"seed": 2}):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 from collections.abc import Callable
 from dataclasses import replace
@@ -13,6 +14,7 @@ import torch
 
 import fp4gemm
 from fp4gemm import FP4Tensor, reference
+from fp4gemm.formats import PRODUCERS
 
 Options = dict[str, Any]
 PROBLEMS, CHUNK = 500, 50
@@ -64,8 +66,14 @@ def e4m3(rng: random.Random) -> Options:
     return {"dtype": torch.float8_e4m3fn, **extra}
 
 
+def produced(rng: random.Random) -> Options:
+    extra = rng.choice(({}, {}, stochastic(rng), {"residual": 32}, {"adaptive": "mse"}))
+    return {"producer": rng.choice(PRODUCERS), **extra}
+
+
 SETS: tuple[Callable[[random.Random], Options], ...] = (
     transposed, hadamard, stochastic, everything_transposed, adaptive, squares, residual, residual_stochastic, e4m3,
+    produced,
 )  # fmt: skip
 
 
@@ -88,6 +96,8 @@ def draw(make: Callable[[random.Random], Options], seed: int) -> tuple[str, torc
     if options.pop("order", False):
         options["channel_order"] = torch.randperm(case.k, generator=torch.Generator().manual_seed(seed))
     x = case.x()
+    if options.get("producer") == "silu_mul":
+        x = torch.cat([x, replace(case, seed=seed + 1).x()], dim=1)
     if dtype := options.pop("dtype", None):
         x = x.float().clamp(-448, 448).to(dtype)
     if rng.random() < 0.3:
@@ -143,6 +153,65 @@ def test_amaxes_and_the_two_calls_that_take_them(first: int, device: torch.devic
         arguments |= {"scaling": "per_row"}
         split = fp4gemm.quantize(x.to(device), amax=got[1], **moved(arguments, device))
         cases.assert_same(split, reference.quantize(x, **arguments), f"in two calls: {what}")
+
+
+@pytest.mark.parametrize("first", range(0, PROBLEMS, CHUNK))
+def test_rmsnorm_then_quantize(first: int, device: torch.device) -> None:
+    for seed in range(first, first + CHUNK):
+        rng = random.Random(seed % KERNELS)
+        residual, stochastic_seed = rng.random() < 0.5, rng.choice((None, None, 5))
+        what, x, arguments = draw(transposed, seed)
+        eps = random.Random(seed).choice((0.0, 1e-6, 1e-5))
+        generator = torch.Generator().manual_seed(seed)
+        weight = torch.randn(x.shape[1], generator=generator).to(x.dtype)
+        added = torch.randn(x.shape, generator=generator).to(x.dtype) if residual else None
+        scaling = {name: arguments[name] for name in ("scaling", "sf_layout", "convention")}
+        scaling |= {"eps": eps, "seed": stochastic_seed}
+        want, h = reference.quantize_rmsnorm(x, weight, residual=added, **scaling)
+        cases.poison_for(want, device)
+        on_device = None if added is None else added.to(device)
+        got, sums = fp4gemm.quantize_rmsnorm(x.to(device), weight.to(device), residual=on_device, **scaling)
+        cases.assert_same(got, want, what)
+        assert torch.equal(sums.cpu().nan_to_num(7.0), h.nan_to_num(7.0)), what
+
+
+@pytest.mark.parametrize("producer", PRODUCERS)
+@pytest.mark.parametrize("m", [1, 7, 100])
+def test_a_producer_in_front_of_a_gemm(producer: str, m: int, cuda: torch.device) -> None:
+    generator = torch.Generator().manual_seed(m)
+    k = 1056
+    x = torch.randn(m, 2 * k if producer == "silu_mul" else k, generator=generator).bfloat16().to(cuda)
+    w = fp4gemm.quantize(torch.randn(272, k, generator=generator).bfloat16().to(cuda)).prepack()
+    want = fp4gemm.gemm(fp4gemm.quantize(x, producer=producer), w)
+    assert torch.equal(fp4gemm.quantize_gemm(x, w, producer=producer), want)
+    assert torch.equal(fp4gemm.quantize_gemm(reference.produce(x, producer), w), want)
+
+
+@pytest.mark.parametrize("m, n, k", [(39, 6144, 4096), (1357, 4096, 12288)])
+def test_companions_take_the_error_from_outlier_channels(m: int, n: int, k: int, cuda: torch.device) -> None:
+    """ARCQuant's promise: the error of the product falls with KE, as that of the reference's values does."""
+    generator = torch.Generator(cuda).manual_seed(k)
+    x = torch.randn(m, k, device=cuda, generator=generator)
+    loud = torch.rand(k, device=cuda, generator=generator) < 1 / 16
+    x[:, loud] *= 1 + 15 * torch.rand(int(loud.sum()), device=cuda, generator=generator)
+    x = x.bfloat16()
+    w = (torch.randn(n, k, device=cuda, generator=generator) / k**0.5).bfloat16()
+    order = x.float().abs().amax(0).argsort()
+    exact, errors = x.double() @ w.double().t(), []
+    for residual in range(0, 4097, 512):
+        options = {"residual": residual, "channel_order": order} if residual else {}
+        weight = fp4gemm.quantize(w, residual_side="weight", **options)
+        got = fp4gemm.quantize_gemm(x, weight.prepack(), out_dtype=torch.float32, **options)
+        activation = reference.quantize(x, **options)
+        other = reference.quantize(w, residual_side="weight", **options)
+        predicted = reference.dequantize(activation).double() @ reference.dequantize(other).double().t()
+        error, expected = ((y.double() - exact).norm() / exact.norm() for y in (got, predicted))
+        assert abs(error - expected) < 1e-4 * expected, (residual, error, expected)
+        errors.append(float(error))
+    print(f"{m} x {n} x {k}, KE = 0, 512, ... 4096:", ", ".join(f"{error:.4f}" for error in errors))
+    # Beyond the loud channels there is less to gain, and a companion cannot do harm on the whole.
+    assert all(later < 1.002 * earlier for earlier, later in itertools.pairwise(errors)), errors
+    assert errors[0] > 1.25 * errors[-1], errors
 
 
 def test_a_seed_on_the_device_is_read_when_the_kernel_runs(cuda: torch.device) -> None:

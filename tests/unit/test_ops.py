@@ -436,6 +436,17 @@ def prepacked():
             ),
         ),
         (
+            "quantize",
+            lambda x, w, bias: (
+                *(x, False, "128x4", "te", 1, None, None, None, None, None, None, 0, "activation", None, "silu_mul"),
+            ),
+        ),
+        (
+            "quantize_rmsnorm",
+            lambda x, w, bias: (x[0], 1e-5, values(M, K, seed=4), x, False, "8x4", "te_per_token", 1, None),
+        ),
+        ("quantize_rmsnorm", lambda x, w, bias: (x[0], 0.0, None, x, True, "128x4", "te", 1, None)),
+        (
             "quantize_out",
             lambda x, w, bias: (
                 *ops._flat(fp4gemm.quantize(-x))[:3],

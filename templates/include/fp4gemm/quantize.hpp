@@ -7,6 +7,7 @@
 #include "fp4gemm/adaptive.hpp"
 #include "fp4gemm/async.hpp"
 #include "fp4gemm/layout.hpp"
+#include "fp4gemm/producer.hpp"
 #include "fp4gemm/residual.hpp"
 #include "fp4gemm/values.hpp"
 
@@ -14,7 +15,7 @@ namespace fp4gemm {
 
 // Packed by fp4gemm/launch.py (QUANTIZE_ARGUMENTS): keep both alike.
 struct QuantizeArguments {
-  void const* x;  // [rows, k], k contiguous
+  void const* x;  // [rows, k], k contiguous; kSiluMul: [rows, 2 k]
   void* data;  // uint8 [rows, columns * 8]; values: bf16 [rows, out_stride], ceil8(k) columns
   uint8_t* block_scale;  // padded rows x padded columns in the layout; unused for values
   float* outer_scale;  // [rows] per row, [1] otherwise
@@ -33,18 +34,37 @@ struct QuantizeArguments {
   int out_columns;  // of the result: columns, and a companion for each of the last ones (kResidual)
 };
 
+// What a norm needs besides (fp4gemm/launch.py, NORM_ARGUMENTS); all of the dtype of x, and as aligned.
+struct NormArguments : QuantizeArguments {
+  void const* weight;  // [k]
+  void const* residual;  // [rows, k], k contiguous (kAddRmsNorm)
+  void* sum;  // [rows, k], contiguous: x + residual (kAddRmsNorm)
+  int64_t residual_stride;
+  float eps;
+};
+
 enum class Scaling { kPerRow, kPerTensor, kAmaxes, kGiven };
 
 // What a quantizer does beyond a convention's plain rule.
 template <bool kStochastic_ = false, Adaptive kAdaptive_ = Adaptive::kNone, Residual kResidual_ = Residual::kNone,
-          bool kGathered_ = false, bool kNoop_ = false>
+          bool kGathered_ = false, bool kNoop_ = false, Producer kProducer_ = Producer::kNone>
 struct QuantizeOptions {
   static constexpr bool kStochastic = kStochastic_;
   static constexpr Adaptive kAdaptive = kAdaptive_;
   static constexpr Residual kResidual = kResidual_;
   static constexpr bool kGathered = kGathered_;
   static constexpr bool kNoop = kNoop_;
+  static constexpr Producer kProducer = kProducer_;
+  static constexpr bool kNorm = is_norm(kProducer_);
   static_assert(kAdaptive == Adaptive::kNone || (!kStochastic && kResidual == Residual::kNone), "4/6 stands alone");
+  static_assert(kProducer == Producer::kNone || !kGathered, "columns of x are not those of what is made of it");
+};
+
+template <bool kNorm> struct ArgumentsOf {
+  using Type = QuantizeArguments;
+};
+template <> struct ArgumentsOf<true> {
+  using Type = NormArguments;
 };
 
 template <bool kAdaptive, class Convention> struct WithRange {
@@ -61,6 +81,7 @@ struct QuantizeConfig {
   using Options = Options_;
   using Convention = typename WithRange<Options::kAdaptive != Adaptive::kNone, Convention_>::Type;
   using Scales = Scales_;
+  using Arguments = typename ArgumentsOf<Options::kNorm>::Type;
   static constexpr Scaling kScaling = kScaling_;
   static constexpr int kThreads = kThreads_;  // threads of a row
   static constexpr int kBlocks = kBlocks_;  // 16-value blocks a thread holds
@@ -72,15 +93,18 @@ struct QuantizeConfig {
   static constexpr int kCtasOfSm = 1024 / kCta;  // that should have registers
   static_assert(kThreads % 32 == 0 && kCta <= 1024, "a row is a whole number of warps of one CTA");
   static_assert(kThreads == 32 || kRows <= 8, "a barrier for each row");
+  static_assert(kResident || !Options::kNorm, "the mean square is that of a row in registers");
 };
 
-template <class Element, bool kVectorized>
+// kOnce: nothing else reads it.
+template <class Element, bool kVectorized, bool kOnce = true>
 __device__ __forceinline__ typename Element::Block load_block(void const* row, int column, int k) {
   if constexpr (kVectorized) {
     Words<Element::kBytes> words;
     auto const* source = reinterpret_cast<uint4 const*>(row) + column * Element::kBytes;
 #pragma unroll
-    for (int i = 0; i < Element::kBytes; ++i) reinterpret_cast<uint4*>(words.w)[i] = __ldcs(source + i);
+    for (int i = 0; i < Element::kBytes; ++i)
+      reinterpret_cast<uint4*>(words.w)[i] = kOnce ? __ldcs(source + i) : source[i];
     return Element::unpack(words);
   } else {
     typename Element::Block x{};
@@ -90,6 +114,37 @@ __device__ __forceinline__ typename Element::Block load_block(void const* row, i
       if (column * kBlock + i < k) Element::set(x, i, source[i]);
     }
     return x;
+  }
+}
+
+template <class Element, bool kVectorized>
+__device__ __forceinline__ void store_block(void* row, int column, int k, typename Element::Block const& x) {
+  if constexpr (kVectorized) {
+    auto* const target = reinterpret_cast<uint4*>(row) + column * Element::kBytes;
+#pragma unroll
+    for (int i = 0; i < Element::kBytes; ++i) target[i] = reinterpret_cast<uint4 const*>(x.w)[i];
+  } else {
+    constexpr int kOfWord = 4 / Element::kBytes;
+    auto* const target = reinterpret_cast<typename Element::Raw*>(row) + static_cast<int64_t>(column) * kBlock;
+#pragma unroll
+    for (int i = 0; i < kBlock; ++i) {
+      if (column * kBlock + i < k)
+        target[i] = static_cast<typename Element::Raw>(x.w[i / kOfWord] >> (i % kOfWord * 8 * Element::kBytes));
+    }
+  }
+}
+
+// A block of what an element-wise producer makes of a row.
+template <class Element, bool kVectorized, Producer kProducer>
+__device__ __forceinline__ typename Element::Block load_produced(void const* row, int column, int k) {
+  auto const x = load_block<Element, kVectorized>(row, column, k);
+  if constexpr (kProducer == Producer::kNone || is_norm(kProducer)) {
+    return x;
+  } else if constexpr (kProducer == Producer::kSiluMul) {
+    auto const* up = static_cast<typename Element::Raw const*>(row) + k;
+    return produce<kProducer, Element>(x, load_block<Element, kVectorized>(up, column, k));
+  } else {
+    return produce<kProducer, Element>(x, x);
   }
 }
 
@@ -216,13 +271,15 @@ template <class Config> class RowQuantizer {
   // Encoded before its scale is stored: what the codes are decides, or depends on, the scales.
   static constexpr bool kEarly = kPairs || Options::kAdaptive != Adaptive::kNone;
 
-  QuantizeArguments const& args_;
+  using Arguments = typename Config::Arguments;
+
+  Arguments const& args_;
   int64_t const row_;
   int const thread_;
   bool const real_;  // false for a row that exists only as scale-factor padding
 
  public:
-  __device__ explicit RowQuantizer(QuantizeArguments const& args)
+  __device__ explicit RowQuantizer(Arguments const& args)
       : args_(args),
         row_(Scales::template row<Config::kRows>(blockIdx.x, threadIdx.x / Config::kThreads)),
         thread_(threadIdx.x % Config::kThreads),
@@ -239,19 +296,20 @@ template <class Config> class RowQuantizer {
       if (byte ? *static_cast<uint8_t const*>(args_.noop) : *static_cast<uint32_t const*>(args_.noop) & args_.noop_mask)
         return;
     }
-    if constexpr (Config::kScaling != Scaling::kPerRow) {
+    if constexpr (Config::kResident && (Config::kScaling == Scaling::kPerRow || Options::kNorm)) {
+      Block x[Config::kBlocks];
+      float amax[Config::kBlocks];
+      float row_amax = load_step(0, x, amax);
+      prefetch_ahead();
+      if constexpr (Config::kScaling == Scaling::kPerRow)
+        row_amax = reduce_group<Config::kThreads, Config::kRows>(row_amax);
+      store_step(0, x, amax, outer_scale(row_amax));
+    } else if constexpr (Config::kScaling != Scaling::kPerRow) {
       // No reduction: CTAs split the row as well, where it is longer than a step.
       prefetch_ahead();
       auto const outer = outer_scale(0.0f);
       for (int first = blockIdx.y * kStep; first < padded_columns(); first += gridDim.y * kStep)
         encode_step(first, outer);
-    } else if constexpr (Config::kResident) {
-      Block x[Config::kBlocks];
-      float amax[Config::kBlocks];
-      float const step_amax = load_step(0, x, amax);
-      prefetch_ahead();
-      float const row_amax = reduce_group<Config::kThreads, Config::kRows>(step_amax);
-      store_step(0, x, amax, outer_scale(row_amax));
     } else {
       float row_amax = 0.0f;
       for (int first = 0; first < args_.columns; first += kStep) {
@@ -272,7 +330,11 @@ template <class Config> class RowQuantizer {
     int64_t const row =
         Scales::template row<Config::kRows>(blockIdx.x + args_.prefetch, threadIdx.x / Config::kThreads);
     if (row >= args_.rows) return;
-    prefetch_l2(static_cast<char const*>(args_.x) + row * args_.x_stride * Element::kBytes, args_.k * Element::kBytes);
+    int const bytes = args_.k * Element::kBytes;
+    prefetch_l2(static_cast<char const*>(args_.x) + row * args_.x_stride * Element::kBytes,
+                Options::kProducer == Producer::kSiluMul ? 2 * bytes : bytes);
+    if constexpr (Options::kProducer == Producer::kAddRmsNorm)
+      prefetch_l2(static_cast<char const*>(args_.residual) + row * args_.residual_stride * Element::kBytes, bytes);
   }
 
   __device__ int padded_columns() const { return Scales::padded_columns(args_.columns); }
@@ -297,8 +359,44 @@ template <class Config> class RowQuantizer {
     if constexpr (Options::kGathered) {
       return gather_block<Element>(row, args_.order, column);
     } else {
-      return load_block<Element, Config::kVectorized>(row, column, args_.k);
+      return load_produced<Element, Config::kVectorized, Options::kProducer>(row, column, args_.k);
     }
+  }
+
+  // x becomes its norm, and x + residual is written where there is one. Padding stays 0, whatever the scale is.
+  __device__ void normalize(Block (&x)[Config::kBlocks]) const {
+    constexpr int kWarps = Config::kThreads / 32;
+    __shared__ float sums[Config::kRows][Config::kBlocks * kWarps];
+    float* const own = sums[threadIdx.x / Config::kThreads];
+#pragma unroll
+    for (int i = 0; i < Config::kBlocks; ++i) {
+      if constexpr (Options::kProducer == Producer::kAddRmsNorm) add_residual(i, x[i]);
+      float const sum = sum_of_lanes(sum_of_squares<Element>(x[i]));
+      if (thread_ % 32 == 0) own[i * kWarps + thread_ / 32] = sum;
+    }
+    group_barrier<Config::kThreads>(threadIdx.x / Config::kThreads);
+    float total = 0.0f;
+#pragma unroll
+    for (int i = 0; i < Config::kBlocks * kWarps; ++i) total = __fadd_rn(total, own[i]);
+    float const mean = __fdiv_rn(total, static_cast<float>(args_.k));
+    float const scale = __fdiv_rn(1.0f, __fsqrt_rn(__fadd_rn(mean, args_.eps)));
+#pragma unroll
+    for (int i = 0; i < Config::kBlocks; ++i) {
+      int const column = i * Config::kThreads + thread_;
+      if (!real_ || column >= args_.columns) continue;
+      int const values = Config::kVectorized ? kBlock : args_.k - column * kBlock;
+      auto const weight = load_block<Element, Config::kVectorized, false>(args_.weight, column, args_.k);
+      x[i] = scaled_by<Element>(x[i], weight, scale, values);
+    }
+  }
+
+  __device__ void add_residual(int i, Block& x) const {
+    int const column = i * Config::kThreads + thread_;
+    if (!real_ || column >= args_.columns) return;
+    auto const* residual = static_cast<typename Element::Raw const*>(args_.residual) + row_ * args_.residual_stride;
+    auto* const sum = static_cast<typename Element::Raw*>(args_.sum) + row_ * args_.k;
+    x = sum_of<Element>(x, load_block<Element, Config::kVectorized>(residual, column, args_.k));
+    store_block<Element, Config::kVectorized>(sum, column, args_.k, x);
   }
 
   __device__ float load_step(int first, Block (&x)[Config::kBlocks], float (&amax)[Config::kBlocks]) const {
@@ -309,6 +407,7 @@ template <class Config> class RowQuantizer {
       x[i] = Block{};
       if (real_ && column < args_.columns) x[i] = load(row, column);
     }
+    if constexpr (Options::kNorm) normalize(x);
     float step_amax = 0.0f;
 #pragma unroll
     for (int i = 0; i < Config::kBlocks; ++i) {
@@ -477,12 +576,14 @@ struct AmaxArguments {
   int k, columns;
 };
 
-template <class Element, bool kVectorized, int kThreads> __device__ void tensor_amax(AmaxArguments const& args) {
+template <class Element, bool kVectorized, int kThreads, Producer kProducer = Producer::kNone>
+__device__ void tensor_amax(AmaxArguments const& args) {
   float amax = 0.0f;
   for (int64_t row = blockIdx.x; row < args.rows; row += gridDim.x) {
     auto const* source = static_cast<char const*>(args.x) + row * args.x_stride * Element::kBytes;
     for (int column = threadIdx.x; column < args.columns; column += kThreads) {
-      amax = fmaxf(amax, fabsf(flagged_amax<Element>(load_block<Element, kVectorized>(source, column, args.k))));
+      auto const x = load_produced<Element, kVectorized, kProducer>(source, column, args.k);
+      amax = fmaxf(amax, fabsf(flagged_amax<Element>(x)));
     }
   }
   // One atomic a CTA: they all meet at one address.

@@ -1,0 +1,105 @@
+// What comes before a quantizer in a layer, fused into it: the values it quantizes are made in registers, rounded to the dtype of x
+// as the layer's own kernel would have left them. docs/numerics.md counts the operations, fp4gemm/reference/producers.py has the same.
+#pragma once
+
+#include "fp4gemm/numeric.hpp"
+
+namespace fp4gemm {
+
+enum class Producer { kNone, kSiluMul, kGeluTanh, kRelu2, kRmsNorm, kAddRmsNorm };
+
+constexpr bool is_norm(Producer producer) {
+  return producer == Producer::kRmsNorm || producer == Producer::kAddRmsNorm;
+}
+
+// 1 / (1 + 2^t). There is no division: its slow path would cost more than two steps from a guess by the exponent.
+__device__ __forceinline__ float logistic(float t) {
+  t = fmaxf(fminf(t, 64.0f), -64.0f);
+  float const shifted = __fadd_rn(t, 0x1.8p23f);  // the nearest integer is in its low bits
+  float const f = __fadd_rn(t, -__fadd_rn(shifted, -0x1.8p23f));
+  float p = __fmaf_rn(0x1.3a02cap-7f, f, 0x1.c9fc48p-5f);
+  p = __fmaf_rn(p, f, 0x1.ec0378p-3f);
+  p = __fmaf_rn(p, f, 0x1.62e12cp-1f);
+  p = __fmaf_rn(p, f, 1.0f);
+  float const d = __fadd_rn(__uint_as_float(__float_as_uint(p) + (__float_as_uint(shifted) << 23)), 1.0f);
+  float r = __uint_as_float(0x7EF31000u - __float_as_uint(d));
+  float const error = __fmaf_rn(-d, r, 1.0f);
+  r = __fmaf_rn(r, __fmaf_rn(error, error, error), r);
+  return __fmaf_rn(r, __fmaf_rn(-d, r, 1.0f), r);
+}
+
+__device__ __forceinline__ float silu_mul(float gate, float up) {
+  return __fmul_rn(__fmul_rn(gate, logistic(__fmul_rn(gate, -0x1.715476p+0f))), up);
+}
+
+__device__ __forceinline__ float gelu_tanh(float x) {
+  float const inner = __fmaf_rn(__fmul_rn(x, x), -0x1.a5a7d0p-4f, -0x1.26aec2p+1f);
+  return __fmul_rn(x, logistic(__fmul_rn(x, inner)));
+}
+
+__device__ __forceinline__ float relu2(float x) {
+  float const positive = x < 0.0f ? 0.0f : x;  // NaN stays
+  return __fmul_rn(positive, positive);
+}
+
+// Value i of 16 in fp32 -> a block of them, rounded.
+template <class Element, class Value> __device__ __forceinline__ typename Element::Block block_of(Value const& value) {
+  typename Element::Block y;
+  if constexpr (Element::kBytes == 4) {
+#pragma unroll
+    for (int i = 0; i < kBlock; ++i) y.w[i] = __float_as_uint(value(i));
+  } else {
+#pragma unroll
+    for (int i = 0; i < kBlock; i += 2) y.w[i / 2] = Element::pack(value(i), value(i + 1));
+  }
+  return y;
+}
+
+// Element-wise producers; `up` is read by kSiluMul alone.
+template <Producer kProducer, class Element>
+__device__ __forceinline__ typename Element::Block produce(typename Element::Block const& x,
+                                                           typename Element::Block const& up) {
+  return block_of<Element>([&](int i) {
+    float const value = Element::value(x, i);
+    if constexpr (kProducer == Producer::kSiluMul) return silu_mul(value, Element::value(up, i));
+    if constexpr (kProducer == Producer::kGeluTanh) return gelu_tanh(value);
+    return relu2(value);
+  });
+}
+
+template <class Element> __device__ __forceinline__ typename Element::Block sum_of(typename Element::Block const& a,
+                                                                                   typename Element::Block const& b) {
+  return block_of<Element>([&](int i) { return __fadd_rn(Element::value(a, i), Element::value(b, i)); });
+}
+
+// RMSNorm's last step: times the inverse root of the mean square, and times the weight; so many values, then zeros.
+template <class Element>
+__device__ __forceinline__ typename Element::Block scaled_by(typename Element::Block const& x,
+                                                             typename Element::Block const& weight, float scale,
+                                                             int values) {
+  return block_of<Element>([&](int i) {
+    return i < values ? __fmul_rn(__fmul_rn(Element::value(x, i), scale), Element::value(weight, i)) : 0.0f;
+  });
+}
+
+// Of a block, halves folded onto each other: an order that no tiling changes.
+template <class Element> __device__ __forceinline__ float sum_of_squares(typename Element::Block const& x) {
+  float s[kBlock];
+#pragma unroll
+  for (int i = 0; i < kBlock; ++i) s[i] = __fmul_rn(Element::value(x, i), Element::value(x, i));
+#pragma unroll
+  for (int half = kBlock / 2; half > 0; half /= 2) {
+#pragma unroll
+    for (int i = 0; i < half; ++i) s[i] = __fadd_rn(s[i], s[i + half]);
+  }
+  return s[0];
+}
+
+// Of 32 consecutive blocks, one a lane, folded likewise; every lane gets it.
+__device__ __forceinline__ float sum_of_lanes(float sum) {
+#pragma unroll
+  for (int half = 16; half > 0; half /= 2) sum = __fadd_rn(sum, __shfl_xor_sync(~0u, sum, half));
+  return sum;
+}
+
+}  // namespace fp4gemm
