@@ -55,6 +55,13 @@ def test_the_examples_are_possible(good):
         (QUANTIZE, {"adaptive": "mse", "stochastic": True}, "adaptive: expected neither stochastic nor residual"),
         (QUANTIZE, {"adaptive": "mse", "residual": "weight"}, "adaptive: expected neither stochastic nor residual"),
         (QUANTIZE, {"gathered": True}, "gathered: expected a residual with it"),
+        (QUANTIZE, {"producer": "silu"}, "producer: got 'silu', expected one of silu_mul, gelu_tanh, relu2, rmsnorm"),
+        (QUANTIZE, {"producer": "relu2", "dtype": "e4m3"}, "producer: got 'relu2' of e4m3, expected bf16, fp16 or"),
+        (QUANTIZE, {"producer": "relu2", "residual": "weight", "gathered": True}, "producer: got 'relu2' of bf16"),
+        *(
+            (QUANTIZE, {"producer": "rmsnorm", **more}, "producer: got 'rmsnorm', expected packed rows in registers")
+            for more in ({"resident": False}, {"scaling": "per_tensor"}, {"output": "values", "sf_layout": "linear"})
+        ),
         (QUANTIZE, {"convention": "amd"}, "convention: got 'amd', expected one of te_per_token"),
         (QUANTIZE, {"sf_layout": "4x4"}, "sf_layout: got '4x4', expected one of linear, 128x4, 8x4"),
         (DEQUANTIZE, {"sf_layout": "4x4"}, "sf_layout: got '4x4', expected one of linear, 128x4, 8x4"),
@@ -66,6 +73,7 @@ def test_the_examples_are_possible(good):
         (QUANTIZE, {"threads": 32, "rows": 16}, "rows: got 16, expected 1, 2, 4 or 8"),
         (QUANTIZE, {"blocks": 0}, "blocks: got 0, expected 1 to 8"),
         (QUANTIZE, {"blocks": 9}, "blocks: got 9, expected 1 to 8"),
+        (AMAX, {"producer": "rmsnorm"}, "producer: got 'rmsnorm', expected one of silu_mul"),
         *((good, {"threads": n}, f"threads: got {n}") for good in (AMAX, DEQUANTIZE) for n in (0, 48, 1056)),
         (DEQUANTIZE, {"units": 0}, "units: got 0"),
         (QUANTIZE, {"output": "int8"}, "output: got 'int8', expected one of packed, values"),
@@ -193,11 +201,11 @@ def test_names_are_unique_and_are_file_names():
           (("arch", "sm_100a"), ("dtype", "fp32"), ("scaling", "given"), ("convention", "te"), ("sf_layout", "8x4"),
            ("threads", 64), ("blocks", 2), ("rows", 2), ("vectorized", False), ("resident", False),
            ("output", "values"), ("stochastic", True), ("adaptive", "mse"), ("residual", "weight"), ("gathered", True),
-           ("noop", True))),
+           ("noop", True), ("producer", "relu2"))),
         *((PACK, field, other) for field, other in
           (("arch", "sm_100a"), ("sf_layout", "8x4"), ("direction", "unpack"), ("threads", 128))),
         *((AMAX, field, other) for field, other in
-          (("arch", "sm_100a"), ("dtype", "fp32"), ("vectorized", False), ("threads", 64))),
+          (("arch", "sm_100a"), ("dtype", "fp32"), ("vectorized", False), ("producer", "relu2"), ("threads", 64))),
         *((DEQUANTIZE, field, other) for field, other in
           (("arch", "sm_100a"), ("dtype", "fp32"), ("sf_layout", "8x4"), ("outer", False), ("threads", 64),
            ("units", 2))),
