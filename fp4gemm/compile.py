@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import re
 import struct
@@ -10,11 +11,11 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from fp4gemm import toolchain
+from fp4gemm import env, toolchain
 from fp4gemm.render import template_dir
 from fp4gemm.toolchain import ToolchainError
 
-__all__ = ["CompileError", "Compiled", "ToolchainError", "compile_source", "options"]
+__all__ = ["CompileError", "Compiled", "ToolchainError", "compile_source", "options", "use_overlay"]
 
 _log = logging.getLogger(__name__)
 
@@ -37,26 +38,64 @@ class Compiled:
     meta: tuple[int, ...]  # the ints of the kernel's own fp4gemm_meta, see templates/include/fp4gemm/gemm.hpp
 
 
+@dataclass(frozen=True)
+class _Overlay:
+    folder: Path
+    digest: str
+
+
+_overlay: _Overlay | None = None
+
+
+def use_overlay(folder: Path | None) -> None:
+    """For tests of FP4GEMM_EMULATE: headers that stand before CUTLASS's and do in software what sm_90a lacks.
+
+    They belong to a kernel's identity by their content, read here, not by their place. None: no overlay.
+    """
+    global _overlay
+    _overlay = None if folder is None else _Overlay(folder, _digest(folder))
+
+
+def _digest(folder: Path) -> str:
+    digest = hashlib.sha256()
+    for path in sorted(path for path in folder.rglob("*") if path.is_file()):
+        digest.update(f"{path.relative_to(folder)}\0".encode() + path.read_bytes())
+    return digest.hexdigest()
+
+
+def _emulated(arch: str) -> _Overlay | None:
+    """The overlay where kernels of this arch are emulated. Raises ToolchainError where there is none."""
+    if arch != env.settings().emulate:
+        return None
+    if _overlay is None:
+        raise ToolchainError(f"FP4GEMM_EMULATE={arch} is for fp4gemm's tests, which bring an emulator: unset it")
+    return _overlay
+
+
 def options(arch: str) -> list[str]:
     """NVRTC options that are part of a kernel's identity. No contraction: docs/numerics.md counts every rounding."""
     language = ["-std=c++17", "--device-as-default-execution-space", "--device-int128", "--fmad=false", "-DNDEBUG"]
-    return [f"--gpu-architecture={arch}", *language, "--ptxas-options=-v"]
+    overlay = _emulated(arch)
+    target = [f"--gpu-architecture={arch}"]
+    if overlay:
+        target = ["--gpu-architecture=sm_90a", f"-DFP4GEMM_EMULATE={overlay.digest[:20]}"]
+    return [*target, *language, "--ptxas-options=-v"]
 
 
-def include_options(cutlass: bool) -> list[str]:
+def include_options(arch: str, *, cutlass: bool) -> list[str]:
     """Own headers first, then the stand-ins that use ``#include_next``, then CUTLASS and CUDA where they are needed."""
     own = template_dir() / "include"
     folders = [own]
     if cutlass:
-        headers = toolchain.find_headers()
-        folders += [own / "nvrtc", headers.cutlass, *headers.cuda]
+        headers, overlay = toolchain.find_headers(), _emulated(arch)
+        folders += [own / "nvrtc", *([overlay.folder] if overlay else []), headers.cutlass, *headers.cuda]
     return [f"-I{folder}" for folder in folders]
 
 
 def compile_source(source: str, name: str, arch: str, *, cutlass: bool) -> Compiled:
     """Compile one translation unit. Raises CompileError with NVRTC's log, ToolchainError where something is missing."""
     toolchain.nvrtc_version()
-    arguments = options(arch) + include_options(cutlass)
+    arguments = options(arch) + include_options(arch, cutlass=cutlass)
     start = time.perf_counter()
     cubin, log = _nvrtc(source, name, arguments)
     seconds = time.perf_counter() - start

@@ -16,9 +16,11 @@ VARIABLES = {
     "FP4GEMM_CUTLASS_PATH": "CUTLASS checkout or its include folder (default: the nvidia-cutlass wheel)",
     "FP4GEMM_CUDA_HOME": "CUDA toolkit whose headers to use (default: the nvidia-cuda-* wheels, then CUDA_HOME)",
     "FP4GEMM_DISABLE_JIT": "1: a kernel that is not in the cache is an error (default 0)",
+    "FP4GEMM_EMULATE": "for fp4gemm's own tests: sm_100a or sm_120a, whose kernels then run on compute capability 9.0",
     "FP4GEMM_LOG": "logging level: debug, info, warning, error (default: as the application sets it)",
 }
 _D = TypeVar("_D", str, None)
+_EMULATED = ("sm_100a", "sm_120a")
 _LEVELS = ("debug", "info", "warning", "error")
 
 
@@ -29,6 +31,7 @@ class Settings:
     cuda_home: Path | None
     disable_jit: bool
     log: str | None
+    emulate: str | None
 
 
 def settings(environ: Mapping[str, str] | None = None) -> Settings:
@@ -43,6 +46,7 @@ def settings(environ: Mapping[str, str] | None = None) -> Settings:
         cuda_home=_path(environ, "FP4GEMM_CUDA_HOME"),
         disable_jit=_choice(environ, "FP4GEMM_DISABLE_JIT", ("0", "1"), "0") == "1",
         log=_choice(environ, "FP4GEMM_LOG", _LEVELS, None),
+        emulate=_choice(environ, "FP4GEMM_EMULATE", _EMULATED, None),
     )
 
 

@@ -1,4 +1,4 @@
-"""The kernels of GEMMs on prepacked weights, their own C++ source, on a CPU: no GPU and no CUDA, only g++."""
+"""Kernels where their own machine is missing: on a CPU, where only g++ is needed, and Blackwell's on a Hopper GPU."""
 
 from __future__ import annotations
 
@@ -7,7 +7,9 @@ from pathlib import Path
 
 import pytest
 
-sys.path.insert(0, str(Path(__file__).parent))  # --import-mode=importlib leaves test folders off the path
+# --import-mode=importlib leaves test folders off the path; gpu_cases is in tests/gpu.
+sys.path.insert(0, str(Path(__file__).parents[1] / "gpu"))
+sys.path.insert(0, str(Path(__file__).parent))
 
 import emulator as emulation
 

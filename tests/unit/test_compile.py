@@ -177,8 +177,44 @@ def test_cuda_home_goes_before_the_wheels(monkeypatch, tmp_path, cccl):
 
 
 def test_installed_headers_come_after_our_own():
-    folders = [option.removeprefix("-I") for option in compiler.include_options(cutlass=True)]
+    folders = [option.removeprefix("-I") for option in compiler.include_options("sm_90a", cutlass=True)]
     headers = toolchain.find_headers()
     own = str(compiler.template_dir() / "include")
     assert folders == [own, f"{own}/nvrtc", str(headers.cutlass), *map(str, headers.cuda)]
-    assert compiler.include_options(cutlass=False) == [f"-I{own}"]
+    assert compiler.include_options("sm_90a", cutlass=False) == [f"-I{own}"]
+
+
+# --- FP4GEMM_EMULATE --------------------------------------------------------------------------------------------------
+
+
+def test_emulation_needs_an_overlay(monkeypatch):
+    monkeypatch.setenv("FP4GEMM_EMULATE", "sm_120a")
+    with pytest.raises(ToolchainError, match="FP4GEMM_EMULATE=sm_120a is for fp4gemm's tests"):
+        compiler.options("sm_120a")
+    assert "--gpu-architecture=sm_100a" in compiler.options("sm_100a")
+
+
+def test_an_overlay_counts_by_its_content_and_for_one_arch(monkeypatch, tmp_path):
+    plain = {arch: compiler.options(arch) for arch in ARCHS}
+    monkeypatch.setattr(compiler, "_overlay", None)
+    monkeypatch.setenv("FP4GEMM_EMULATE", "sm_120a")
+    emulated = []
+    for folder, text in (("a", "one"), ("b", "one"), ("c", "two")):
+        touch(tmp_path / folder / "cute/x.hpp")
+        (tmp_path / folder / "cute/x.hpp").write_text(text)
+        compiler.use_overlay(tmp_path / folder)
+        assert [compiler.options(arch) for arch in ARCHS[:2]] == [plain[arch] for arch in ARCHS[:2]]
+        emulated.append(compiler.options("sm_120a"))
+        assert "--gpu-architecture=sm_90a" in emulated[-1]
+        folders = compiler.include_options("sm_120a", cutlass=True)
+        assert folders[2] == f"-I{tmp_path / folder}"
+        assert compiler.include_options("sm_100a", cutlass=True) == folders[:2] + folders[3:]
+    assert emulated[0] == emulated[1] != emulated[2]
+
+
+def test_an_emulated_kernel_is_one_for_sm_90a(monkeypatch, tmp_path):
+    monkeypatch.setattr(compiler, "_overlay", None)
+    monkeypatch.setenv("FP4GEMM_EMULATE", "sm_100a")
+    compiler.use_overlay(tmp_path)
+    source = SOURCE + "#ifndef FP4GEMM_EMULATE\n#error not emulated\n#endif\n"
+    assert "'sm_90a'" in compile_source(source, "tiny", "sm_100a", cutlass=False).log

@@ -10,7 +10,7 @@ from fp4gemm.env import Settings
 
 
 def test_defaults():
-    assert env.settings({}) == Settings(Path.home() / ".cache/fp4gemm", None, None, False, None)
+    assert env.settings({}) == Settings(Path.home() / ".cache/fp4gemm", None, None, False, None, None)
 
 
 def test_every_variable_has_its_setting():
@@ -20,9 +20,11 @@ def test_every_variable_has_its_setting():
         "FP4GEMM_CUDA_HOME": "/cuda",
         "FP4GEMM_DISABLE_JIT": "1",
         "FP4GEMM_LOG": "debug",
+        "FP4GEMM_EMULATE": "sm_120a",
     }
     assert values.keys() == env.VARIABLES.keys()
-    assert env.settings(values) == Settings(Path("/kernels"), Path("/cutlass"), Path("/cuda"), True, "debug")
+    expected = Settings(Path("/kernels"), Path("/cutlass"), Path("/cuda"), True, "debug", "sm_120a")
+    assert env.settings(values) == expected
 
 
 def test_an_empty_variable_counts_as_unset():
@@ -56,6 +58,7 @@ def test_variables_of_others_are_left_alone():
     "name, value, message",
     [
         ("FP4GEMM_DISABLE_JIT", "yes", "FP4GEMM_DISABLE_JIT: got 'yes', expected one of 0, 1"),
+        ("FP4GEMM_EMULATE", "sm_90a", "FP4GEMM_EMULATE: got 'sm_90a', expected one of sm_100a, sm_120a"),
         ("FP4GEMM_LOG", "DEBUG", "FP4GEMM_LOG: got 'DEBUG', expected one of debug, info, warning, error"),
     ],
 )

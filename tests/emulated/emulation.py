@@ -1,0 +1,176 @@
+"""Blackwell's GEMM kernels on a Hopper GPU: turning the emulation on, launching them, and what the emulator noticed."""
+
+from __future__ import annotations
+
+import atexit
+import os
+import re
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cache
+from pathlib import Path
+
+import overlay
+import torch
+
+from fp4gemm import compile as compiler
+from fp4gemm import launch, load
+from fp4gemm.cache import Entry
+from fp4gemm.launch import GemmProblem
+from fp4gemm.select import DTYPE_NAMES
+from fp4gemm.spec import GemmSpec
+from fp4gemm.tensor import FP4Tensor
+from fp4gemm.variants import default_variants
+
+VARIANTS = [spec for spec in default_variants(("sm_100a", "sm_120a")) if isinstance(spec, GemmSpec)]
+DTYPES = {name: dtype for dtype, name in DTYPE_NAMES.items()}
+FAULTS = {int(code): name for name, code in re.findall(r"^  (k\w+) = (\d+),", overlay.EMULATOR.read_text(), re.M)}
+# What is left of an instruction that CUTLASS has for another arch: its wrappers print these and stop.
+NOT_EMULATED = re.compile(rb"[^\0]*(?:Attempting to use|Trying to use|not implemented)[^\0]*")
+
+
+def missing() -> str | None:
+    """What this machine lacks; None when it has everything."""
+    if not torch.cuda.is_available():
+        return "no CUDA device"
+    capability = torch.cuda.get_device_capability()
+    if capability != (9, 0):
+        return f"needs compute capability 9.0: {torch.cuda.get_device_name()} has {capability[0]}.{capability[1]}"
+    return None
+
+
+@cache
+def _overlay() -> Path:
+    folder = Path(tempfile.mkdtemp(prefix="fp4gemm-overlay-"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return overlay.make(folder)
+
+
+@contextmanager
+def emulate(arch: str) -> Iterator[None]:
+    """Kernels of ``arch`` are compiled for sm_90a with the emulator inside."""
+    before = os.environ.get("FP4GEMM_EMULATE")
+    compiler.use_overlay(_overlay())
+    os.environ["FP4GEMM_EMULATE"] = arch
+    try:
+        yield
+    finally:
+        os.environ.pop("FP4GEMM_EMULATE")
+        if before is not None:
+            os.environ["FP4GEMM_EMULATE"] = before
+        compiler.use_overlay(None)
+
+
+def not_emulated(entry: Entry) -> list[str]:
+    """Messages of CUTLASS's wrappers in a cubin: each is an instruction that nothing emulates."""
+    return sorted({match.decode() for match in NOT_EMULATED.findall(entry.cubin)})
+
+
+# --- the emulator's own state in a loaded kernel ----------------------------------------------------------------------
+
+
+def _global(kernel: load.Kernel, name: str) -> tuple[int, int]:
+    from cuda.bindings import driver
+
+    found = driver.cuLibraryGetGlobal(kernel.library, f"fp4gemm_emulation_{name}".encode())
+    address, size = load.check(found, f"find {name} of the emulator in {kernel.spec.name}")
+    return int(address), int(size)
+
+
+def read_words(kernel: load.Kernel, name: str) -> list[int]:
+    """A variable of the emulator, after all launches."""
+    from cuda.bindings import driver
+
+    torch.cuda.synchronize()
+    address, size = _global(kernel, name)
+    host = torch.zeros(size // 4, dtype=torch.int32)
+    load.check(driver.cuMemcpyDtoH(host.data_ptr(), address, size), f"read {name}")
+    return [value & 0xFFFFFFFF for value in host.tolist()]
+
+
+def write_words(kernel: load.Kernel, name: str, values: list[int]) -> None:
+    from cuda.bindings import driver
+
+    torch.cuda.synchronize()
+    address, size = _global(kernel, name)
+    host = torch.tensor(values, dtype=torch.int64).to(torch.int32)
+    assert host.numel() * 4 == size, name
+    load.check(driver.cuMemcpyHtoD(address, host.data_ptr(), size), f"write {name}")
+
+
+def check_faults(kernel: load.Kernel, what: str) -> None:
+    """Fails with the first thing that the emulator was given and does not take, and forgets it."""
+    count, code, *details, cta, thread = read_words(kernel, "faults")
+    if count:
+        write_words(kernel, "faults", [0] * 6)
+        hexadecimal = " ".join(f"{value:#x}" for value in details)
+        name = FAULTS.get(code, code)
+        raise AssertionError(f"{what}: {count} faults, first {name} {hexadecimal} in CTA {cta}, thread {thread}")
+
+
+# --- launching --------------------------------------------------------------------------------------------------------
+
+
+def run(
+    spec: GemmSpec, a: FP4Tensor, b: FP4Tensor, bias: torch.Tensor | None = None, *,
+    sms: int | None = None, clusters: int | None = None,
+) -> torch.Tensor:  # fmt: skip
+    """D of a kernel, launched by the package's own plan; all around D is checked to be left alone.
+
+    ``sms``: make the plan for a GPU of so many, whose persistent CTAs then have several tiles each. ``clusters``:
+    launch so many along x, and leave the others to cluster launch control.
+    """
+    (m, k), n, device = a.shape, b.rows, a.data.device
+    dtype = DTYPES[spec.out_dtype]
+    ldd = -(-n // 16) * 16 + 16
+    guarded = torch.full((m + 2, ldd), float("nan"), dtype=dtype, device=device)
+    d = guarded[1 : m + 1, :n]
+    problem = GemmProblem(m, n, k, k, k, ldd, a.outer_scale.numel() > 1, b.outer_scale.numel() > 1)
+    addresses = {
+        "a": a.data, "b": b.data, "sfa": a.block_scale, "sfb": b.block_scale, "d": d,
+        "outer_a": a.outer_scale, "outer_b": b.outer_scale, "bias": bias,
+    }  # fmt: skip
+    with emulate(spec.arch):
+        kernel = load.load(spec)
+        with _gpu_of(sms, device.index or 0):
+            plan = launch.GemmPlan(kernel, problem, device.index or 0)
+    if clusters is not None:
+        across, full_x = clusters * spec.cluster[0], plan.grid[0]
+        write_words(kernel, "launch_control", [full_x, 0, 0, 0])
+        plan.grid = (min(across, full_x), *plan.grid[1:])
+    pointers = [0 if addresses[name] is None else addresses[name].data_ptr() for name in launch.OPERANDS]
+    plan(torch.cuda.current_stream(device).cuda_stream, None, *pointers)
+    torch.cuda.synchronize(device)
+    check_faults(kernel, f"{spec.name} {m}x{n}x{k}")
+    outside = guarded.clone()
+    outside[1 : m + 1, :n] = float("nan")
+    assert bool(outside.isnan().all()), f"{spec.name} {m}x{n}x{k}: wrote outside D"
+    return d
+
+
+@contextmanager
+def _gpu_of(sms: int | None, device: int) -> Iterator[None]:
+    launch.bind_context(device)
+    maker = launch._params_maker(device)
+    before = maker._sms
+    maker._sms = before if sms is None else sms
+    try:
+        yield
+    finally:
+        maker._sms = before
+
+
+def describe(got: torch.Tensor, want: torch.Tensor, wrong: torch.Tensor) -> str:
+    """Where in D the wrong elements are: how many in each 32 x 32 block, and the first of them with their ratios."""
+    rows, columns = wrong.shape
+    padded = torch.zeros(-(-rows // 32) * 32, -(-columns // 32) * 32, dtype=torch.int64)
+    padded[:rows, :columns] = wrong.cpu()
+    blocks = padded.reshape(padded.shape[0] // 32, 32, -1, 32).sum((1, 3))[:16, :16]
+    grid = "\n".join(" ".join(f"{count:4d}" for count in line) for line in blocks.tolist())
+    lines = [f"{int(wrong.sum())} of {wrong.numel()} wrong; by blocks of 32 x 32, the first 16 each way:", grid]
+    for row, column in wrong.nonzero()[:8].tolist():
+        x, y = got[row, column].item(), want[row, column].item()
+        lines.append(f"[{row}, {column}]: {x}, expected {y}, ratio {x / y if y else float('nan'):.6g}")
+    return "\n".join(lines)

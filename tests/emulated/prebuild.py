@@ -1,0 +1,42 @@
+"""Builds, several at once, the kernels that test_blackwell_gpu.py launches: `python tests/emulated/prebuild.py`.
+
+Needs NVRTC and no GPU. Arguments: parts of names, to build only the kernels that have one of them. Prints for each what
+it took, and which instructions, if any, are not emulated; exits with 1 where there are any or where a build failed.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[2])]
+
+import emulation  # noqa: E402 - the line above must come first
+
+from fp4gemm import builder, cache  # noqa: E402
+from fp4gemm.spec import KernelSpec  # noqa: E402
+
+
+def build(spec: KernelSpec) -> dict[str, Any]:
+    """In a process of its own: the entry's meta data, and what is not emulated in it."""
+    with emulation.emulate(spec.arch):
+        entry = cache.get(spec)
+    return {**entry.meta, "not_emulated": emulation.not_emulated(entry)}
+
+
+def main(parts: list[str]) -> int:
+    specs = [spec for spec in emulation.VARIANTS if not parts or any(part in spec.name for part in parts)]
+    start, failed = time.perf_counter(), 0
+    for built in builder.build_all(specs, worker=build):
+        problem = built.error or "; ".join(built.meta["not_emulated"])
+        failed += bool(problem)
+        took = f"{built.meta['seconds']:.0f} s, {built.meta['peak_mb']} MB" if built.meta else "failed"
+        print(f"{built.spec.name}: {took} {problem}", flush=True)
+    print(f"{len(specs)} kernels, {failed} failed, {time.perf_counter() - start:.0f} s")
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
