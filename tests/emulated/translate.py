@@ -47,7 +47,11 @@ _RULES: dict[str, tuple[tuple[str, str], ...]] = {
         (r"uint32_t v;\s*asm\(.*?return v;", "return multiply_bf16x2(multiply_bf16x2(bits, scale_), unit_);"),
         (r'asm\("mul\.f16x2[^;]*;"[^;]*;', "half = multiply_f16x2(e4m3_to_half2(scale), 0x58005800u);"),
     ),
-    "quantize.hpp": (
+    "quantize.hpp": (),
+    "quantize_config.hpp": (),
+    "scale_writer.hpp": (),
+    "amax.hpp": (),
+    "rows.hpp": (
         (r'asm volatile\("cp\.async\.bulk\.prefetch.*?\);', ";"),
         (r'asm volatile\("bar\.sync[^;]*;"[^;]*;', "sync_named(group + 1, kThreads);"),
     ),

@@ -6,7 +6,8 @@
 #pragma once
 
 #include "fp4gemm/packed_gemm.hpp"
-#include "fp4gemm/quantize.hpp"
+#include "fp4gemm/rows.hpp"
+#include "fp4gemm/values.hpp"
 
 namespace fp4gemm {
 

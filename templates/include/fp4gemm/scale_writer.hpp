@@ -1,0 +1,73 @@
+// From a thread's block scales to their places in a layout.
+#pragma once
+
+#include "fp4gemm/layout.hpp"
+#include "fp4gemm/quantize_config.hpp"
+
+namespace fp4gemm {
+
+template <class Config> __device__ int out_columns(QuantizeArguments const& args) {
+  return Config::Options::kResidual == Residual::kNone ? args.columns : args.out_columns;
+}
+
+// Where a thread's block scales go: straight to their place, byte by byte ...
+template <class Config, bool kStaged> class ScaleWriter {
+  using Scales = typename Config::Scales;
+  uint8_t* const row_;
+  int const end_;
+
+ public:
+  __device__ ScaleWriter(QuantizeArguments const& args, int64_t row, int /*first*/)
+      : row_(args.block_scale + Scales::row_offset(row, out_columns<Config>(args))),
+        end_(row < args.padded_rows ? Scales::padded_columns(out_columns<Config>(args)) : 0) {}
+  __device__ void put(int column, uint8_t scale) const {
+    if (column < end_) row_[Scales::column_offset(column)] = scale;
+  }
+  __device__ void flush() const {}
+};
+
+// ... or, in a tiled layout, to shared memory, from where each thread writes four columns of all rows of the CTA at once:
+// one row has only words of four bytes to write, which cost the memory system as much as whole sectors.
+template <class Config> class ScaleWriter<Config, true> {
+  using Scales = typename Config::Scales;
+  // Of the result; a companion for each block at most, and then a row has one step.
+  static constexpr int kStep =
+      Config::kThreads * Config::kBlocks * (Config::Options::kResidual == Residual::kNone ? 1 : 2);
+  using Stage = uint8_t[Config::kRows][kStep];
+
+  QuantizeArguments const& args_;
+  int const first_;
+
+  __device__ static Stage& stage() {
+    __shared__ __align__(16) Stage shared;
+    return shared;
+  }
+
+ public:
+  __device__ ScaleWriter(QuantizeArguments const& args, int64_t, int first) : args_(args), first_(first) {
+    if (first_ != 0) __syncthreads();  // the last step's scales have been read
+  }
+  __device__ void put(int column, uint8_t scale) const {
+    stage()[threadIdx.x / Config::kThreads][column - first_] = scale;
+  }
+  __device__ void flush() const {
+    __syncthreads();
+    int64_t const row = Scales::template row<Config::kRows>(blockIdx.x, 0);
+    int const columns = out_columns<Config>(args_);
+    uint8_t* const chunks = args_.block_scale + Scales::row_offset(row, columns);
+    int const end = min(kStep, Scales::padded_columns(columns) - first_);
+    for (int column = threadIdx.x * 4; column < end && row < args_.padded_rows; column += Config::kCta * 4) {
+      auto* const chunk = reinterpret_cast<uint4*>(chunks + Scales::column_offset(first_ + column));
+#pragma unroll
+      for (int i = 0; i < Config::kRows; i += 4)
+        chunk[i / 4] = {word(i, column), word(i + 1, column), word(i + 2, column), word(i + 3, column)};
+    }
+  }
+
+ private:
+  __device__ static uint32_t word(int row, int column) {
+    return *reinterpret_cast<uint32_t const*>(&stage()[row][column]);
+  }
+};
+
+}  // namespace fp4gemm
