@@ -187,17 +187,25 @@ def quantize_both(
 
 
 def amax(
-    x: Tensor, *, rows: bool = True, columns: bool = False, tensor: bool = False, hadamard: int | None = None
+    x: Tensor,
+    *,
+    rows: bool = True,
+    columns: bool = False,
+    tensor: bool = False,
+    hadamard: int | None = None,
+    sums: bool = False,
 ) -> tuple[Tensor, ...]:
     """Largest magnitudes of ``x`` [M, K] (bf16, fp16, fp32 or e4m3), float32; NaN counts as 0.
 
     A tuple of those asked for, in this order: rows [M], columns [K], tensor []. ``hadamard``: columns are transformed
     16 values at a time first, as :func:`quantize` does for a transposed result. Passed to ``quantize(amax=)`` these are
-    the first half of its two: the same bytes. Raises TypeError or ValueError that names the argument.
+    the first half of its two: the same bytes. ``sums``: behind them the sums of columns [K], which the transform does
+    not touch: of dY, the gradient of a bias. They are float32 sums in an order of the device's, the same in each run.
+    Raises TypeError or ValueError that names the argument.
     """
     check_amax(x, columns, hadamard)
     implementation = _amax if direct(x) else torch.ops.fp4gemm.amax
-    return tuple(implementation(x, rows, columns, tensor, hadamard))
+    return tuple(implementation(x, rows, columns, tensor, hadamard, sums))
 
 
 def run(args: QuantizeArguments) -> Parts:
@@ -416,20 +424,26 @@ def _fake_quantize_both(*flat: Any) -> tuple[Tensor, ...]:
     return *_empty_parts(rows), *_empty_parts(columns)
 
 
-def _amax(x: Tensor, rows: bool, columns: bool, tensor: bool, hadamard: int | None) -> list[Tensor]:
+def _amax(x: Tensor, rows: bool, columns: bool, tensor: bool, hadamard: int | None, sums: bool = False) -> list[Tensor]:
     if not on_kernels(x):
-        return list(reference.amax(x, rows=rows, columns=columns, tensor=tensor, hadamard=hadamard))
+        return list(reference.amax(x, rows=rows, columns=columns, tensor=tensor, hadamard=hadamard, sums=sums))
 
     def found() -> list[Tensor]:
-        return tile_calls.amax(x, rows=rows, columns=columns, tensor=tensor, hadamard=hadamard)
+        return tile_calls.amax(x, rows=rows, columns=columns, tensor=tensor, hadamard=hadamard, sums=sums)
 
     return on_its_device(x, found)
 
 
-def _fake_amax(x: Tensor, rows: bool, columns: bool, tensor: bool, hadamard: int | None) -> list[Tensor]:
-    shapes = [shape for asked, shape in ((rows, x.shape[:1]), (columns, x.shape[1:]), (tensor, ())) if asked]
+def _fake_amax(
+    x: Tensor, rows: bool, columns: bool, tensor: bool, hadamard: int | None, sums: bool = False
+) -> list[Tensor]:
+    by_column = x.shape[1:]
+    asked = ((rows, x.shape[:1]), (columns, by_column), (tensor, ()), (sums, by_column))
+    shapes = [shape for wanted, shape in asked if wanted]
     return [x.new_empty(shape, dtype=torch.float32) for shape in shapes]
 
+
+_SCHEMA_AMAX = "(Tensor x, bool rows, bool columns, bool tensor, SymInt? hadamard, bool sums=False) -> Tensor[]"
 
 for _name, _implementation, _fake, _schema in (
     ("quantize", _quantize, _fake_quantize, f"({_SCHEMA}) -> (Tensor, Tensor, Tensor)"),
@@ -440,7 +454,7 @@ for _name, _implementation, _fake, _schema in (
         _fake_quantize_rmsnorm,
         f"(Tensor weight, float eps, Tensor? residual, {_SCHEMA}) -> (Tensor, Tensor, Tensor, Tensor)",
     ),
-    ("amax", _amax, _fake_amax, "(Tensor x, bool rows, bool columns, bool tensor, SymInt? hadamard) -> Tensor[]"),
+    ("amax", _amax, _fake_amax, _SCHEMA_AMAX),
 ):
     _op = torch.library.custom_op(f"fp4gemm::{_name}", _implementation, mutates_args=(), schema=_schema)
     _op.register_fake(_fake)

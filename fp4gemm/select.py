@@ -179,9 +179,10 @@ def tile_quantize_spec(
 
 
 def tile_amax_spec(
-    arch: str, dtype: str, rows: bool, columns: bool, hadamard: bool = False, vectorized: bool = True
-) -> TileAmaxSpec:
-    return TileAmaxSpec(arch, dtype, rows, columns, hadamard, vectorized, _tile_ctas(arch, dtype))
+    arch: str, dtype: str, rows: bool, columns: bool, hadamard: bool = False, vectorized: bool = True,
+    sums: bool = False,
+) -> TileAmaxSpec:  # fmt: skip
+    return TileAmaxSpec(arch, dtype, rows, columns, hadamard, vectorized, _tile_ctas(arch, dtype), sums)
 
 
 def _tile_ctas(arch: str, dtype: str) -> int:

@@ -21,7 +21,7 @@ from fp4gemm.spec import TILE
 
 # The structs of templates/include/fp4gemm/quantize_tile.hpp: keep both alike.
 TILE_QUANTIZE_ARGUMENTS = struct.Struct("<Q3q2iIi4Q4Q3Q8I2iI4x")
-TILE_AMAX_ARGUMENTS = struct.Struct("<Q3q2iIi4Q8I")
+TILE_AMAX_ARGUMENTS = struct.Struct("<Q3q2iIi4Q8IQ")
 
 _ALIGNMENT = 16  # of results, bytes
 _SEED = 2**64
@@ -160,38 +160,44 @@ def quantize_into(
     launch((tiles(x), 1, 1), stream, *quantize_values(x, rows, columns, hadamard, seed, noop))
 
 
-def amax_values(x: Tensor, results: tuple[Tensor | None, ...], hadamard: int | None) -> tuple[int, ...]:
+def amax_values(
+    x: Tensor, results: tuple[Tensor | None, ...], hadamard: int | None, sums: Tensor | None = None
+) -> tuple[int, ...]:
     """The fields of ``TILE_AMAX_ARGUMENTS``; ``results``: rows, columns, the tensor, the transformed one."""
-    return (*_source(x), *(0 if t is None else t.data_ptr() for t in results), *_signs(hadamard or 0))
+    addresses = [0 if t is None else t.data_ptr() for t in (*results, sums)]
+    return (*_source(x), *addresses[:-1], *_signs(hadamard or 0), addresses[-1])
 
 
 @lru_cache(maxsize=64)
 def _amax(
-    device: int, dtype: torch.dtype, rows: bool, columns: bool, hadamard: bool, vectorized: bool
+    device: int, dtype: torch.dtype, rows: bool, columns: bool, hadamard: bool, vectorized: bool, sums: bool
 ) -> Launcher:  # fmt: skip
     arch, name = select.arch_of(device), select.INPUT_NAMES[dtype]
-    return Launcher(select.tile_amax_spec(arch, name, rows, columns, hadamard, vectorized), TILE_AMAX_ARGUMENTS)
+    return Launcher(select.tile_amax_spec(arch, name, rows, columns, hadamard, vectorized, sums), TILE_AMAX_ARGUMENTS)
 
 
 def amax(
     x: Tensor, *, rows: bool = False, columns: bool = False, tensor: bool = False, transformed: bool = False,
-    hadamard: int | None = None,
+    hadamard: int | None = None, sums: bool = False,
 ) -> list[Tensor]:  # fmt: skip
     """Largest magnitudes of x [M, K], M and K positive, float32, those asked for in the order of the arguments:
 
-    rows [M], columns [K], the tensor [], the tensor after the transform []. ``hadamard`` transforms columns.
+    rows [M], columns [K], the tensor [], the tensor after the transform []. ``hadamard`` transforms columns. ``sums``:
+    of columns [K], of what is not transformed, at the end.
     """
     m, k = x.shape
     sizes = (m * rows, k * columns, int(tensor), int(transformed))
     zeros = x.new_zeros(sum(sizes), dtype=torch.float32)  # one launch for all of them
     parts = torch.split(zeros, list(sizes))
     wanted = tuple(part if size else None for part, size in zip(parts, sizes, strict=True))
-    by_column = columns or transformed
+    by_column = columns or transformed or sums
+    partial = x.new_empty((-(-m // TILE), k), dtype=torch.float32) if sums else None
     device, stream = x.device.index, torch._C._cuda_getCurrentRawStream(x.device.index)
-    launch = _amax(device, x.dtype, rows or tensor, by_column, by_column and hadamard is not None, vectorized(x))
-    launch((tiles(x), 1, 1), stream, *amax_values(x, wanted, hadamard))
+    launch = _amax(device, x.dtype, rows or tensor, by_column, by_column and hadamard is not None, vectorized(x), sums)
+    launch((tiles(x), 1, 1), stream, *amax_values(x, wanted, hadamard, partial))
     shapes = ((m,), (k,), (), ())
-    return [part.view(shape) for part, shape in zip(wanted, shapes, strict=True) if part is not None]
+    found = [part.view(shape) for part, shape in zip(wanted, shapes, strict=True) if part is not None]
+    return found if partial is None else [*found, partial.sum(0)]
 
 
 def quantize(

@@ -42,6 +42,7 @@ def _tiles(arch: str) -> list[KernelSpec]:
         TileQuantizeSpec(arch, "bf16", "amax", "te", "128x4", "128x4", square=True, ctas=ctas),
         TileAmaxSpec(arch, "bf16", True, True, ctas=ctas),
         TileAmaxSpec(arch, "bf16", True, True, True, ctas=ctas),
+        TileAmaxSpec(arch, "bf16", True, True, True, ctas=ctas, sums=True),
     ]
 
 

@@ -135,9 +135,16 @@ def quantize_rmsnorm(
 
 @torch.no_grad()
 def amax(
-    x: Tensor, *, rows: bool = True, columns: bool = False, tensor: bool = False, hadamard: int | None = None
+    x: Tensor,
+    *,
+    rows: bool = True,
+    columns: bool = False,
+    tensor: bool = False,
+    hadamard: int | None = None,
+    sums: bool = False,
 ) -> tuple[Tensor, ...]:
-    """Largest magnitudes of ``x`` [M, K], float32: rows [M], columns [K], tensor [], those asked for, in this order.
+    """Largest magnitudes of ``x`` [M, K], float32: rows [M], columns [K], tensor [], those asked for, in this order;
+    then, if asked for, the sums of columns [K].
 
     ``hadamard``: columns are transformed first, as for a transposed result. See :func:`fp4gemm.amax`.
     """
@@ -148,6 +155,8 @@ def amax(
         results.append(_amax(_block_amax(x.t(), hadamard), False))
     if tensor:
         results.append(_amax(by_row, True))
+    if sums:
+        results.append(x.float().sum(0))
     return tuple(results)
 
 

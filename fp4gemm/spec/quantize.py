@@ -181,7 +181,7 @@ class TileQuantizeSpec:
 @dataclass(frozen=True)
 class TileAmaxSpec:
     """Largest magnitudes of rows, of columns (of what they are transformed to, if ``hadamard``) and of the tensor, from
-    one read of x, NaN ignored, into floats that are 0 before."""
+    one read of x, NaN ignored, into floats that are 0 before. ``sums``: also those of columns, of 128 rows each."""
 
     template: ClassVar[str] = "amax_tile.cu.jinja"
     uses_cutlass: ClassVar[bool] = False
@@ -194,6 +194,7 @@ class TileAmaxSpec:
     hadamard: bool = False
     vectorized: bool = True
     ctas: int = 4
+    sums: bool = False
 
     @property
     def threads(self) -> int:
@@ -201,15 +202,15 @@ class TileAmaxSpec:
 
     @property
     def name(self) -> str:
-        wanted = [name for name in ("rows", "columns", "hadamard") if getattr(self, name)]
+        wanted = [name for name in ("rows", "columns", "hadamard", "sums") if getattr(self, name)]
         parts = (short(self.arch), self.dtype, *wanted, str(self.ctas))
         return "amax_tile_" + "_".join(parts) + ("" if self.vectorized else "_scalar")
 
     def why_not(self) -> str | None:
         if not self.rows and not self.columns:
             return "rows, columns: got False for both"
-        if self.hadamard and not self.columns:
-            return "hadamard: expected columns, which it transforms"
+        if (self.hadamard or self.sums) and not self.columns:
+            return f"{'hadamard' if self.hadamard else 'sums'}: expected columns, which it is of"
         return _tile_problem(self.ctas)
 
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from fp4gemm import reference, select, tile_calls
-from fp4gemm.spec import TileAmaxSpec, TileQuantizeSpec, check
+from fp4gemm.spec import TILE, TileAmaxSpec, TileQuantizeSpec, check
 from fp4gemm.tensor import FP4Tensor
 from fp4gemm.tile_calls import Output, vectorized
 
@@ -186,6 +186,8 @@ AMAX_SPECS = (
     select.tile_amax_spec("sm_90a", "fp32", False, True, True),
     select.tile_amax_spec("sm_90a", "bf16", True, False, False, False),
     select.tile_amax_spec("sm_90a", "e4m3", True, True),
+    select.tile_amax_spec("sm_90a", "bf16", True, True, True, sums=True),
+    select.tile_amax_spec("sm_90a", "fp32", False, True, False, False, sums=True),
 )
 
 
@@ -202,7 +204,17 @@ def test_amax(spec: TileAmaxSpec, emulator: emulation.Emulator) -> None:
             tensor if spec.rows else None, columns.amax() if spec.columns else None,
         ]  # fmt: skip
         got = [None if t is None else torch.zeros_like(t) for t in want]
-        tiles.amax(emulator.folder, spec, x, tuple(got), mask)
+        partial_sums = torch.full((-(-x.shape[0] // TILE), x.shape[1]), float("nan")) if spec.sums else None
+        tiles.amax(emulator.folder, spec, x, tuple(got), mask, partial_sums)
+        if partial_sums is not None:
+            each = [rows.double() for rows in x.float().split(TILE)]
+            sums, bound = (torch.stack([f(rows).sum(0) for rows in each]) for f in (torch.clone, torch.abs))
+            torch.testing.assert_close(
+                partial_sums.double().nan_to_num(0, 0, 0),
+                sums.nan_to_num(0, 0, 0),
+                rtol=0,
+                atol=float(bound.nan_to_num(0, 0, 0).max()) * TILE * 2.0**-24,
+            )
         for name, a, b in zip(("rows", "columns", "tensor", "transformed"), got, want, strict=True):
             assert (a is None and b is None) or torch.equal(a, b), f"{name} of {p}"
 

@@ -38,9 +38,12 @@ def quantize(
     )
 
 
-def amax(folder: Path, spec: TileAmaxSpec, x: Tensor, results: tuple[Tensor | None, ...], hadamard: int | None) -> None:
+def amax(
+    folder: Path, spec: TileAmaxSpec, x: Tensor, results: tuple[Tensor | None, ...], hadamard: int | None,
+    sums: Tensor | None = None,
+) -> None:  # fmt: skip
     """Into ``results``: of rows, of columns, of the tensor, of the transformed one."""
-    values = tile_calls.amax_values(x, results, hadamard)
+    values = tile_calls.amax_values(x, results, hadamard, sums)
     _run(folder, spec, "TileAmax", "TileAmaxArguments", TILE_AMAX_ARGUMENTS)(values, tile_calls.tiles(x), 1)
 
 

@@ -106,7 +106,12 @@ def test_quantize_both_is_the_reference(x, options):
 
 
 def test_amax_is_the_reference(x):
-    for options in ({}, {"columns": True, "tensor": True, "hadamard": 3}, {"rows": False, "tensor": True}):
+    for options in (
+        {},
+        {"columns": True, "tensor": True, "hadamard": 3},
+        {"rows": False, "tensor": True},
+        {"sums": True},
+    ):
         got, expected = fp4gemm.amax(x, **options), reference.amax(x, **options)
         assert len(got) == len(expected)
         assert all(torch.equal(*pair) for pair in zip(got, expected, strict=True))
@@ -461,6 +466,7 @@ def prepacked():
             ),
         ),
         ("amax", lambda x, w, bias: (x, True, True, True, 3)),
+        ("amax", lambda x, w, bias: (x, False, True, False, None, True)),
         ("dequantize", lambda x, w, bias: (*w, K, torch.bfloat16)),
         ("prepack", lambda x, w, bias: (w[0], w[1], "128x4", K)),
         ("unpack", lambda x, w, bias: (reference.quantize(values(70, 130)).prepack().data, "8x4", 70, 130)),

@@ -377,17 +377,21 @@ template <class Config> class TileQuantizer {
 
 // Packed by fp4gemm/tile_calls.py (TILE_AMAX_ARGUMENTS): keep both alike.
 // Largest magnitudes without NaN, of lines and of the tensor, as it is and with its columns transformed. All that is not null
-// must be 0 at launch: non-negative floats order as their bits do.
+// must be 0 at launch: non-negative floats order as their bits do. Sums of columns are those of each 128 rows.
 struct TileAmaxArguments {
   TileSource source;
   float *rows, *columns;  // [rows], [columns]
   float *tensor, *transformed;  // [1]: the largest of rows, and of columns
   HadamardSigns hadamard;
+  float* sums;  // [ceil(rows / 128), columns] (kSums)
 };
 
-template <class Element_, bool kRows_, bool kColumns_, bool kHadamard_, bool kVectorized_> struct TileAmaxConfig {
+template <class Element_, bool kRows_, bool kColumns_, bool kHadamard_, bool kVectorized_, bool kSums_ = false>
+struct TileAmaxConfig {
   using Element = Element_;
   static constexpr bool kRows = kRows_, kColumns = kColumns_, kHadamard = kHadamard_, kVectorized = kVectorized_;
+  static constexpr bool kSums = kSums_;
+  static_assert(kColumns || !kSums, "sums are those of columns");
   static constexpr int kThreads = kTileThreads;
   static constexpr int kSharedBytes = Tile<Element>::kBytes + 2 * kTile * 4;
 };
@@ -429,6 +433,7 @@ template <class Config> class TileAmax {
         float amax = fmaxf(column_amax(step, 0), column_amax(step, 1));
         if constexpr (Config::kHadamard) amax *= kHadamardFactor;
         reduce_line<1>(amax, place.pair, lines_ + kTile + place.line + step * Tile::kColumnStep);
+        if constexpr (Config::kSums) add_columns(step, place);
       }
     }
     __syncthreads();
@@ -451,6 +456,22 @@ template <class Config> class TileAmax {
     } else {
       return block_amax<Element>(x);
     }
+  }
+
+  __device__ void add_columns(int step, typename Tile::Place const& place) const {
+    float sum = __fadd_rn(column_sum(step, 0), column_sum(step, 1));
+    sum = __fadd_rn(sum, __shfl_xor_sync(~0u, sum, 1));
+    sum = __fadd_rn(sum, __shfl_xor_sync(~0u, sum, 2));
+    int const column = column0_ + place.line + step * Tile::kColumnStep;
+    if (place.pair == 0 && column < args_.source.columns)
+      args_.sums[row0_ / kTile * args_.source.columns + column] = sum;
+  }
+  __device__ float column_sum(int step, int half) const {
+    auto const x = tile_.column_block(step, half);
+    float sum = Element::value(x, 0);
+#pragma unroll
+    for (int i = 1; i < kBlock; ++i) sum = __fadd_rn(sum, Element::value(x, i));
+    return sum;
   }
 
   // Four lanes have a line, kStride apart.
