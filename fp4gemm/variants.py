@@ -104,12 +104,13 @@ def _sm120_gemms() -> list[KernelSpec]:
     arch, bf16 = "sm_120a", ("sm_120a", "bf16", None)
     return [
         GemmSpec(*bf16, (128, 128, 128), (1, 1), "cooperative"),
-        GemmSpec(arch, "bf16", "bf16", (256, 128, 128), (1, 1), "cooperative", activation="gelu"),
-        GemmSpec(arch, "fp32", None, (128, 128, 256), (1, 1), "cooperative", activation="silu"),
+        GemmSpec(*bf16, (256, 128, 128), (1, 1), "cooperative"),
+        GemmSpec(arch, "fp32", "fp32", (128, 128, 256), (1, 1), "cooperative", activation="gelu", column_major=True),
         GemmSpec(arch, "fp16", "fp16", (128, 128, 128), (1, 1), "cooperative", source="fp16"),
-        GemmSpec(*bf16, (128, 128, 256), (1, 1), "pingpong", activation="relu", column_major=True),
+        GemmSpec(*bf16, (128, 128, 128), (1, 1), "pingpong", activation="silu"),
+        GemmSpec(*bf16, (128, 128, 256), (1, 1), "pingpong"),
         GemmSpec(arch, "fp4", None, (128, 128, 128), (1, 1), "cooperative", activation="relu", sf_layout="128x4"),
-        GemmSpec(arch, "fp4", "bf16", (128, 128, 128), (1, 1), "pingpong", sf_layout="linear"),
+        GemmSpec(arch, "fp4", "bf16", (128, 128, 128), (1, 1), "cooperative", sf_layout="linear"),
     ]
 
 

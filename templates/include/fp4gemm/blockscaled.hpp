@@ -29,6 +29,10 @@ template <class Tile> struct Sm100Schedule {
                                        cutlass::gemm::KernelTmaWarpSpecialized1SmNvf4Sm100>;
   using Epilogue =
       cute::conditional_t<kTwoSm, cutlass::epilogue::TmaWarpSpecialized2Sm, cutlass::epilogue::TmaWarpSpecialized1Sm>;
+  // With 256 columns two accumulators overlap in TMEM by the columns of an epilogue tile, to leave room for block scales, 48
+  // columns. CUTLASS's own choice, 128, takes more registers than there are.
+  using EpilogueTile = cute::conditional_t<cute::size<1>(Tile{}) == 256, cute::Shape<cute::_128, cute::_64>,
+                                           cutlass::epilogue::collective::EpilogueTileAuto>;
 };
 #endif
 
@@ -37,12 +41,14 @@ struct Sm120Cooperative {
   using ArchTag = cutlass::arch::Sm120;
   using Mainloop = cutlass::gemm::KernelTmaWarpSpecializedNvf4Sm120;
   using Epilogue = cutlass::epilogue::TmaWarpSpecializedCooperative;
+  using EpilogueTile = cutlass::epilogue::collective::EpilogueTileAuto;
 };
 
 struct Sm120Pingpong {
   using ArchTag = cutlass::arch::Sm120;
   using Mainloop = cutlass::gemm::KernelTmaWarpSpecializedPingpongNvf4Sm120;
   using Epilogue = cutlass::epilogue::TmaWarpSpecialized;
+  using EpilogueTile = cutlass::epilogue::collective::EpilogueTileAuto;
 };
 #endif
 
@@ -56,8 +62,8 @@ struct BlockScaledGemm {
 
   using Epilogue = typename cutlass::epilogue::collective::CollectiveBuilder<
       typename Schedule::ArchTag, cutlass::arch::OpClassBlockScaledTensorOp, Tile, Cluster,
-      cutlass::epilogue::collective::EpilogueTileAuto, float, float, ElementC, RowMajor, kAlignmentD, ElementD,
-      RowMajor, kAlignmentD, typename Schedule::Epilogue, Tree>::CollectiveOp;
+      typename Schedule::EpilogueTile, float, float, ElementC, RowMajor, kAlignmentD, ElementD, RowMajor, kAlignmentD,
+      typename Schedule::Epilogue, Tree>::CollectiveOp;
 
   using Mainloop = typename cutlass::gemm::collective::CollectiveBuilder<
       typename Schedule::ArchTag, cutlass::arch::OpClassBlockScaledTensorOp, Element, RowMajor, kAlignment, Element,
