@@ -7,7 +7,7 @@ from functools import cache
 
 import torch
 
-from fp4gemm import table
+from fp4gemm import env, table
 from fp4gemm.division import divide
 from fp4gemm.formats import BLOCK, NORMS, PLAIN, SF_LAYOUTS, QuantizeOptions, scale_columns
 from fp4gemm.spec import (
@@ -37,6 +37,9 @@ EXECUTED = ("sm_90a",)  # archs whose kernels have run on their own hardware
 def arch_of(device: int) -> str:
     """The arch whose kernels run on CUDA device ``device``. Raises NotImplementedError where there are none."""
     capability = torch.cuda.get_device_capability(device)
+    emulated = env.settings().emulate
+    if emulated and capability == (9, 0):
+        return emulated
     if arch := LAUNCHABLE.get(capability):
         return arch
     name = torch.cuda.get_device_name(device)
