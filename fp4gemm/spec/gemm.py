@@ -71,12 +71,6 @@ class GemmSpec:
         m, n, k = self.tile
         return (m // 2 if self.two_sm else m, n, k)
 
-    @property
-    def accumulators(self) -> int:
-        """Registers of a thread for sums, which sm_100a has in tensor memory."""
-        threads = {"cooperative": 256, "pingpong": 128}.get(self.schedule)
-        return 0 if threads is None else self.tile[0] * self.tile[1] // threads
-
     def why_not(self) -> str | None:
         if self.arch == "sm_90a":
             return "arch: got 'sm_90a', which has no block-scaled tensor cores: expected sm_100a or sm_120a"

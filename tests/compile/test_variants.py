@@ -108,8 +108,9 @@ def test_entry(entry: cache.Entry, spec: KernelSpec, built: dict[str, builder.Bu
 @variants(VARIANTS)
 def test_resources(entry: cache.Entry, spec: KernelSpec) -> None:
     meta = entry.meta
-    crowded = isinstance(spec, GemmSpec) and spec.accumulators == 128
-    assert meta["spill_bytes"] <= (512 if crowded else 0)
+    # Sums in registers, and producers with 40: what is spilled there stays out of the loop, see below.
+    crowded = isinstance(spec, GemmSpec) and spec.arch == "sm_120a"
+    assert meta["spill_bytes"] <= (320 if crowded else 0)
     assert 0 < meta["registers"] <= 255
     assert meta["smem_bytes"] <= SHARED[spec.arch]
     assert 0 < meta["params_bytes"] <= PARAMS
@@ -194,9 +195,9 @@ def test_block_scaled_machine_code(entry: cache.Entry, spec: GemmSpec) -> None:
     assert has(r"F2FP\.SATFINITE\.E2M1\.F32") == (spec.out_dtype == "fp4")
 
 
-@variants([spec for spec in BLOCK_SCALED if spec.accumulators == 128])
+@variants([spec for spec in BLOCK_SCALED if spec.arch == "sm_120a"])
 def test_the_loop_of_multiplications_does_not_spill(entry: cache.Entry, spec: GemmSpec) -> None:
-    """Where sums take 128 registers of a thread, ptxas keeps addresses of the epilogue in local memory."""
+    """On sm_120a sums are in registers: ptxas keeps addresses that one tile needs once in local memory."""
     lines = disassembled(entry.path / "kernel.cubin")["gemm"].splitlines()
     labels = {match[1]: i for i, line in enumerate(lines) if (match := re.match(r"\.(L_x_\d+):", line))}
     jumps = [(i, match[1]) for i, line in enumerate(lines) if (match := re.search(r"\bBRA\b.*`\(\.(L_x_\d+)\)", line))]
