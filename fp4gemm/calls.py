@@ -367,14 +367,15 @@ def _weight(b: FP4Tensor) -> Weight:
     return Weight(data, b.outer_scale, *b.shape)
 
 
-def _on_hopper(device: int) -> bool:
+def on_hopper(device: int) -> bool:
+    """Whether GEMMs multiply values by prepacked weights; else they take NVFP4 as it is."""
     return select.arch_of(device) == "sm_90a"
 
 
 def gemm(a: FP4Tensor | Tensor, b: FP4Tensor, bias: Tensor | None, out: Output, activation: str | None = None) -> None:
     """A . B^T of non-empty operands into ``out``; see ``ops.gemm``."""
     bias = None if bias is None else bias.contiguous()
-    if not _on_hopper(out.d.device.index):
+    if not on_hopper(out.d.device.index):
         blockscaled.gemm(a, b, bias, out, activation)
         return
     if activation is not None:  # the engine's epilogues have none
@@ -392,7 +393,7 @@ def gemm_fp4(
 ) -> Packed:  # fmt: skip
     """A . B^T of non-empty operands in NVFP4; see ``ops.gemm_fp4``."""
     bias = None if bias is None else bias.contiguous()
-    if _on_hopper(outer_scale.device.index):
+    if on_hopper(outer_scale.device.index):
         d = outer_scale.new_empty((a.shape[0], b.rows))
         gemm(a, b, bias, Output(d, None, 0.0), activation)
         return quantize(d, outer_scale.dim() == 0, sf_layout, _FUSED_CONVENTION, outer_scale)
@@ -412,7 +413,7 @@ def quantize_gemm(
     channel_order: Tensor | None = None,
 ) -> None:
     """The values of x, quantized, times a weight, non-empty both, into ``d``; see ``ops.quantize_gemm``."""
-    if not _on_hopper(x.device.index):
+    if not on_hopper(x.device.index):
         codes = quantize(x, per_tensor, "128x4", convention, outer_scale, None, options, None, channel_order)
         gemm(FP4Tensor(*codes[:3], (x.shape[0], w.k), codes.sf_layout), w, bias, Output(d, None, 0.0))
         return

@@ -204,15 +204,20 @@ def _dequantize(
     return reference.dequantize(FP4Tensor(data, block_scale, outer_scale, (data.shape[0], k), sf_layout), dtype)
 
 
+def _has_packers(data: Tensor) -> bool:
+    """Whether kernels convert to and from the prepacked form: on Hopper, whose form it is; torch does elsewhere."""
+    return on_kernels(data) and calls.on_hopper(data.device.index)
+
+
 def _prepack(data: Tensor, block_scale: Tensor, sf_layout: str, k: int) -> Tensor:
-    if on_kernels(data):
+    if _has_packers(data):
         return on_its_device(data, calls.prepack, data, block_scale, sf_layout, k)
     shape = data.shape[0], k
     return packed_form.pack(data, scale_layout(sf_layout).to_linear(block_scale, *shape), shape)
 
 
 def _unpack(data: Tensor, sf_layout: str, rows: int, k: int) -> tuple[Tensor, Tensor]:
-    if on_kernels(data):
+    if _has_packers(data):
         return on_its_device(data, calls.unpack, data, sf_layout, rows, k)
     codes, scales = packed_form.unpack(data, (rows, k))
     return codes, scale_layout(sf_layout).from_linear(scales)

@@ -145,7 +145,7 @@ def bf16_specs(arch: str, k: int) -> list[KernelSpec]:
     small: list[KernelSpec] = [*quantizers, amax_spec(arch, "bf16", k % BLOCK == 0), *dequantizers, *turned]
     small.append(tile_amax_spec(arch, "bf16", False, True, False, aligned))
     if arch != "sm_90a":
-        return small
+        return [*small, *_plain_gemms(arch)]
     values = [
         values_spec(arch, "bf16", m, k, scaling, "te_per_token", vectorized=k % BLOCK == 0)[0]
         for scaling in ("per_row", "given")
@@ -297,6 +297,15 @@ def gemm_spec(
         column_major,
         sf_layout,
     )
+
+
+def _plain_gemms(arch: str) -> list[KernelSpec]:
+    """Every block-scaled GEMM that bf16 results without bias may get."""
+    if arch == "sm_100a":
+        chosen = [(tile, cluster, "static") for tile, cluster, _ in _SM100_CHOICES]
+    else:
+        chosen = [(tile, (1, 1), "cooperative") for tile in ((128, 128, 128), (256, 128, 128))]
+    return [GemmSpec(arch, "bf16", None, *each) for each in chosen]
 
 
 def _estimate(tile: tuple[int, int, int], cost: int, rows: int, columns: int, sms: int) -> int:

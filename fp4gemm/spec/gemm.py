@@ -102,6 +102,8 @@ class GemmSpec:
                 return f"sf_layout of {self.out_dtype}: got {self.sf_layout!r}, expected None"
             if self.source not in (None, self.out_dtype):
                 return f"source of {self.out_dtype}: got {self.source!r}, expected None or {self.out_dtype!r}"
+            if self.source == "fp32" and self.tile[1] == 256:  # C's tiles leave the main loop a single stage
+                return f"tile with an fp32 source: got {self.tile}, expected at most 192 columns"
             return None
         if self.sf_layout not in FP4_LAYOUTS:
             return f"sf_layout of fp4: got {self.sf_layout!r}, expected one of {', '.join(FP4_LAYOUTS)}"

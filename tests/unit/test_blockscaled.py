@@ -7,7 +7,9 @@ import fp4gemm
 from fp4gemm import blockscaled, calls, reference, select
 from fp4gemm.engine import Output
 from fp4gemm.formats import scale_layout
+from fp4gemm.launch import GemmProblem, Operands, beta_bits
 from fp4gemm.reference.activation import activate
+from fp4gemm.spec import GemmSpec
 from fp4gemm.tensor import FP4Tensor
 
 ARCHS = ("sm_100a", "sm_120a")
@@ -52,6 +54,46 @@ def kernel(spec, problem, a, b, bias, *, d, c=None, beta=0.0, sfd=None, outer_d=
     made = fp4gemm.quantize(result, outer_scale=outer_d, sf_layout=spec.sf_layout, convention="te_per_token")
     d.copy_(made.data)
     sfd.copy_(made.block_scale)
+
+
+@pytest.fixture
+def plans(monkeypatch):
+    """What reaches a plan: (spec, problem, stream, dependent, operands)."""
+    seen = []
+
+    def plan(spec, problem, device):
+        return lambda stream, dependent, operands: seen.append((spec, problem, stream, dependent, operands))
+
+    monkeypatch.setattr(blockscaled, "gemm_plan", plan)
+    monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda device: 7, raising=False)
+    return seen
+
+
+def test_a_launch_names_its_operands(plans):
+    spec = GemmSpec("sm_120a", "fp32", "fp32", (128, 128, 128), (1, 1), "cooperative", source="fp32", column_major=True)
+    a, b = problem(48, 64, 96)
+    a = FP4Tensor(a.data, a.block_scale, torch.tensor(0.5), a.shape)
+    bias, d, c = torch.ones(64), torch.empty(64, 48).t(), torch.ones(64, 48).t()
+    blockscaled.launch_spec(spec, a, b, bias, Output(d, c, 0.25))
+    ((got, asked, stream, dependent, operands),) = plans
+    assert (got, stream, dependent) == (spec, 7, False)
+    assert asked == GemmProblem(48, 64, 96, 96, 96, 48, 48, False, True, False)
+    assert operands == Operands(
+        a=a.data.data_ptr(), b=b.data.data_ptr(), sfa=a.block_scale.data_ptr(), sfb=b.block_scale.data_ptr(),
+        c=c.data_ptr(), d=d.data_ptr(), sfd=0, outer_a=a.outer_scale.data_ptr(), outer_b=b.outer_scale.data_ptr(),
+        outer_d=0, bias=bias.data_ptr(), beta=beta_bits(0.25),
+    )  # fmt: skip
+
+
+def test_a_launch_of_an_fp4_result_names_its_operands(plans):
+    spec = GemmSpec("sm_100a", "fp4", None, (128, 64, 256), (1, 1), "static", sf_layout="linear")
+    a, b = problem(48, 64, 96)
+    outer = torch.rand(48)
+    data, scales = blockscaled.launch_fp4_spec(spec, a, b, None, outer)
+    ((_, asked, _, _, operands),) = plans
+    assert asked == GemmProblem(48, 64, 96, 96, 96, 0, 64, True, True, True)
+    assert (operands.d, operands.sfd, operands.outer_d) == tuple(t.data_ptr() for t in (data, scales, outer))
+    assert operands.c == operands.bias == 0
 
 
 @pytest.fixture(params=ARCHS)

@@ -132,6 +132,12 @@ def test_kernels_of_k_are_those_that_calls_ask_for():
             assert select.values_spec("sm_90a", "bf16", m, 8192, scaling, "te_per_token", True)[0] in built
     assert {select.pack_spec("sm_90a", name, "pack") for name in SF_LAYOUTS} < set(built)
     assert not any(isinstance(spec, PackSpec) for spec in select.bf16_specs("sm_100a", 8192))
+    for arch in ("sm_100a", "sm_120a"):
+        built = select.bf16_specs(arch, 8192)
+        assert all(check(spec) is None for spec in built)
+        for m in (1, 64, 300, 5000):
+            for n in (64, 4096, 50000):
+                assert select.gemm_spec(arch, 148, m, n, 8192, "bf16", None, False, None, False) in built
 
 
 @pytest.mark.parametrize("out_dtype", DTYPES)

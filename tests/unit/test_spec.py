@@ -104,6 +104,14 @@ def test_the_examples_are_possible(good):
         ),
         (GEMM, {"tile": (256, 128, 256)}, "cluster of tile (256, 128, 256): got (1, 1), expected pairs of CTAs"),
         (GEMM, {"source": "fp32"}, "source of bf16: got 'fp32', expected None or 'bf16'"),
+        *(
+            (
+                GEMM,
+                {"source": "fp32", "out_dtype": "fp32", "tile": (m, 256, 256), "cluster": (2, 1)},
+                f"tile with an fp32 source: got ({m}, 256, 256), expected at most 192 columns",
+            )
+            for m in (128, 256)
+        ),
         (GEMM, {"activation": "tanh"}, "activation: got 'tanh', expected one of relu, gelu, silu"),
         (GEMM, {"sf_layout": "linear"}, "sf_layout of bf16: got 'linear', expected None"),
         (GEMM, {"out_dtype": "fp4"}, "sf_layout of fp4: got None, expected one of 128x4, linear"),

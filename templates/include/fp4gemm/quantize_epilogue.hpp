@@ -172,6 +172,7 @@ template <class Scales> struct QuantizeRowsOfQuads : QuantizeRowsNode {
     template <class Shared, class Sync, class Fragments>
     CUTLASS_DEVICE void reduce(Shared&&, Sync const&, int epi_m, int epi_n, bool, Fragments fragments) {
       static_assert(cute::size<2>(Fragments{}.layout()) % 2 == 0, "whole blocks");
+      static_assert(decltype(cute::size<0>(coordinates))::value == 4, "coordinates of one fragment");
       CUTLASS_PRAGMA_UNROLL
       for (int i = 0; i < cute::size<1>(fragments); ++i) {
         CUTLASS_PRAGMA_UNROLL
