@@ -26,7 +26,7 @@ EXTRA = [
     _sm100((128, 128), (4, 2), "clc", "bf16", "fp32", source="bf16"),
     _sm100((128, 192), (1, 1), "static", "fp32", column_major=True),
     _sm100((128, 256), (1, 1), "static", "bf16", activation="relu"),
-    _sm100((128, 256), (2, 2), "static", "fp32", "fp32", source="fp32", activation="gelu"),
+    _sm100((128, 192), (2, 2), "static", "fp32", "fp32", source="fp32", activation="gelu"),
     _sm100((256, 128), (2, 2), "static", "fp16", "fp32", source="fp16"),
     _sm100((256, 128), (4, 2), "clc", "fp32", "fp16", source="fp32", activation="silu", column_major=True),
     _sm100((256, 256), (2, 2), "static", "bf16", activation="gelu"),
