@@ -1,7 +1,7 @@
 """NVFP4 matrix multiplication from PyTorch."""
 
 from fp4gemm.formats import CONVENTIONS, SCALINGS, SF_LAYOUTS
-from fp4gemm.ops import amax, dequantize, gemm, quantize, quantize_both, quantize_gemm, quantize_rmsnorm
+from fp4gemm.ops import amax, dequantize, gemm, gemm_fp4, quantize, quantize_both, quantize_gemm, quantize_rmsnorm
 from fp4gemm.tensor import FP4Tensor
 
 __version__ = "0.1.0"
@@ -13,6 +13,7 @@ __all__ = [
     "amax",
     "dequantize",
     "gemm",
+    "gemm_fp4",
     "quantize",
     "quantize_both",
     "quantize_gemm",

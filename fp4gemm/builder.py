@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from fp4gemm.spec import KernelSpec
 
 GB = 1 << 30
-GEMM_BYTES = 6 * GB
+GEMM_BYTES = {"sm_90a": 6 * GB, "sm_100a": 6 * GB, "sm_120a": 8 * GB}
 OTHER_BYTES = 1 * GB
 
 
@@ -45,7 +45,7 @@ def build_one(spec: KernelSpec) -> dict[str, Any]:
 def memory_need(spec: KernelSpec) -> int:
     """Bytes to reserve for compiling `spec`: measured peaks, rounded up."""
     # CUTLASS's kernel layers are what takes memory, and they are what needs a make_params.
-    return GEMM_BYTES if "make_params" in spec.entry_points else OTHER_BYTES
+    return GEMM_BYTES[spec.arch] if "make_params" in spec.entry_points else OTHER_BYTES
 
 
 def free_memory() -> int:

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fp4gemm import engine, select
+from fp4gemm import blockscaled, engine, select
 from fp4gemm.engine import Activations, Output, Weight
 from fp4gemm.formats import (
     BLOCK,
@@ -29,6 +29,7 @@ from fp4gemm.launch import (
     QUANTIZE_ARGUMENTS,
     Launcher,
 )
+from fp4gemm.reference.activation import activate
 from fp4gemm.spec import check
 from fp4gemm.tensor import FP4Tensor
 
@@ -366,12 +367,38 @@ def _weight(b: FP4Tensor) -> Weight:
     return Weight(data, b.outer_scale, *b.shape)
 
 
-def gemm(a: FP4Tensor | Tensor, b: FP4Tensor, bias: Tensor | None, out: Output) -> None:
+def on_hopper(device: int) -> bool:
+    """Whether GEMMs multiply values by prepacked weights; else they take NVFP4 as it is."""
+    return select.arch_of(device) == "sm_90a"
+
+
+def gemm(a: FP4Tensor | Tensor, b: FP4Tensor, bias: Tensor | None, out: Output, activation: str | None = None) -> None:
     """A . B^T of non-empty operands into ``out``; see ``ops.gemm``."""
+    bias = None if bias is None else bias.contiguous()
+    if not on_hopper(out.d.device.index):
+        blockscaled.gemm(a, b, bias, out, activation)
+        return
+    if activation is not None:  # the engine's epilogues have none
+        d = torch.empty_like(out.d, dtype=torch.float32)
+        gemm(a, b, bias, Output(d, None if out.c is None else out.c.float(), out.beta))
+        out.d.copy_(activate(activation, d))
+        return
     weight = _weight(b)
-    engine.gemm(
-        _activations(a), weight, None if bias is None else bias.contiguous(), out, None if b.prepacked else False
-    )
+    engine.gemm(_activations(a), weight, bias, out, None if b.prepacked else False)
+
+
+def gemm_fp4(
+    a: FP4Tensor | Tensor, b: FP4Tensor, bias: Tensor | None, outer_scale: Tensor, sf_layout: str,
+    activation: str | None,
+) -> Packed:  # fmt: skip
+    """A . B^T of non-empty operands in NVFP4; see ``ops.gemm_fp4``."""
+    bias = None if bias is None else bias.contiguous()
+    if on_hopper(outer_scale.device.index):
+        d = outer_scale.new_empty((a.shape[0], b.rows))
+        gemm(a, b, bias, Output(d, None, 0.0), activation)
+        return quantize(d, outer_scale.dim() == 0, sf_layout, _FUSED_CONVENTION, outer_scale)
+    data, block_scale = blockscaled.gemm_fp4(a, b, bias, outer_scale, sf_layout, activation)
+    return Packed(data, block_scale, outer_scale.clone(), sf_layout)
 
 
 def quantize_gemm(
@@ -386,6 +413,10 @@ def quantize_gemm(
     channel_order: Tensor | None = None,
 ) -> None:
     """The values of x, quantized, times a weight, non-empty both, into ``d``; see ``ops.quantize_gemm``."""
+    if not on_hopper(x.device.index):
+        codes = quantize(x, per_tensor, "128x4", convention, outer_scale, None, options, None, channel_order)
+        gemm(FP4Tensor(*codes[:3], (x.shape[0], w.k), codes.sf_layout), w, bias, Output(d, None, 0.0))
+        return
     weight, packed = _weight(w), w.prepacked is not None
     bias = None if bias is None else bias.contiguous()
     if (

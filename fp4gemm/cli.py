@@ -142,7 +142,8 @@ def tune(
 
         shapes = [_shape(text) for text in shape]
         gpu = _gpu_name()
-        select.arch_of(0)
+        if (arch := select.arch_of(0)) != "sm_90a":
+            raise NotImplementedError(f"{arch}: its GEMMs are chosen by a rule, without a table to tune")
         path = out or table.tuned_path(gpu)
         rows = list(table.read(path)) if path.exists() else []
         console = _console()

@@ -209,10 +209,13 @@ def check_cache() -> list[Finding]:
 def _check_gpu(device: Device) -> Finding:
     name = f"GPU {device.index}"
     detail = f"{device.name}, compute capability {device.capability[0]}.{device.capability[1]}"
-    from fp4gemm.select import LAUNCHABLE
+    from fp4gemm.select import EXECUTED, LAUNCHABLE
 
-    if device.capability in LAUNCHABLE:
-        return Finding(name, "ok", f"{detail}: kernels for {LAUNCHABLE[device.capability]}")
+    if arch := LAUNCHABLE.get(device.capability):
+        if arch in EXECUTED:
+            return Finding(name, "ok", f"{detail}: kernels for {arch}")
+        unrun = f"kernels for {arch} are compiled and tested under emulation, and have never run on this hardware"
+        return Finding(name, "warn", f"{detail}: {unrun}", "compare with CPU tensors before relying on them")
     known = ", ".join(LAUNCHABLE.values())
     return Finding(name, "warn", f"{detail}: no kernels (there are for {known})", "keep tensors on the CPU: reference")
 

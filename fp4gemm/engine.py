@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import struct
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -10,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fp4gemm import select
-from fp4gemm.launch import GemmProblem, address_of_one, gemm_plan
+from fp4gemm.launch import GemmProblem, Operands, address_of_one, beta_bits, gemm_plan
 from fp4gemm.packed_plan import PackedProblem, packed_plan
 from fp4gemm.spec import PackedCollectiveSpec, PackedSpec
 
@@ -123,14 +122,14 @@ def launch_spec(
     stream = torch._C._cuda_getCurrentRawStream(device)
     bias_address = 0 if bias is None else bias.data_ptr()
     if isinstance(spec, PackedCollectiveSpec):
-        # C's stride stands in the place of ldb, its address and beta's bits in those of the block scales.
-        plan = gemm_plan(spec, GemmProblem(m, w.n, w.k, x_stride, ldd, ldd, *per_row), device)
+        plan = gemm_plan(spec, GemmProblem(m, w.n, w.k, x_stride, 0, ldd, ldd, *per_row), device)
         scale_address = address_of_one(device) if outer_a is None else outer_a.data_ptr()
-        (beta_bits,) = struct.unpack("<Q", struct.pack("<d", beta))
-        plan(
-            stream, dependent, x.data_ptr(), w.data.data_ptr(), 0 if c is None else c.data_ptr(), beta_bits,
-            d.data_ptr(), scale_address, outer_b.data_ptr(), bias_address,
+        operands = Operands(
+            a=x.data_ptr(), b=w.data.data_ptr(), sfa=0, sfb=0, c=0 if c is None else c.data_ptr(), d=d.data_ptr(),
+            sfd=0, outer_a=scale_address, outer_b=outer_b.data_ptr(), outer_d=0, bias=bias_address,
+            beta=beta_bits(beta),
         )  # fmt: skip
+        plan(stream, dependent, operands)
         return
     packed_plan(spec, PackedProblem(m, w.n, w.k, x_stride, ldd, not row_major, *per_row), device)(
         stream, dependent, x.data_ptr(), w.data.data_ptr(), d.data_ptr(), 0 if c is None else c.data_ptr(),

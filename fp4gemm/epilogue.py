@@ -9,7 +9,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Protocol
 
-CUTLASS_ELEMENT = {"bf16": "cutlass::bfloat16_t", "fp16": "cutlass::half_t", "fp32": "float"}
+from fp4gemm.spec import GemmSpec
+
+CUTLASS_ELEMENT = {
+    "bf16": "cutlass::bfloat16_t",
+    "fp16": "cutlass::half_t",
+    "fp32": "float",
+    "fp4": "cutlass::float_e2m1_t",
+}
 
 
 class Node(Protocol):
@@ -37,7 +44,7 @@ class Vector:
 
     def type(self, out: str) -> str:
         node, stride = {"m": ("Sm90ColBroadcast", "AlongM"), "n": ("Sm90RowBroadcast", "AlongN")}[self.axis]
-        return f"{node}<0, TileShape, {self.element}, float, fp4gemm::{stride}>"
+        return f"{node}<0, CtaTile, {self.element}, float, fp4gemm::{stride}>"
 
     def arguments(self) -> str:
         stride = {"m": f"{{{self.per_element}, {{}}, 0}}", "n": f"{{{{}}, {self.per_element}, 0}}"}[self.axis]
@@ -86,6 +93,39 @@ class Compute:
 
 
 @dataclass(frozen=True)
+class Activation:
+    """A function of activation.hpp, in fp32; ``out`` is the element it leaves in, rounded to nearest even."""
+
+    name: str
+    operand: Node
+
+    def type(self, out: str) -> str:
+        function = f"fp4gemm::{self.name.capitalize()}"
+        operation = f"Sm90Compute<{function}, {out}, float, cutlass::FloatRoundStyle::round_to_nearest>"
+        return f"Sm90EVT<{operation}, {self.operand.type('float')}>"
+
+    def arguments(self) -> str:
+        return f"{{{self.operand.arguments()}, {{}}}}"
+
+
+@dataclass(frozen=True)
+class Quantize:
+    """NVFP4 under given outer scales: codes become D, the node itself stores block scales (quantize_epilogue.hpp)."""
+
+    arch: str
+    sf_layout: str
+    operand: Node
+
+    def type(self, out: str) -> str:
+        rows = {"sm_100a": "QuantizeRowsOfThreads", "sm_120a": "QuantizeRowsOfQuads"}[self.arch]
+        scales = {"linear": "LinearScales", "128x4": "Scales128x4"}[self.sf_layout]
+        return f"Sm90EVT<fp4gemm::{rows}<fp4gemm::{scales}>, {self.operand.type('float')}>"
+
+    def arguments(self) -> str:
+        return f"{{{self.operand.arguments()}, {{args.sfd, args.outer_d, args.outer_d_per_row}}}}"
+
+
+@dataclass(frozen=True)
 class Epilogue:
     tree: Node
 
@@ -96,32 +136,35 @@ class Epilogue:
         return self.tree.arguments()
 
 
-def rescale(bias: str | None) -> Epilogue:
-    """``D = cast(outer_a[i] * (outer_b[j] * acc) [+ bias[j]])``, docs/numerics.md; ``bias`` is its dtype name or None.
+_BETA = Scalar("args.beta", "double")  # a word that the host patches; the tree rounds it to fp32
+
+
+def _rescaled(accumulator: Node, axis_a: str, bias: str | None, source: bool) -> Node:
+    """``outer_a[i] * (outer_b[j] * acc) [+ bias[j]] [+ beta * C]``, where i runs along the MMA's ``axis_a``.
 
     The one place where outer scales become epilogue factors.
     """
-    outer_b = Vector("n", "args.outer_b", "float", "args.outer_b_per_row != 0")
-    outer_a = Vector("m", "args.outer_a", "float", "args.outer_a_per_row != 0")
-    tree: Node = Compute("multiplies", outer_a, Compute("multiplies", outer_b, Accumulator()))
+    axis_b = {"m": "n", "n": "m"}[axis_a]
+    outer_b = Vector(axis_b, "args.outer_b", "float", "args.outer_b_per_row != 0")
+    outer_a = Vector(axis_a, "args.outer_a", "float", "args.outer_a_per_row != 0")
+    tree: Node = Compute("multiplies", outer_a, Compute("multiplies", outer_b, accumulator))
     if bias is not None:
-        tree = Compute("plus", tree, Vector("n", "args.bias", CUTLASS_ELEMENT[bias]))
-    return Epilogue(tree)
+        tree = Compute("plus", tree, Vector(axis_b, "args.bias", CUTLASS_ELEMENT[bias]))
+    return Compute("plus", tree, Compute("multiplies", _BETA, Source())) if source else tree
+
+
+def rescale(spec: GemmSpec) -> Epilogue:
+    """``D = cast(activation(outer_a[i] * (outer_b[j] * acc) [+ bias[j]] [+ beta * C]))``, docs/numerics.md."""
+    tree = _rescaled(Accumulator(), "n" if spec.column_major else "m", spec.bias, spec.source is not None)
+    if spec.activation is not None:
+        tree = Activation(spec.activation, tree)
+    return Epilogue(tree if spec.sf_layout is None else Quantize(spec.arch, spec.sf_layout, tree))
 
 
 def packed_rescale(bias: str | None, source: bool) -> Epilogue:
     """``D = cast(outer_a[i] * (outer_b[j] * (128 * acc)) [+ bias[j]] [+ beta * C])`` of a prepacked weight.
 
-    Weight rows j run along the MMA's M there, tokens i along its N. beta is a double in Params, because the host
-    patches words of 8 bytes; the tree rounds it to fp32.
+    Weight rows j run along the MMA's M there, tokens i along its N.
     """
-    outer_b = Vector("m", "args.outer_b", "float", "args.outer_b_per_row != 0")
-    outer_a = Vector("n", "args.outer_a", "float", "args.outer_a_per_row != 0")
     product = Compute("multiplies", Scalar("fp4gemm::kPackedUnit"), Accumulator())
-    tree: Node = Compute("multiplies", outer_a, Compute("multiplies", outer_b, product))
-    if bias is not None:
-        tree = Compute("plus", tree, Vector("m", "args.bias", CUTLASS_ELEMENT[bias]))
-    if source:
-        beta = Scalar("__longlong_as_double(reinterpret_cast<int64_t>(args.sfb))", "double")
-        tree = Compute("plus", tree, Compute("multiplies", beta, Source()))
-    return Epilogue(tree)
+    return Epilogue(_rescaled(product, "n", bias, source))

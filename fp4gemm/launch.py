@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import astuple, dataclass
 from functools import cache, lru_cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -24,7 +24,7 @@ NORM_ARGUMENTS = struct.Struct(QUANTIZE_ARGUMENTS.format + "3Qqf4x")
 AMAX_ARGUMENTS = struct.Struct("<2Q2q2i")
 DEQUANTIZE_ARGUMENTS = struct.Struct("<4QI2i4x")
 PACK_ARGUMENTS = struct.Struct("<3Q2q2i")
-GEMM_ARGUMENTS = struct.Struct("<8Q3q6i")
+GEMM_ARGUMENTS = struct.Struct("<12Q4q7i4x")
 
 
 @cache
@@ -132,12 +132,37 @@ class GemmProblem:
     k: int
     lda: int
     ldb: int
+    ldc: int
     ldd: int
     outer_a_per_row: bool
     outer_b_per_row: bool
+    outer_d_per_row: bool = False
 
 
-OPERANDS = ("a", "b", "sfa", "sfb", "d", "outer_a", "outer_b", "bias")
+class Operands(NamedTuple):
+    """What a launch writes into Params: addresses, 0 for what the kernel has not, and the bits of beta (float64)."""
+
+    a: int
+    b: int
+    sfa: int
+    sfb: int
+    c: int
+    d: int
+    sfd: int
+    outer_a: int
+    outer_b: int
+    outer_d: int
+    bias: int
+    beta: int
+
+
+OPERANDS = Operands._fields
+
+
+def beta_bits(beta: float) -> int:
+    """``Operands.beta``: kernels have beta as a float64 in Params, a word like an address."""
+    (bits,) = struct.unpack("<Q", struct.pack("<d", beta))
+    return int(bits)
 
 
 def _stand_in(operand: int) -> int:
@@ -160,13 +185,12 @@ class GemmPlan:
         self._dispatch = Dispatch(kernel, "gemm", threads, shared_bytes, address, waits=True)
         self._lock = threading.Lock()
 
-    def __call__(self, stream: int, dependent: bool | None, *addresses: int) -> None:
-        """Launch with the addresses of ``OPERANDS``, in that order, 0 for those the kernel has not; ``dependent``: see
-        :class:`Dispatch`."""
+    def __call__(self, stream: int, dependent: bool | None, operands: Operands) -> None:
+        """Launch with these operands; ``dependent``: see :class:`Dispatch`."""
         with self._lock:
             words = self._words
             for word, operand in self.patches:
-                words[word] = addresses[operand]
+                words[word] = operands[operand]
             self._dispatch(self.grid, stream, dependent)
 
 
@@ -199,10 +223,11 @@ class _ParamsMaker:
         driver, size = _driver(), kernel.meta["launch_bytes"]
         if size > self._BUFFER_BYTES:
             raise DriverError(f"{kernel.spec.name}: Params of {size} bytes, expected at most {self._BUFFER_BYTES}")
-        m, n, k, lda, ldb, ldd, per_row_a, per_row_b = astuple(problem)
+        m, n, k, *strides, per_row_a, per_row_b, per_row_d = astuple(problem)
         addresses = [_stand_in(i) for i in range(len(OPERANDS))]
         arguments, host = ctypes.create_string_buffer(GEMM_ARGUMENTS.size), ctypes.create_string_buffer(size)
-        GEMM_ARGUMENTS.pack_into(arguments, 0, *addresses, lda, ldb, ldd, m, n, k, self._sms, per_row_a, per_row_b)
+        flags = (per_row_a, per_row_b, per_row_d)
+        GEMM_ARGUMENTS.pack_into(arguments, 0, *addresses, *strides, m, n, k, self._sms, *flags)
         pointer = ctypes.c_uint64(int(self._buffer))
         pointers = (ctypes.c_void_p * 2)(ctypes.addressof(arguments), ctypes.addressof(pointer))
         with self._lock:

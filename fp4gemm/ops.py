@@ -16,19 +16,23 @@ from fp4gemm.engine import Output
 from fp4gemm.formats import BLOCK, PLAIN, QuantizeOptions, packed_shape, padded_k, scale_layout
 from fp4gemm.quantize_ops import amax, quantize, quantize_both, quantize_rmsnorm, run
 from fp4gemm.reference import packed as packed_form
+from fp4gemm.reference.activation import check_activation
 from fp4gemm.reference.arguments import (
     QuantizeArguments,
     check_float,
     check_gemm,
+    check_output_scale,
     check_quantize,
     check_quantize_gemm,
 )
+from fp4gemm.spec.gemm import FP4_LAYOUTS
 from fp4gemm.tensor import FP4Tensor
 
 __all__ = [
     "amax",
     "dequantize",
     "gemm",
+    "gemm_fp4",
     "prepack",
     "quantize",
     "quantize_both",
@@ -77,6 +81,7 @@ def gemm(
     bias: Tensor | None = None,
     *,
     out_dtype: torch.dtype | None = None,
+    activation: str | None = None,
     c: Tensor | None = None,
     beta: float = 1.0,
     out: Tensor | None = None,
@@ -84,10 +89,13 @@ def gemm(
 ) -> Tensor:
     """D [M, N] = a [M, K] . b [N, K]^T, rescaled per row and per column, in fp32 up to one rounding:
 
-    cast(outer_a * (outer_b * acc) [+ bias] [+ beta * c]). ``b`` is a weight, best prepacked (``b.prepack()``) where it
-    is used more than once; ``a`` is NVFP4, or plain bf16 or fp16 activations, which have no outer scale.
+    cast(activation(outer_a * (outer_b * acc) [+ bias] [+ beta * c])). ``b`` is a weight, on Hopper best prepacked
+    (``b.prepack()``) where it is used more than once; ``a`` is NVFP4, or, on Hopper and on the CPU, plain bf16 or fp16
+    activations, which have no outer scale. Operands of other orientations are FP4Tensors of the transpose: what
+    ``quantize(x, transposed=True)`` makes of x [K, M].
 
     Args:
+        activation: ``relu``, ``gelu`` (with erf) or ``silu``, in fp32. Fused into the kernel on Blackwell.
         bias: [N], bf16, fp16 or fp32.
         out_dtype: bf16, fp16 or fp32; default: that of ``out``, of plain activations, else bf16.
         c: [M, N] of ``out_dtype``; it may be ``out``, to accumulate in place.
@@ -96,10 +104,11 @@ def gemm(
 
     Raises:
         TypeError: an operand or a dtype is not one of the above.
-        ValueError: K, the shape of ``bias``, ``c`` or ``out``, or the devices do not match.
+        ValueError: K, the shape of ``bias``, ``c`` or ``out``, or the devices do not match, or a name is unknown.
         NotImplementedError: the operands are on a CUDA device for which there is no kernel.
     """
     dtype = check_gemm(a, b, bias, out_dtype, c, out)
+    check_activation(activation)
     if isinstance(a, FP4Tensor):
         a = a.unpack()
         source, outer_a = a.data, a.outer_scale
@@ -107,15 +116,48 @@ def gemm(
         source, outer_a = a, None
     if not direct(source, outer_a, b.outer_scale, bias, c, out):
         # Without c a constant: torch.compile traces a default float as a symbol, and then again for its value.
-        operands = (*_flat(a), *_flat(b), b.rows, b.k, bias, c, 0.0 if c is None else beta)
+        operands = (*_flat(a), *_flat(b), b.rows, b.k, bias, c, 0.0 if c is None else beta, activation)
         if out is None:
             result: Tensor = torch.ops.fp4gemm.gemm(*operands, dtype, column_major)
             return result
         torch.ops.fp4gemm.gemm_out(out, *operands)
         return out
     d = _empty(source, (source.shape[0], b.rows), dtype, column_major) if out is None else out
-    _multiply(a, b, bias, c, beta, d)
+    _multiply(a, b, bias, c, beta, activation, d)
     return d
+
+
+def gemm_fp4(
+    a: FP4Tensor | Tensor,
+    b: FP4Tensor,
+    bias: Tensor | None = None,
+    *,
+    outer_scale: Tensor,
+    activation: str | None = None,
+    sf_layout: str = "128x4",
+) -> FP4Tensor:
+    """The NVFP4 of a . b^T under a given outer scale, the input of a next layer: one launch on Blackwell.
+
+    It is ``quantize(gemm(..., out_dtype=torch.float32), outer_scale=outer_scale)``, to the byte where fp32 values are
+    the same: nothing is rounded between, but backends differ in the order of fp32 sums, and in ``erf`` and ``exp``.
+
+    Args:
+        outer_scale: float32 decode multiplier of D, [], [1] or [M].
+        sf_layout: of the block scales of D: ``128x4`` or ``linear``.
+
+    Raises what ``gemm`` and ``quantize`` raise.
+    """
+    check_gemm(a, b, bias, None, None, None)
+    check_activation(activation)
+    if sf_layout not in FP4_LAYOUTS:
+        raise ValueError(f"sf_layout: expected one of {', '.join(FP4_LAYOUTS)}, got {sf_layout!r}")
+    a = a.unpack() if isinstance(a, FP4Tensor) else a
+    source = a.data if isinstance(a, FP4Tensor) else a
+    outer_scale = check_output_scale(outer_scale, a.shape[0], source.device)
+    implementation = _gemm_fp4 if direct(source, b.outer_scale, bias, outer_scale) else torch.ops.fp4gemm.gemm_fp4
+    parts = implementation(*_flat(a), *_flat(b), b.rows, b.k, bias, outer_scale, sf_layout, activation)
+    data, block_scale, outer = parts
+    return FP4Tensor(data, block_scale, outer, (a.shape[0], b.rows), sf_layout)
 
 
 def quantize_gemm(
@@ -162,15 +204,20 @@ def _dequantize(
     return reference.dequantize(FP4Tensor(data, block_scale, outer_scale, (data.shape[0], k), sf_layout), dtype)
 
 
+def _has_packers(data: Tensor) -> bool:
+    """Whether kernels convert to and from the prepacked form: on Hopper, whose form it is; torch does elsewhere."""
+    return on_kernels(data) and calls.on_hopper(data.device.index)
+
+
 def _prepack(data: Tensor, block_scale: Tensor, sf_layout: str, k: int) -> Tensor:
-    if on_kernels(data):
+    if _has_packers(data):
         return on_its_device(data, calls.prepack, data, block_scale, sf_layout, k)
     shape = data.shape[0], k
     return packed_form.pack(data, scale_layout(sf_layout).to_linear(block_scale, *shape), shape)
 
 
 def _unpack(data: Tensor, sf_layout: str, rows: int, k: int) -> tuple[Tensor, Tensor]:
-    if on_kernels(data):
+    if _has_packers(data):
         return on_its_device(data, calls.unpack, data, sf_layout, rows, k)
     codes, scales = packed_form.unpack(data, (rows, k))
     return codes, scale_layout(sf_layout).from_linear(scales)
@@ -207,13 +254,14 @@ def _empty(like: Tensor, shape: tuple[int, int], dtype: torch.dtype, column_majo
 
 
 def _multiply(
-    a: FP4Tensor | Tensor, b: FP4Tensor, bias: Tensor | None, c: Tensor | None, beta: float, d: Tensor
-) -> None:
+    a: FP4Tensor | Tensor, b: FP4Tensor, bias: Tensor | None, c: Tensor | None, beta: float, activation: str | None,
+    d: Tensor,
+) -> None:  # fmt: skip
     """D into ``d``."""
     if d.is_cuda and d.numel() > 0 and b.k > 0:
-        on_its_device(d, calls.gemm, a, b, bias, Output(d, c, beta))
+        on_its_device(d, calls.gemm, a, b, bias, Output(d, c, beta), activation)
     else:
-        d.copy_(reference.gemm(a, b, bias, d.dtype, c=c, beta=beta))
+        d.copy_(reference.gemm(a, b, bias, d.dtype, c=c, beta=beta, activation=activation))
 
 
 def _quantize_multiply(args: QuantizeArguments, w: FP4Tensor, bias: Tensor | None, out_dtype: torch.dtype) -> Tensor:
@@ -223,18 +271,19 @@ def _quantize_multiply(args: QuantizeArguments, w: FP4Tensor, bias: Tensor | Non
         extras = (args.options, args.channel_order)
         on_its_device(x, calls.quantize_gemm, x, w, bias, per_tensor, _ACTIVATION_CONVENTION, outer_scale, d, *extras)
         return d
-    _multiply(FP4Tensor(*run(args), (x.shape[0], w.k), _ACTIVATION_LAYOUT), w, bias, None, 0.0, d)
+    _multiply(FP4Tensor(*run(args), (x.shape[0], w.k), _ACTIVATION_LAYOUT), w, bias, None, 0.0, None, d)
     return d
 
 
 def _gemm(
     a: Tensor, a_block_scale: Tensor | None, a_outer_scale: Tensor | None, a_kind: str,
     b: Tensor, b_block_scale: Tensor | None, b_outer_scale: Tensor | None, b_kind: str,
-    n: int, k: int, bias: Tensor | None, c: Tensor | None, beta: float,
+    n: int, k: int, bias: Tensor | None, c: Tensor | None, beta: float, activation: str | None,
     out_dtype: torch.dtype, column_major: bool,
 ) -> Tensor:  # fmt: skip
     d = _empty(a, (a.shape[0], n), out_dtype, column_major)
-    _gemm_out(d, a, a_block_scale, a_outer_scale, a_kind, b, b_block_scale, b_outer_scale, b_kind, n, k, bias, c, beta)
+    right = (b, b_block_scale, b_outer_scale, b_kind)
+    _gemm_out(d, a, a_block_scale, a_outer_scale, a_kind, *right, n, k, bias, c, beta, activation)
     return d
 
 
@@ -242,10 +291,23 @@ def _gemm_out(
     out: Tensor,
     a: Tensor, a_block_scale: Tensor | None, a_outer_scale: Tensor | None, a_kind: str,
     b: Tensor, b_block_scale: Tensor | None, b_outer_scale: Tensor | None, b_kind: str,
-    n: int, k: int, bias: Tensor | None, c: Tensor | None, beta: float,
+    n: int, k: int, bias: Tensor | None, c: Tensor | None, beta: float, activation: str | None,
 ) -> None:  # fmt: skip
     left = _operand((a, a_block_scale, a_outer_scale, a_kind), a.shape[0], k)
-    _multiply(left, _weight((b, b_block_scale, b_outer_scale, b_kind), n, k), bias, c, beta, out)
+    _multiply(left, _weight((b, b_block_scale, b_outer_scale, b_kind), n, k), bias, c, beta, activation, out)
+
+
+def _gemm_fp4(
+    a: Tensor, a_block_scale: Tensor | None, a_outer_scale: Tensor | None, a_kind: str,
+    b: Tensor, b_block_scale: Tensor | None, b_outer_scale: Tensor | None, b_kind: str,
+    n: int, k: int, bias: Tensor | None, outer_scale: Tensor, sf_layout: str, activation: str | None,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    left = _operand((a, a_block_scale, a_outer_scale, a_kind), a.shape[0], k)
+    weight = _weight((b, b_block_scale, b_outer_scale, b_kind), n, k)
+    if a.is_cuda and a.shape[0] * n * k > 0:
+        return on_its_device(a, calls.gemm_fp4, left, weight, bias, outer_scale, sf_layout, activation)[:3]
+    d = reference.gemm(left, weight, bias, torch.float32, activation=activation)
+    return run(check_quantize(d, sf_layout=sf_layout, convention=_ACTIVATION_CONVENTION, outer_scale=outer_scale))
 
 
 def _quantize_gemm(
@@ -282,10 +344,23 @@ def _fake_unpack(data: Tensor, sf_layout: str, rows: int, k: int) -> tuple[Tenso
 def _fake_gemm(
     a: Tensor, a_block_scale: Tensor | None, a_outer_scale: Tensor | None, a_kind: str,
     b: Tensor, b_block_scale: Tensor | None, b_outer_scale: Tensor | None, b_kind: str,
-    n: int, k: int, bias: Tensor | None, c: Tensor | None, beta: float,
+    n: int, k: int, bias: Tensor | None, c: Tensor | None, beta: float, activation: str | None,
     out_dtype: torch.dtype, column_major: bool,
 ) -> Tensor:  # fmt: skip
     return _empty(a, (a.shape[0], n), out_dtype, column_major)
+
+
+def _fake_gemm_fp4(
+    a: Tensor, a_block_scale: Tensor | None, a_outer_scale: Tensor | None, a_kind: str,
+    b: Tensor, b_block_scale: Tensor | None, b_outer_scale: Tensor | None, b_kind: str,
+    n: int, k: int, bias: Tensor | None, outer_scale: Tensor, sf_layout: str, activation: str | None,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    m, layout = a.shape[0], scale_layout(sf_layout)
+    return (
+        a.new_empty((m, padded_k(n) // 2), dtype=torch.uint8),
+        a.new_empty(layout.shape(m, n), dtype=torch.float8_e4m3fn),
+        torch.empty_like(outer_scale),
+    )
 
 
 def _fake_quantize_gemm(
@@ -301,6 +376,7 @@ for _implementation, _fake in (
     (_prepack, _fake_prepack),
     (_unpack, _fake_unpack),
     (_gemm, _fake_gemm),
+    (_gemm_fp4, _fake_gemm_fp4),
     (_quantize_gemm, _fake_quantize_gemm),
 ):
     _op = torch.library.custom_op(f"fp4gemm::{_implementation.__name__[1:]}", _implementation, mutates_args=())

@@ -30,10 +30,10 @@ _FILTERS: dict[str, dict[Any, str]] = {
         "add_rmsnorm": "kAddRmsNorm",
     },
     "cpp": {True: "true", False: "false"},
-    "schedule": {
-        "cooperative": "Cooperative",
-        "pingpong": "Pingpong",
+    "schedule": {"cooperative": "Cooperative", "pingpong": "Pingpong"},
+    "scheduler": {
         "static": "cutlass::gemm::StaticPersistentScheduler",
+        "clc": "cutlass::gemm::DynamicPersistentScheduler",
     },
 }
 
@@ -68,7 +68,7 @@ def render(spec: KernelSpec) -> str:
         raise ValueError(f"{type(spec).__name__}: {problem}")
     context: dict[str, object] = {"spec": spec}
     if isinstance(spec, GemmSpec):
-        context["epilogue"] = epilogue.rescale(spec.bias)
+        context["epilogue"] = epilogue.rescale(spec)
     elif isinstance(spec, PackedCollectiveSpec):
         context["epilogue"] = epilogue.packed_rescale(spec.bias, spec.source is not None)
     return _environment().get_template(spec.template).render(context)

@@ -7,12 +7,13 @@ from functools import cache
 
 import torch
 
-from fp4gemm import table
+from fp4gemm import env, table
 from fp4gemm.division import divide
 from fp4gemm.formats import BLOCK, NORMS, PLAIN, SF_LAYOUTS, QuantizeOptions, scale_columns
 from fp4gemm.spec import (
     AmaxSpec,
     DequantizeSpec,
+    GemmSpec,
     KernelSpec,
     PackedCollectiveSpec,
     PackedMmaSpec,
@@ -28,23 +29,23 @@ from fp4gemm.spec import (
 DTYPE_NAMES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
 INPUT_NAMES = {**DTYPE_NAMES, torch.float8_e4m3fn: "e4m3"}  # what quantizers read
 _INPUT_BYTES = {name: dtype.itemsize for dtype, name in INPUT_NAMES.items()}
-LAUNCHABLE = {(9, 0): "sm_90a"}  # compute capability -> arch
-_COMPILED_ONLY = {(10, 0): "sm_100a", (12, 0): "sm_120a"}
+LAUNCHABLE = {(9, 0): "sm_90a", (10, 0): "sm_100a", (12, 0): "sm_120a"}  # compute capability -> arch
+EXECUTED = ("sm_90a",)  # archs whose kernels have run on their own hardware
 
 
 @cache
 def arch_of(device: int) -> str:
     """The arch whose kernels run on CUDA device ``device``. Raises NotImplementedError where there are none."""
     capability = torch.cuda.get_device_capability(device)
+    emulated = env.settings().emulate
+    if emulated and capability == (9, 0):
+        return emulated
     if arch := LAUNCHABLE.get(capability):
         return arch
     name = torch.cuda.get_device_name(device)
     here = f"{name} has compute capability {capability[0]}.{capability[1]}"
-    if arch := _COMPILED_ONLY.get(capability):
-        raise NotImplementedError(
-            f"{here}: fp4gemm compiles {arch} kernels but does not launch them yet; use CPU tensors"
-        )
-    raise NotImplementedError(f"{here}: fp4gemm has CUDA kernels for 9.0 (sm_90a) only; use CPU tensors")
+    known = ", ".join(f"{major}.{minor} ({arch})" for (major, minor), arch in LAUNCHABLE.items())
+    raise NotImplementedError(f"{here}: fp4gemm has CUDA kernels for {known}; use CPU tensors")
 
 
 def quantize_spec(
@@ -144,7 +145,7 @@ def bf16_specs(arch: str, k: int) -> list[KernelSpec]:
     small: list[KernelSpec] = [*quantizers, amax_spec(arch, "bf16", k % BLOCK == 0), *dequantizers, *turned]
     small.append(tile_amax_spec(arch, "bf16", False, True, False, aligned))
     if arch != "sm_90a":
-        return small
+        return [*small, *_plain_gemms(arch)]
     values = [
         values_spec(arch, "bf16", m, k, scaling, "te_per_token", vectorized=k % BLOCK == 0)[0]
         for scaling in ("per_row", "given")
@@ -157,6 +158,9 @@ def bf16_specs(arch: str, k: int) -> list[KernelSpec]:
 
 
 def pack_spec(arch: str, sf_layout: str, direction: str) -> PackSpec:
+    """Raises NotImplementedError on an arch whose GEMMs read plain NVFP4."""
+    if arch != "sm_90a":
+        raise NotImplementedError(f"{arch}: the prepacked form is Hopper's; GEMMs read plain FP4Tensors here")
     return PackSpec(arch, sf_layout, direction)
 
 
@@ -250,3 +254,61 @@ def packed_spec(
         ):
             return spec
     raise AssertionError("the fallback serves everything")
+
+
+# Tiles of one MMA on sm_100a with the cluster each takes, and what a tile costs in a CTA: its columns, and some for A,
+# fewer where two SMs share B. Tiles and clusters are those that CUTLASS's examples and its users choose among. The
+# costs are a guess: none of it has been measured on a Blackwell GPU.
+_SM100_CHOICES = (
+    ((256, 256, 256), (2, 1), 256 + 32),
+    ((256, 128, 256), (2, 1), 128 + 32),
+    ((128, 256, 256), (1, 1), 256 + 64),
+    ((128, 192, 256), (1, 1), 192 + 64),
+    ((128, 128, 256), (1, 1), 128 + 64),
+    ((128, 64, 256), (1, 1), 64 + 64),
+)
+
+
+def gemm_spec(
+    arch: str, sms: int, m: int, n: int, k: int, out_dtype: str, bias: str | None, source: bool,
+    activation: str | None, column_major: bool, sf_layout: str | None = None,
+) -> GemmSpec:  # fmt: skip
+    """The block-scaled GEMM of a problem on Blackwell. Unmeasured: no such GPU was at hand.
+
+    On sm_100a that with the least estimated time, waves of CTAs times the cost of a tile; on sm_120a tiles of 256 rows
+    where there are more than 256. Scheduling is static, and on sm_120a cooperative: CUTLASS 4.2's pingpong kernel has a
+    fault with cluster launch control, and spills registers.
+    """
+    rows, columns = (n, m) if column_major else (m, n)
+    tile, cluster, schedule = (128, 128, 128), (1, 1), "cooperative"
+    if arch == "sm_100a":
+        tile, cluster, _ = min(_SM100_CHOICES, key=lambda choice: _estimate(choice[0], choice[2], rows, columns, sms))
+        schedule = "static"
+    elif rows > 256:
+        tile = (256, 128, 128)
+    return GemmSpec(
+        arch,
+        out_dtype,
+        bias,
+        tile,
+        cluster,
+        schedule,
+        out_dtype if source else None,
+        activation,
+        column_major,
+        sf_layout,
+    )
+
+
+def _plain_gemms(arch: str) -> list[KernelSpec]:
+    """Every block-scaled GEMM that bf16 results without bias may get."""
+    if arch == "sm_100a":
+        chosen = [(tile, cluster, "static") for tile, cluster, _ in _SM100_CHOICES]
+    else:
+        chosen = [(tile, (1, 1), "cooperative") for tile in ((128, 128, 128), (256, 128, 128))]
+    return [GemmSpec(arch, "bf16", None, *each) for each in chosen]
+
+
+def _estimate(tile: tuple[int, int, int], cost: int, rows: int, columns: int, sms: int) -> int:
+    pairs = tile[0] // 128
+    return -(-(-(-rows // tile[0]) * pairs * -(-columns // tile[1])) // sms) * cost

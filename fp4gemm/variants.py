@@ -85,9 +85,35 @@ def _sm90_packed() -> list[KernelSpec]:
     ]
 
 
-def _block_scaled(arch: str) -> list[KernelSpec]:
-    depth = {"sm_100a": 256, "sm_120a": 128}[arch]
-    return [GemmSpec(arch, "bf16", None, (128, 128, depth), (1, 1), "static")]
+def _sm100_gemms() -> list[KernelSpec]:
+    """Every tile, cluster and schedule, and every term, activation and dtype, once each."""
+    arch, bf16 = "sm_100a", ("sm_100a", "bf16", None)
+    return [
+        GemmSpec(*bf16, (128, 128, 256), (1, 1), "static"),
+        GemmSpec(arch, "fp16", "fp16", (128, 64, 256), (1, 1), "static"),
+        GemmSpec(*bf16, (128, 192, 256), (2, 1), "static", activation="silu"),
+        GemmSpec(*bf16, (128, 256, 256), (1, 1), "clc"),
+        GemmSpec(arch, "bf16", "bf16", (128, 128, 256), (2, 2), "static", activation="gelu", column_major=True),
+        GemmSpec(*bf16, (256, 128, 256), (2, 1), "static", source="bf16"),
+        GemmSpec(arch, "fp32", "fp32", (256, 256, 256), (2, 1), "static"),
+        GemmSpec(*bf16, (256, 256, 256), (4, 2), "clc", activation="relu"),
+        GemmSpec(arch, "fp4", None, (128, 128, 256), (1, 1), "static", activation="relu", sf_layout="128x4"),
+        GemmSpec(arch, "fp4", "bf16", (256, 256, 256), (2, 1), "static", sf_layout="linear"),
+    ]
+
+
+def _sm120_gemms() -> list[KernelSpec]:
+    arch, bf16 = "sm_120a", ("sm_120a", "bf16", None)
+    return [
+        GemmSpec(*bf16, (128, 128, 128), (1, 1), "cooperative"),
+        GemmSpec(*bf16, (256, 128, 128), (1, 1), "cooperative"),
+        GemmSpec(arch, "fp32", "fp32", (128, 128, 256), (1, 1), "cooperative", activation="gelu", column_major=True),
+        GemmSpec(arch, "fp16", "fp16", (128, 128, 128), (1, 1), "cooperative", source="fp16"),
+        GemmSpec(*bf16, (128, 128, 128), (1, 1), "pingpong", activation="silu"),
+        GemmSpec(*bf16, (128, 128, 256), (1, 1), "pingpong"),
+        GemmSpec(arch, "fp4", None, (128, 128, 128), (1, 1), "cooperative", activation="relu", sf_layout="128x4"),
+        GemmSpec(arch, "fp4", "bf16", (128, 128, 128), (1, 1), "cooperative", sf_layout="linear"),
+    ]
 
 
 def default_variants(archs: Iterable[str] = ARCHS) -> list[KernelSpec]:
@@ -110,5 +136,5 @@ def default_variants(archs: Iterable[str] = ARCHS) -> list[KernelSpec]:
             specs += [PackSpec(arch, layout, way) for layout in SF_LAYOUTS for way in ("pack", "unpack")]
             specs += _sm90_packed()
         else:
-            specs += _block_scaled(arch)
+            specs += _sm100_gemms() if arch == "sm_100a" else _sm120_gemms()
     return specs

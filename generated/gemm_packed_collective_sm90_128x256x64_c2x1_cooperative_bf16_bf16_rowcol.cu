@@ -12,11 +12,12 @@ using Element = cutlass::bfloat16_t;
 using ElementC = void;
 using ElementD = cutlass::bfloat16_t;
 using TileShape = Shape<_128, _256, _64>;
+using CtaTile = TileShape;
 using ClusterShape = Shape<_2, _1, _1>;
 inline constexpr int kAlignmentC = 128 / cutlass::sizeof_bits<ElementD>::value;
 inline constexpr int kAlignmentD = 128 / cutlass::sizeof_bits<ElementD>::value;
 
-using EpilogueTree = Sm90EVT<Sm90Compute<cutlass::multiplies, ElementD, float, cutlass::FloatRoundStyle::round_to_nearest>, Sm90RowBroadcast<0, TileShape, float, float, fp4gemm::AlongN>, Sm90EVT<Sm90Compute<cutlass::multiplies, float, float, cutlass::FloatRoundStyle::round_to_nearest>, Sm90ColBroadcast<0, TileShape, float, float, fp4gemm::AlongM>, Sm90EVT<Sm90Compute<cutlass::multiplies, float, float, cutlass::FloatRoundStyle::round_to_nearest>, Sm90ScalarBroadcast<float>, Sm90AccFetch>>>;
+using EpilogueTree = Sm90EVT<Sm90Compute<cutlass::multiplies, ElementD, float, cutlass::FloatRoundStyle::round_to_nearest>, Sm90RowBroadcast<0, CtaTile, float, float, fp4gemm::AlongN>, Sm90EVT<Sm90Compute<cutlass::multiplies, float, float, cutlass::FloatRoundStyle::round_to_nearest>, Sm90ColBroadcast<0, CtaTile, float, float, fp4gemm::AlongM>, Sm90EVT<Sm90Compute<cutlass::multiplies, float, float, cutlass::FloatRoundStyle::round_to_nearest>, Sm90ScalarBroadcast<float>, Sm90AccFetch>>>;
 
 using Epilogue = typename cutlass::epilogue::collective::CollectiveBuilder<
     cutlass::arch::Sm90, cutlass::arch::OpClassTensorOp, TileShape, ClusterShape,

@@ -330,6 +330,14 @@ def _check_block(block: tuple[int, int]) -> tuple[int, int]:
     raise ValueError(f"block: expected {' or '.join(map(str, BLOCKS))}, got {tuple(block)}")
 
 
+def check_output_scale(outer: Tensor, rows: int, device: torch.device) -> Tensor:
+    """The ``outer_scale`` that an NVFP4 result [rows, N] on ``device`` is given: [] or [rows].
+
+    Raises TypeError or ValueError.
+    """
+    return _resolve_outer("outer_scale", outer, torch.empty((rows, 0), device=device), "per_row")
+
+
 def _resolve_outer(name: str, outer: Tensor, source: Tensor, scaling: str) -> Tensor:
     """[] when one scale covers the tensor, else [rows]. Its shape decides; [1] is [rows] only when there is one row."""
     if not isinstance(outer, Tensor):

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from fp4gemm.reference.activation import activate, check_activation
 from fp4gemm.reference.arguments import check_gemm
 from fp4gemm.reference.quantize import dequantize
 
@@ -24,18 +25,20 @@ def gemm(
     *,
     c: Tensor | None = None,
     beta: float = 1.0,
+    activation: str | None = None,
 ) -> Tensor:
     """D[M, N] = a [M, K] times the transpose of b [N, K], plus bias [N], plus beta * c [M, N]; see ``fp4gemm.gemm``.
 
-    ``D[i, j] = cast(outer_a[i] * (outer_b[j] * acc) + bias[j] + beta * c[i, j])``: float32, every operation rounded on
-    its own, one rounding to ``out_dtype``; a plain ``a`` has no outer_a. Products in acc are exact where a is NVFP4;
-    only their float32 sum rounds.
+    ``D[i, j] = cast(activation(outer_a[i] * (outer_b[j] * acc) + bias[j] + beta * c[i, j]))``: float32,
+    every operation rounded on its own, one rounding to ``out_dtype``; a plain ``a`` has no outer_a. Products in acc are
+    exact where a is NVFP4; only their float32 sum rounds.
 
     Raises:
         TypeError: an operand is not of the accepted types, or a dtype is not one of the above.
-        ValueError: K, the shape of bias or c, or the devices do not match.
+        ValueError: K, the shape of bias or c, or the devices do not match, or the activation is unknown.
     """
     dtype = check_gemm(a, b, bias, out_dtype, c, None)
+    check_activation(activation)
     # Operands are exact in bfloat16 or float16, so a float32 product that torch is allowed to take through TF32, whose
     # significand holds both, is exact too.
     left = a.float() if isinstance(a, torch.Tensor) else dequantize(a, outer=False)
@@ -46,4 +49,4 @@ def gemm(
         out = out + bias.float()
     if c is not None:
         out = out + c.float() * beta
-    return out.to(dtype)
+    return activate(activation, out).to(dtype)

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from fp4gemm.formats import SF_LAYOUTS
 from fp4gemm.spec.common import ARCHS, DTYPES, INPUT_DTYPES, unknown
-from fp4gemm.spec.gemm import GemmSpec
+from fp4gemm.spec.gemm import ACTIVATIONS, GemmSpec
 from fp4gemm.spec.packed import (
     SM90_SHARED_BYTES,
     WGMMA_TOKENS,
@@ -27,6 +27,7 @@ from fp4gemm.spec.quantize import (
 )
 
 __all__ = [
+    "ACTIVATIONS",
     "ARCHS",
     "DTYPES",
     "INPUT_DTYPES",
@@ -63,7 +64,8 @@ def check(spec: KernelSpec) -> str | None:
     elif isinstance(spec, DequantizeSpec):
         problem = problem or unknown("dtype", spec.dtype, DTYPES)
     elif not isinstance(spec, PackSpec):
-        problem = problem or unknown("out_dtype", spec.out_dtype, DTYPES)
+        known = (*DTYPES, "fp4") if isinstance(spec, GemmSpec) else DTYPES
+        problem = problem or unknown("out_dtype", spec.out_dtype, known)
     if isinstance(spec, (QuantizeSpec, DequantizeSpec, PackSpec)):
         problem = problem or unknown("sf_layout", spec.sf_layout, SF_LAYOUTS)
     return problem or spec.why_not()

@@ -48,6 +48,7 @@ pytestmark = pytest.mark.compile
 
 VARIANTS = default_variants()
 GEMMS = [spec for spec in VARIANTS if "make_params" in spec.entry_points]  # of CUTLASS's kernel layers
+BLOCK_SCALED = [spec for spec in VARIANTS if isinstance(spec, GemmSpec)]
 ENGINE = [spec for spec in VARIANTS if isinstance(spec, (PackedMmaSpec, PackedWgmmaSpec))]
 ARGUMENTS = {
     QuantizeSpec: QUANTIZE_ARGUMENTS,  # of a norm: NORM_ARGUMENTS
@@ -61,8 +62,13 @@ ARGUMENTS = {
 SHARED = {"sm_90a": 232448, "sm_100a": 232448, "sm_120a": 101376}
 REGISTER_FILE = 65536
 PARAMS = 4096  # bytes of kernel arguments that every driver takes
-# The instruction that multiplies, for each arch; all of them load tiles through TMA.
-MULTIPLIES = {"sm_90a": "HGMMA", "sm_100a": "UTCOMMA", "sm_120a": "OMMA"}
+# What multiplies, for each arch, and what brings its operands. On Blackwell: packed NVFP4, e4m3 scales of 16 values;
+# on sm_100a block scales go to tensor memory, from where sums come.
+MULTIPLIES = {
+    "sm_90a": [r"HGMMA\b"],
+    "sm_100a": [r"UTCOMMA\.(2CTA\.)?4X\b", r"UTCCP\.T\.S\.(2CTA\.)?4x32dp128bit\b", r"LDTM\.x\d"],
+    "sm_120a": [r"OMMA\.SF\.16864\.F32\.E2M1\.E2M1\.UE4M3\.4X\b", r"LDSM\b"],
+}
 
 
 def variants(specs: list[KernelSpec]) -> pytest.MarkDecorator:
@@ -109,7 +115,9 @@ def test_entry(entry: cache.Entry, spec: KernelSpec, built: dict[str, builder.Bu
 @variants(VARIANTS)
 def test_resources(entry: cache.Entry, spec: KernelSpec) -> None:
     meta = entry.meta
-    assert meta["spill_bytes"] == 0
+    # Sums in registers, and producers with 40: what is spilled there stays out of the loop, see below.
+    crowded = isinstance(spec, GemmSpec) and spec.arch == "sm_120a"
+    assert meta["spill_bytes"] <= (320 if crowded else 0)
     assert 0 < meta["registers"] <= 255
     assert meta["smem_bytes"] <= SHARED[spec.arch]
     assert 0 < meta["params_bytes"] <= PARAMS
@@ -177,8 +185,34 @@ def disassembled(cubin: Path) -> dict[str, str]:
 @variants(GEMMS)
 def test_gemm_uses_the_tensor_core_and_tma(entry: cache.Entry, spec: GemmSpec | PackedCollectiveSpec) -> None:
     code = disassembled(entry.path / "kernel.cubin")["gemm"]
-    for instruction in (MULTIPLIES[spec.arch], "UTMALDG", "UTMASTG"):
-        assert re.search(rf"\s{instruction}\b", code), f"no {instruction}"
+    for instruction in (*MULTIPLIES[spec.arch], r"UTMALDG\b", r"UTMASTG\b"):
+        assert re.search(rf"\s{instruction}", code), f"no {instruction}"
+
+
+@variants(BLOCK_SCALED)
+def test_block_scaled_machine_code(entry: cache.Entry, spec: GemmSpec) -> None:
+    """What the spec asks for, and nothing else: pairs of SMs, multicast, work from the hardware, codes from it."""
+    code = disassembled(entry.path / "kernel.cubin")["gemm"]
+
+    def has(instruction: str) -> bool:
+        return re.search(rf"\s{instruction}", code) is not None
+
+    assert has(r"UTCOMMA\.2CTA") == spec.two_sm
+    assert has(r"UTMALDG\.\dD\.MULTICAST") == (spec.cluster != (1, 1))
+    assert has("UGETNEXTWORKID") == (spec.schedule == "clc")
+    assert has(r"F2FP\.SATFINITE\.E2M1\.F32") == (spec.out_dtype == "fp4")
+
+
+@variants([spec for spec in BLOCK_SCALED if spec.arch == "sm_120a"])
+def test_the_loop_of_multiplications_does_not_spill(entry: cache.Entry, spec: GemmSpec) -> None:
+    """On sm_120a sums are in registers: ptxas keeps addresses that one tile needs once in local memory."""
+    lines = disassembled(entry.path / "kernel.cubin")["gemm"].splitlines()
+    labels = {match[1]: i for i, line in enumerate(lines) if (match := re.match(r"\.(L_x_\d+):", line))}
+    jumps = [(i, match[1]) for i, line in enumerate(lines) if (match := re.search(r"\bBRA\b.*`\(\.(L_x_\d+)\)", line))]
+    loops = ["\n".join(lines[labels[to] : i]) for i, to in jumps if labels[to] < i]
+    inner = min((loop for loop in loops if re.search(r"\sOMMA\b", loop)), key=len)
+    assert not re.search(r"\sSTL\b", inner)
+    assert len(re.findall(r"\sLDL\b", inner)) <= 1
 
 
 @variants([spec for spec in VARIANTS if isinstance(spec, (TileQuantizeSpec, TileAmaxSpec))])

@@ -15,16 +15,14 @@ from pathlib import Path
 import overlay
 import torch
 
+from fp4gemm import blockscaled, launch, load
 from fp4gemm import compile as compiler
-from fp4gemm import launch, load
 from fp4gemm.cache import Entry
-from fp4gemm.launch import GemmProblem
+from fp4gemm.engine import Output
 from fp4gemm.select import DTYPE_NAMES
 from fp4gemm.spec import GemmSpec
 from fp4gemm.tensor import FP4Tensor
-from fp4gemm.variants import default_variants
 
-VARIANTS = [spec for spec in default_variants(("sm_100a", "sm_120a")) if isinstance(spec, GemmSpec)]
 DTYPES = {name: dtype for dtype, name in DTYPE_NAMES.items()}
 FAULTS = {int(code): name for name, code in re.findall(r"^  (k\w+) = (\d+),", overlay.EMULATOR.read_text(), re.M)}
 # What is left of an instruction that CUTLASS has for another arch: its wrappers print these and stop.
@@ -113,41 +111,68 @@ def check_faults(kernel: load.Kernel, what: str) -> None:
 # --- launching --------------------------------------------------------------------------------------------------------
 
 
+@contextmanager
+def _launched_as(spec: GemmSpec, sms: int | None, clusters: int | None) -> Iterator[None]:
+    """Launches inside are emulated, are over at the end, and the emulator had nothing to say about them."""
+    with emulate(spec.arch):
+        kernel = load.load(spec)
+
+    def plan_of(_: GemmSpec, problem: launch.GemmProblem, device: int) -> launch.GemmPlan:
+        with _gpu_of(sms, device):
+            plan = launch.GemmPlan(kernel, problem, device)
+        if clusters is not None:
+            across, full_x = clusters * spec.cluster[0], plan.grid[0]
+            write_words(kernel, "launch_control", [full_x, 0, 0, 0])
+            plan.grid = (min(across, full_x), *plan.grid[1:])
+        return plan
+
+    before = blockscaled.gemm_plan
+    blockscaled.gemm_plan = plan_of  # type: ignore[assignment]
+    try:
+        yield
+        torch.cuda.synchronize()
+    finally:
+        blockscaled.gemm_plan = before
+        if clusters is not None:
+            granted[spec] = read_words(kernel, "launch_control")[2]
+            write_words(kernel, "launch_control", [0, 0, 0, 0])
+    check_faults(kernel, spec.name)
+
+
+granted: dict[GemmSpec, int] = {}  # clusters that launch control handed out in the last launch of a kernel
+
+
 def run(
-    spec: GemmSpec, a: FP4Tensor, b: FP4Tensor, bias: torch.Tensor | None = None, *,
-    sms: int | None = None, clusters: int | None = None,
+    spec: GemmSpec, a: FP4Tensor, b: FP4Tensor, bias: torch.Tensor | None = None, c: torch.Tensor | None = None,
+    beta: float = 0.0, *, sms: int | None = None, clusters: int | None = None,
 ) -> torch.Tensor:  # fmt: skip
-    """D of a kernel, launched by the package's own plan; all around D is checked to be left alone.
+    """D of a kernel, launched as the package does; all around D is checked to be left alone.
 
     ``sms``: make the plan for a GPU of so many, whose persistent CTAs then have several tiles each. ``clusters``:
     launch so many along x, and leave the others to cluster launch control.
     """
-    (m, k), n, device = a.shape, b.rows, a.data.device
-    dtype = DTYPES[spec.out_dtype]
-    ldd = -(-n // 16) * 16 + 16
-    guarded = torch.full((m + 2, ldd), float("nan"), dtype=dtype, device=device)
-    d = guarded[1 : m + 1, :n]
-    problem = GemmProblem(m, n, k, k, k, ldd, a.outer_scale.numel() > 1, b.outer_scale.numel() > 1)
-    addresses = {
-        "a": a.data, "b": b.data, "sfa": a.block_scale, "sfb": b.block_scale, "d": d,
-        "outer_a": a.outer_scale, "outer_b": b.outer_scale, "bias": bias,
-    }  # fmt: skip
-    with emulate(spec.arch):
-        kernel = load.load(spec)
-        with _gpu_of(sms, device.index or 0):
-            plan = launch.GemmPlan(kernel, problem, device.index or 0)
-    if clusters is not None:
-        across, full_x = clusters * spec.cluster[0], plan.grid[0]
-        write_words(kernel, "launch_control", [full_x, 0, 0, 0])
-        plan.grid = (min(across, full_x), *plan.grid[1:])
-    pointers = [0 if addresses[name] is None else addresses[name].data_ptr() for name in launch.OPERANDS]
-    plan(torch.cuda.current_stream(device).cuda_stream, None, *pointers)
-    torch.cuda.synchronize(device)
-    check_faults(kernel, f"{spec.name} {m}x{n}x{k}")
+    rows, columns = (b.rows, a.rows) if spec.column_major else (a.rows, b.rows)
+    leading = -(-columns // 16) * 16 + 16
+    guarded = torch.full((rows + 2, leading), float("nan"), dtype=DTYPES[spec.out_dtype], device=a.data.device)
+    d = guarded[1 : rows + 1, :columns]
+    d = d.t() if spec.column_major else d
+    with _launched_as(spec, sms, clusters):
+        blockscaled.launch_spec(spec, a, b, bias, Output(d, c, beta))
     outside = guarded.clone()
-    outside[1 : m + 1, :n] = float("nan")
-    assert bool(outside.isnan().all()), f"{spec.name} {m}x{n}x{k}: wrote outside D"
+    outside[1 : rows + 1, :columns] = float("nan")
+    assert bool(outside.isnan().all()), f"{spec.name} {a.shape} {b.shape}: wrote outside D"
     return d
+
+
+def run_fp4(
+    spec: GemmSpec, a: FP4Tensor, b: FP4Tensor, bias: torch.Tensor | None, outer_scale: torch.Tensor, *,
+    sms: int | None = None, clusters: int | None = None,
+) -> FP4Tensor:  # fmt: skip
+    """The same for a D in NVFP4."""
+    assert spec.sf_layout is not None
+    with _launched_as(spec, sms, clusters):
+        data, scales = blockscaled.launch_fp4_spec(spec, a, b, bias, outer_scale)
+    return FP4Tensor(data, scales, outer_scale, (a.rows, b.rows), spec.sf_layout)
 
 
 @contextmanager

@@ -1,11 +1,12 @@
 """Builds, several at once, the kernels that test_blackwell_gpu.py launches: `python tests/emulated/prebuild.py`.
 
-Needs NVRTC and no GPU. Arguments: parts of names, to build only the kernels that have one of them. Prints for each what
-it took, and which instructions, if any, are not emulated; exits with 1 where there are any or where a build failed.
+Needs NVRTC and no GPU. Prints for each what it took, and which instructions, if any, are not emulated; exits with 1
+where there are any or where a build failed.
 """
 
 from __future__ import annotations
 
+import argparse
 import sys
 import time
 from pathlib import Path
@@ -14,6 +15,7 @@ from typing import Any
 sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[2])]
 
 import emulation  # noqa: E402 - the line above must come first
+from specs import SPECS  # noqa: E402
 
 from fp4gemm import builder, cache  # noqa: E402
 from fp4gemm.spec import KernelSpec  # noqa: E402
@@ -26,10 +28,14 @@ def build(spec: KernelSpec) -> dict[str, Any]:
     return {**entry.meta, "not_emulated": emulation.not_emulated(entry)}
 
 
-def main(parts: list[str]) -> int:
-    specs = [spec for spec in emulation.VARIANTS if not parts or any(part in spec.name for part in parts)]
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("parts", nargs="*", help="build only the kernels whose names have one of these parts")
+    parser.add_argument("--jobs", type=int, help="processes at once (default: the cores)")
+    args = parser.parse_args()
+    specs = [spec for spec in SPECS if not args.parts or any(part in spec.name for part in args.parts)]
     start, failed = time.perf_counter(), 0
-    for built in builder.build_all(specs, worker=build):
+    for built in builder.build_all(specs, jobs=args.jobs, worker=build):
         problem = built.error or "; ".join(built.meta["not_emulated"])
         failed += bool(problem)
         took = f"{built.meta['seconds']:.0f} s, {built.meta['peak_mb']} MB" if built.meta else "failed"
@@ -39,4 +45,4 @@ def main(parts: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(main())

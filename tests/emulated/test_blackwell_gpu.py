@@ -6,12 +6,17 @@ beforehand, several at once.
 
 from __future__ import annotations
 
+from dataclasses import dataclass, replace
+from functools import partial
+
 import emulation
 import gpu_cases as cases
 import pytest
 import torch
+from specs import SPECS
 
 from fp4gemm import reference
+from fp4gemm.reference.activation import activate
 from fp4gemm.spec import GemmSpec
 from fp4gemm.tensor import FP4Tensor
 
@@ -23,26 +28,104 @@ pytestmark = [
 # K is less than a block of scales in memory has (64), and no multiple of it; M and N are less than a tile and more.
 SHAPES = ((256, 256, 256), (1, 8, 32), (1, 264, 96), (136, 8, 96), (129, 128, 32), (200, 264, 288), (512, 384, 1024))
 RAMPED = (256, 264, 288)
-
-variants = pytest.mark.parametrize("spec", emulation.VARIANTS, ids=lambda spec: spec.name)
-shapes = pytest.mark.parametrize("shape", SHAPES, ids=lambda shape: "x".join(map(str, shape)))
 DEVICE = torch.device("cuda")
+BETA = -0.7  # no float32 number
+
+variants = pytest.mark.parametrize("spec", SPECS, ids=lambda spec: spec.name)
+unquantized = pytest.mark.parametrize("spec", [s for s in SPECS if s.sf_layout is None], ids=lambda spec: spec.name)
+shapes = pytest.mark.parametrize("shape", SHAPES, ids=lambda shape: "x".join(map(str, shape)))
 
 
-def bias_of(spec: GemmSpec, n: int) -> torch.Tensor | None:
-    if spec.bias is None:
-        return None
-    return torch.randn(n, generator=torch.Generator().manual_seed(n)).to(emulation.DTYPES[spec.bias])
+@dataclass(frozen=True)
+class Operands:
+    """What a kernel reads, on the CPU; of its terms only those that it has."""
+
+    a: FP4Tensor
+    b: FP4Tensor
+    bias: torch.Tensor | None
+    c: torch.Tensor | None
+
+    @classmethod
+    def of(cls, spec: GemmSpec, a: FP4Tensor, b: FP4Tensor, seed: int = 0) -> Operands:
+        """Terms are about 1, and so are sums where a function of them follows: there it is no straight line."""
+        m, n = a.rows, b.rows
+        generator = torch.Generator().manual_seed(m + n + seed)
+        bias = None if spec.bias is None else torch.randn(n, generator=generator).to(emulation.DTYPES[spec.bias])
+        c = None if spec.source is None else torch.randn(m, n, generator=generator).to(emulation.DTYPES[spec.source])
+        if spec.activation is not None or spec.out_dtype == "fp16":
+            sums = reference.gemm(a, b, out_dtype=torch.float32).abs()
+            exponent = int(torch.frexp(sums.mean()).exponent)  # by a power of two: what was exact is
+            a = replace(a, outer_scale=a.outer_scale * 2.0**-exponent)
+        return cls(a, b, bias, c if c is None or not spec.column_major else c.t().contiguous().t())
+
+    def linear(self) -> torch.Tensor:
+        """All but the activation and the cast."""
+        c = None if self.c is None else self.c.float()
+        return reference.gemm(self.a, self.b, self.bias, torch.float32, c=c, beta=BETA)
+
+    def run(self, spec: GemmSpec, **how: int) -> torch.Tensor:
+        """D, on the CPU."""
+        bias, c = (None if t is None else t.to(DEVICE) for t in (self.bias, self.c))
+        beta = 0.0 if c is None else BETA
+        return emulation.run(spec, self.a.to(DEVICE), self.b.to(DEVICE), bias, c, beta, **how).cpu()
+
+    def run_fp4(self, spec: GemmSpec, outer: torch.Tensor, **how: int) -> FP4Tensor:
+        bias = None if self.bias is None else self.bias.to(DEVICE)
+        with cases.filled_with_nan():
+            d = emulation.run_fp4(spec, self.a.to(DEVICE), self.b.to(DEVICE), bias, outer.to(DEVICE), **how)
+        return d.to("cpu")
 
 
-def check_bits(spec: GemmSpec, a: FP4Tensor, b: FP4Tensor, what: str, **how: int) -> None:
-    """Operands on the CPU whose float32 sums are exact in every order."""
-    bias = bias_of(spec, b.rows)
-    want = reference.gemm(a, b, bias, emulation.DTYPES[spec.out_dtype])
-    on_device = None if bias is None else bias.to(DEVICE)
-    got = emulation.run(spec, a.to(DEVICE), b.to(DEVICE), on_device, **how).cpu()
-    wrong = cases.bits(got + 0.0) != cases.bits(want + 0.0)  # a sum of zero may be +0 or -0
+def cast_error(exact: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Half an ulp of the output type, at values in float64."""
+    info = torch.finfo(dtype)
+    return info.eps / 2 * exact.abs() + info.tiny * info.eps / 2
+
+
+def function_error(x: torch.Tensor) -> torch.Tensor:
+    """What an activation in float32 may err at x: erff and expf are good to 2 ulp, their result is at most |x|."""
+    return x.abs() * 2.0**-21
+
+
+def check(spec: GemmSpec, a: FP4Tensor, b: FP4Tensor, what: str, **how: int) -> None:
+    """Operands on the CPU whose float32 sums are exact in every order: all else has one answer but for erf and exp."""
+    operands = Operands.of(spec, a, b)
+    linear = operands.linear()
+    if spec.sf_layout is not None:
+        check_fp4(spec, operands, activate(spec.activation, linear), what, **how)
+        return
+    got, dtype = operands.run(spec, **how), emulation.DTYPES[spec.out_dtype]
+    if spec.activation in (None, "relu"):
+        want = activate(spec.activation, linear).to(dtype)
+        wrong = cases.bits(got + 0.0) != cases.bits(want + 0.0)  # a sum of zero may be +0 or -0
+    else:
+        want = activate(spec.activation, linear.double())
+        wrong = ~((got.double() - want).abs() <= 1.001 * (function_error(linear.double()) + cast_error(want, dtype)))
     assert not wrong.any(), f"{spec.name} {what}: {emulation.describe(got, want, wrong)}"
+
+
+def check_fp4(spec: GemmSpec, operands: Operands, values: torch.Tensor, what: str, **how: int) -> None:
+    """Codes, block scales and padding are those of the quantizer, to the byte."""
+    per_tensor = operands.a.outer_scale.dim() == 0
+    amax = (values.abs().amax() if per_tensor else values.abs().amax(1)).clamp_min(1e-20)
+    # Just right, and where each row has one: some that saturate, some that leave block scales small or zero.
+    factors = torch.exp2(torch.arange(len(values)) % 24 - 3.0)
+    outer = amax / 2688 * (1.0 if per_tensor else factors)
+    want = reference.quantize(
+        values, scaling="per_tensor" if per_tensor else "per_row", sf_layout=str(spec.sf_layout),
+        convention="te_per_token", outer_scale=outer,
+    )  # fmt: skip
+    got, want = (replace(t, data=without_minus_zero(t.data)) for t in (operands.run_fp4(spec, outer, **how), want))
+    if not torch.equal(got.data, want.data):
+        x, y = (t.dequantize() for t in (got, want))
+        raise AssertionError(f"{spec.name} {what}: {emulation.describe(x, y, x != y)}")
+    cases.assert_same(got, want, f"{spec.name} {what}")
+
+
+def without_minus_zero(data: torch.Tensor) -> torch.Tensor:
+    """Codes with 0 for -0: a sum of zero may be either."""
+    low, high = data & 0x0F, data >> 4
+    return torch.where(low == 8, 0, low) | torch.where(high == 8, 0, high) << 4
 
 
 @variants
@@ -52,7 +135,7 @@ def test_exact_sums(spec: GemmSpec, shape: tuple[int, int, int]) -> None:
     for scaling in ("per_row", "per_tensor"):
         a = cases.exact_operand(m, k, "128x4", scaling, m + k)
         b = cases.exact_operand(n, k, "128x4", scaling, n - k)
-        check_bits(spec, a, b, f"{shape} {scaling}")
+        check(spec, a, b, f"{shape} {scaling}")
 
 
 def ones(rows: int, k: int) -> FP4Tensor:
@@ -72,8 +155,8 @@ def ramp(rows: int, k: int, down: int, along: int) -> FP4Tensor:
 @variants
 def test_ramps_of_scales(spec: GemmSpec) -> None:
     m, n, k = RAMPED
-    check_bits(spec, ramp(m, k, 7, 3), ones(n, k), "block scales of A")
-    check_bits(spec, ones(m, k), ramp(n, k, 5, 11), "block scales of B")
+    check(spec, ramp(m, k, 7, 3), ones(n, k), "block scales of A")
+    check(spec, ones(m, k), ramp(n, k, 5, 11), "block scales of B")
 
 
 @variants
@@ -87,18 +170,24 @@ def test_rows_of_one_value(spec: GemmSpec) -> None:
     a = cases.packed(codes, scales.to(torch.uint8), torch.ones(()), "128x4")
     for seed in range(2):
         b = cases.any_bytes(n, k, "128x4", "per_row", seed)
-        check_bits(spec, a, b, f"seed {seed}")
+        check(spec, a, b, f"seed {seed}")
 
 
-@variants
+@unquantized
 @shapes
 def test_random_bytes_within_the_bound(spec: GemmSpec, shape: tuple[int, int, int]) -> None:
     m, n, k = shape
-    a, b = (cases.any_bytes(rows, k, "128x4", "per_row", rows + k).to(DEVICE) for rows in (m, n))
-    bias, dtype = bias_of(spec, n), emulation.DTYPES[spec.out_dtype]
-    bias = None if bias is None else bias.to(DEVICE)
-    got = emulation.run(spec, a, b, bias)
-    exact, bound = cases.gemm_exact_and_bound(a, b, bias, dtype)
+    a, b = (cases.any_bytes(rows, k, "128x4", "per_row", rows + k) for rows in (m, n))
+    operands = Operands.of(spec, a, b)
+    a, b, bias, c = operands.a, operands.b, operands.bias, operands.c
+    got, dtype = operands.run(spec), emulation.DTYPES[spec.out_dtype]
+    if spec.activation is None:
+        exact, bound = cases.gemm_exact_and_bound(a, b, bias, dtype, c, BETA)
+    else:
+        linear, bound = cases.gemm_exact_and_bound(a, b, bias, torch.float32, c, BETA)
+        exact = activate(spec.activation, linear)
+        bound = 1.13 * bound + function_error(linear)  # no activation is steeper
+        bound = bound + cast_error(exact.abs() + bound, dtype)
     wrong = ~((got.double() - exact).abs() <= bound)
     assert not wrong.any(), f"{spec.name} {shape}: {emulation.describe(got, exact, wrong)}"
 
@@ -106,7 +195,10 @@ def test_random_bytes_within_the_bound(spec: GemmSpec, shape: tuple[int, int, in
 @variants
 def test_several_tiles_for_each_cta(spec: GemmSpec) -> None:
     """A GPU of few SMs: tiles follow each other in a CTA, with the barriers and the tensor memory of the last one."""
-    clusters = 2
-    sms = clusters * spec.cluster[0] * spec.cluster[1]
-    a, b = (cases.exact_operand(rows, 544, "128x4", "per_row", rows) for rows in (768, 1032))
-    check_bits(spec, a, b, f"{sms} SMs", sms=sms)
+    sms = 2 * spec.cluster[0] * spec.cluster[1]
+    make = partial(cases.exact_operand, k=544, sf_layout="128x4", scaling="per_row")
+    a, b = (make(rows, seed=rows) for rows in ((1032, 768) if spec.column_major else (768, 1032)))
+    check(spec, a, b, f"{sms} SMs", sms=sms)
+    if spec.schedule == "clc":
+        check(spec, a, b, "one cluster along x", clusters=1)
+        assert emulation.granted[spec] > 0

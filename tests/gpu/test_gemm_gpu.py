@@ -123,6 +123,50 @@ def test_bias_and_outer_scales(
     check_exact(a, b, None, out_dtype, device, f"{scalings} {out_dtype}")
 
 
+@pytest.mark.parametrize("column_major", [False, True])
+@pytest.mark.parametrize("out_dtype", cases.DTYPES)
+@pytest.mark.parametrize("activation", ["relu", "gelu", "silu"])
+def test_activations(activation: str, out_dtype: torch.dtype, column_major: bool, device: torch.device) -> None:
+    """Bit for bit where it is arithmetic; erf and exp are those of another library."""
+    M, N, K = 70, 203, 320
+    a, b = (cases.exact_operand(n, K, "128x4", "per_row", n) for n in (M, N))
+    bias, c = torch.linspace(-2, 2, N), torch.linspace(-3, 3, M * N).reshape(M, N).to(out_dtype)
+    operands = a.to(device), b.to(device), bias.to(device)
+    got = fp4gemm.gemm(
+        *operands, activation=activation, c=c.to(device), beta=0.5, out_dtype=out_dtype, column_major=column_major
+    )
+    want = reference.gemm(a, b, bias, out_dtype, c=c, beta=0.5, activation=activation).to(device)
+    assert got.t().is_contiguous() == column_major
+    if activation == "relu":
+        cases.assert_same_bits(got + 0.0, want + 0.0, f"relu {out_dtype}")
+    else:
+        torch.testing.assert_close(got, want)
+
+
+@pytest.mark.parametrize("sf_layout", ["128x4", "linear"])
+@pytest.mark.parametrize("per_row", [False, True])
+@pytest.mark.parametrize("shape", [(1, 8, 32), (70, 203, 320), (129, 264, 96), (200, 33, 288)])
+def test_fp4_results(shape: tuple[int, int, int], per_row: bool, sf_layout: str, device: torch.device) -> None:
+    """The bytes of the reference's quantizer, but for the sign of a sum that is zero."""
+    M, N, K = shape
+    a, b = (cases.exact_operand(n, K, "128x4", "per_row", n) for n in (M, N))
+    outer = torch.rand(M) + 0.5 if per_row else torch.tensor(0.7)
+    bias = torch.linspace(-2, 2, N)
+    got = fp4gemm.gemm_fp4(
+        a.to(device),
+        b.to(device),
+        bias.to(device),
+        outer_scale=outer.to(device),
+        activation="relu",
+        sf_layout=sf_layout,
+    )
+    values = reference.gemm(a, b, bias, torch.float32, activation="relu")
+    want = reference.quantize(values, outer_scale=outer, sf_layout=sf_layout, convention="te_per_token").to(device)
+    cases.assert_same_bits(got.block_scale, want.block_scale, f"{shape} block scales")
+    cases.assert_same_bits(got.outer_scale, want.outer_scale, f"{shape} outer scales")
+    cases.assert_same_bits(got.dequantize() + 0.0, want.dequantize() + 0.0, f"{shape} values")
+
+
 @pytest.mark.parametrize("shape", [(0, 32, 64), (8, 0, 64), (8, 24, 0), (0, 0, 0), (0, 24, 0)])
 def test_empty(shape: tuple[int, int, int], device: torch.device) -> None:
     M, N, K = shape

@@ -30,6 +30,7 @@ def worker(spec: Spec) -> dict[str, object]:
 
 
 GEMM, SMALL = GemmSpec("sm_100a", "bf16", None, (128, 128, 256), (1, 1), "static"), AmaxSpec("sm_90a", "bf16")
+GEMM_NEED = GEMM_BYTES["sm_100a"]
 
 
 @pytest.mark.parametrize(
@@ -37,9 +38,9 @@ GEMM, SMALL = GemmSpec("sm_100a", "bf16", None, (128, 128, 256), (1, 1), "static
     [
         ([GEMM, SMALL], [], 2, 64 * GB, GEMM),
         ([GEMM, SMALL], [], 1, 0, GEMM),  # one always runs, however little memory there is
-        ([GEMM, SMALL], [GEMM], 2, 2 * GEMM_BYTES, GEMM),
-        ([GEMM, SMALL], [GEMM], 2, 2 * GEMM_BYTES - 1, SMALL),  # a small one fills what a GEMM does not fit into
-        ([GEMM, SMALL], [GEMM], 2, GEMM_BYTES + OTHER_BYTES - 1, None),
+        ([GEMM, SMALL], [GEMM], 2, 2 * GEMM_NEED, GEMM),
+        ([GEMM, SMALL], [GEMM], 2, 2 * GEMM_NEED - 1, SMALL),  # a small one fills what a GEMM does not fit into
+        ([GEMM, SMALL], [GEMM], 2, GEMM_NEED + OTHER_BYTES - 1, None),
         ([GEMM, SMALL], [SMALL, SMALL], 2, 64 * GB, None),  # every process is busy
         ([], [GEMM], 2, 64 * GB, None),
         ([], [], 2, 64 * GB, None),

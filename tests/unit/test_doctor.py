@@ -57,6 +57,9 @@ def test_query_driver_reads_version_and_devices(monkeypatch):
 def test_gpus_with_and_without_kernels():
     ok, none = doctor.check_gpus(Driver(13000, (H200, L4)))
     assert ok == Finding("GPU 0", "ok", "NVIDIA H200, compute capability 9.0: kernels for sm_90a")
+    (unrun,) = doctor.check_gpus(Driver(13000, (Device(0, "NVIDIA Made-Up", (10, 0)),)))
+    assert unrun.status == "warn"
+    assert "kernels for sm_100a are compiled and tested under emulation, and have never run" in unrun.detail
     assert none.status == "warn"
     assert "8.9: no kernels" in none.detail
     assert only(doctor.check_gpus(Driver(problem="x"))).status == "warn"

@@ -51,13 +51,22 @@ def driver(monkeypatch):
 
 
 def test_stand_ins_are_distinct_aligned_and_no_allocation():
-    assert len(set(STAND_INS)) == len(OPERANDS) == 8
+    assert len(set(STAND_INS)) == len(OPERANDS) == 12
     assert all(address % 128 == 0 for address in STAND_INS)
     assert all(2**32 < address < 2**47 for address in STAND_INS)  # as a user's address, so the driver encodes it
     # No stand-in is another one with a small offset: an address inside Params that moved is not mistaken for it.
     assert all(abs(one - two) > 2**20 for one in STAND_INS for two in STAND_INS if one != two)
     # Neither half is shared: a pointer that is cut to 32 bits cannot pass for another.
     assert len({address & 0xFFFF_FFFF for address in STAND_INS}) == len(OPERANDS)
+
+
+def test_arguments_are_as_large_as_their_struct():
+    """GemmArguments of gemm.hpp: 12 words, 4 strides, 7 ints, and the padding of a struct that holds words."""
+    assert launch.GEMM_ARGUMENTS.size == 8 * (len(OPERANDS) + 4) + 4 * 7 + 4
+
+
+def test_beta_is_a_double_in_a_word():
+    assert struct.unpack("<d", struct.pack("<Q", launch.beta_bits(-0.3))) == (-0.3,)
 
 
 def test_raw_pointers_are_found_outside_of_descriptors():
@@ -120,10 +129,10 @@ def launches(monkeypatch):
 def test_a_plan_writes_addresses_and_nothing_else(driver, launches, monkeypatch):
     made = bytes(params()) + struct.pack("<3i", 132, 2, 1) + bytes(52)
     monkeypatch.setattr(launch, "_make_params", lambda *arguments: made)
-    plan = launch.GemmPlan(kernel(len(params())), launch.GemmProblem(4, 8, 64, 64, 64, 8, True, False), 0)
+    plan = launch.GemmPlan(kernel(len(params())), launch.GemmProblem(4, 8, 64, 64, 64, 8, 8, True, False), 0)
     for first in (0x1000, 0x9000):
-        addresses = [first + 256 * i for i in range(len(OPERANDS))]
-        plan(5, None, *addresses)
+        addresses = launch.Operands(*(first + 256 * i for i in range(len(OPERANDS))))
+        plan(5, None, addresses)
         handle, grid, threads, smem, stream, data = launches[-1]
         assert (handle, grid, threads, smem, stream) == ("handle", (132, 2, 1), 384, 1000, 5)
         words = list(struct.unpack("<48Q", data))

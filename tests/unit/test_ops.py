@@ -237,6 +237,61 @@ def test_column_major(x, w, either):
     assert none.shape == (0, N)
 
 
+ACTIVATIONS = {
+    "relu": torch.nn.functional.relu,
+    "gelu": lambda x: x * 0.5 * (1 + torch.erf(x / 2**0.5)),
+    "silu": lambda x: x / (1 + torch.exp(-x)),
+}
+
+
+@pytest.mark.parametrize("name", ACTIVATIONS)
+def test_activation_is_the_last_operation_before_the_cast(x, w, either, bias, name):
+    a, c = reference.quantize(x), values(M, N, seed=4)
+    full = reference.gemm(a, w, bias, torch.float32, c=c, beta=0.5)
+    assert full.min() < 0 < full.max()
+    got = fp4gemm.gemm(a, either, bias, c=c, beta=0.5, activation=name, out_dtype=torch.float32)
+    torch.testing.assert_close(got, ACTIVATIONS[name](full))
+    rounded = fp4gemm.gemm(a, either, bias, c=c.half(), beta=0.5, activation=name, out_dtype=torch.float16)
+    full = reference.gemm(a, w, bias, torch.float32, c=c.half().float(), beta=0.5, activation=name)
+    assert torch.equal(rounded, full.half())
+
+
+def test_relu_keeps_nan(w):
+    a = torch.full((1, K), torch.nan, dtype=torch.bfloat16)
+    assert fp4gemm.gemm(a, w, activation="relu").isnan().all()
+
+
+@pytest.mark.parametrize("sf_layout", ["128x4", "linear"])
+@pytest.mark.parametrize("outer", [torch.tensor(0.1), torch.tensor([0.1]), torch.linspace(0.01, 0.5, M)],
+                         ids=lambda t: str(list(t.shape)))  # fmt: skip
+@pytest.mark.parametrize("activation", [None, "silu"])
+def test_gemm_fp4_is_quantize_of_gemm(x, w, either, bias, sf_layout, outer, activation):
+    a = reference.quantize(x)
+    got = fp4gemm.gemm_fp4(a, either, bias, outer_scale=outer, activation=activation, sf_layout=sf_layout)
+    full = reference.gemm(a, w, bias, torch.float32, activation=activation)
+    assert_same(got, reference.quantize(full, outer_scale=outer, sf_layout=sf_layout, convention="te_per_token"))
+
+
+def test_gemm_fp4_compiles(x, w, bias):
+    a, outer = reference.quantize(x), torch.linspace(0.01, 0.5, M)
+    compiled = torch.compile(lambda a: fp4gemm.gemm_fp4(a, w, bias, outer_scale=outer), backend="eager", fullgraph=True)
+    assert_same(compiled(a), fp4gemm.gemm_fp4(a, w, bias, outer_scale=outer))
+
+
+def test_gemm_fp4_of_nothing(w):
+    none = fp4gemm.gemm_fp4(fp4gemm.quantize(values(0, K)), w, outer_scale=torch.ones(()))
+    assert none.shape == (0, N)
+
+
+def test_transposed_operands_make_the_other_orientations():
+    """x^T . y for x [K, M] and y [K, N]: FP4Tensors of the transposes, whose blocks run along K."""
+    x, y = values(K, M), values(K, N, seed=5)
+    a, b = (fp4gemm.quantize(t, transposed=True) for t in (x, y))
+    got = fp4gemm.gemm(a, b, out_dtype=torch.float32)
+    assert torch.equal(got, reference.gemm(reference.quantize(x.t()), reference.quantize(y.t()), None, torch.float32))
+    assert (got - x.t() @ y).norm() < 0.2 * (x.t() @ y).norm()
+
+
 def test_empty_products_with_c_and_out(bias):
     b, x, c = fp4gemm.quantize(torch.ones(N, 0)), torch.ones(M, 0).half(), values(M, N)
     for weight in (b, b.prepack()):
@@ -470,10 +525,15 @@ def prepacked():
         ("dequantize", lambda x, w, bias: (*w, K, torch.bfloat16)),
         ("prepack", lambda x, w, bias: (w[0], w[1], "128x4", K)),
         ("unpack", lambda x, w, bias: (reference.quantize(values(70, 130)).prepack().data, "8x4", 70, 130)),
-        ("gemm", lambda x, w, bias: (*w, *w, N, K, bias, None, 0.0, torch.float32, False)),
-        ("gemm", lambda x, w, bias: (*plain(x), *prepacked(), N, K, None, values(M, N), 0.5, torch.float32, True)),
-        ("gemm_out", lambda x, w, bias: (values(M, N), *plain(x), *w, N, K, bias, values(M, N), 1.0)),
-        ("gemm_out", lambda x, w, bias: (values(N, N).t(), *w, *prepacked(), N, K, None, None, 0.0)),
+        ("gemm", lambda x, w, bias: (*w, *w, N, K, bias, None, 0.0, None, torch.float32, False)),
+        (
+            "gemm",
+            lambda x, w, bias: (*plain(x), *prepacked(), N, K, None, values(M, N), 0.5, "silu", torch.float32, True),
+        ),
+        ("gemm_out", lambda x, w, bias: (values(M, N), *plain(x), *w, N, K, bias, values(M, N), 1.0, None)),
+        ("gemm_out", lambda x, w, bias: (values(N, N).t(), *w, *prepacked(), N, K, None, None, 0.0, "relu")),
+        ("gemm_fp4", lambda x, w, bias: (*w, *w, N, K, bias, torch.tensor(0.1), "128x4", "gelu")),
+        ("gemm_fp4", lambda x, w, bias: (*plain(x), *prepacked(), N, K, None, torch.ones(M), "linear", None)),
         ("quantize_gemm", lambda x, w, bias: (x, *w, N, bias, torch.float16, None)),
         ("quantize_gemm", lambda x, w, bias: (x, *prepacked(), N, None, torch.float32, torch.tensor(0.1))),
         (
@@ -647,6 +707,26 @@ def test_no_gradient_of_another_operand_is_dropped_in_silence(x, w, bias, call):
             lambda x, w: fp4gemm.quantize_gemm(x, w, channel_order=torch.arange(K)),
             ValueError,
             "channel_order: expected None without a residual",
+        ),
+        (
+            lambda x, w: fp4gemm.gemm(x.half(), w, activation="tanh"),
+            ValueError,
+            "activation: expected one of relu, gelu,",
+        ),
+        (
+            lambda x, w: fp4gemm.gemm_fp4(x.half(), w, outer_scale=torch.ones(3)),
+            ValueError,
+            r"outer_scale: expected shape \[\], \[1\] or \[5\] .*got \[3\]",
+        ),
+        (
+            lambda x, w: fp4gemm.gemm_fp4(x.half(), w, outer_scale=2.0),
+            TypeError,
+            "outer_scale: expected a torch.Tensor",
+        ),
+        (
+            lambda x, w: fp4gemm.gemm_fp4(x.half(), w, outer_scale=torch.ones(()), sf_layout="8x4"),
+            ValueError,
+            "sf_layout: expected one of 128x4, linear, got '8x4'",
         ),
         (lambda x, w: fp4gemm.quantize_gemm(x.to(torch.float8_e4m3fn), w), TypeError, "x.dtype: expected one of"),
         (lambda x, w: fp4gemm.gemm(x.to(torch.float8_e4m3fn), w), TypeError, "a: expected an FP4Tensor, or a bf16"),

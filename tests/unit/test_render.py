@@ -8,7 +8,7 @@ import pytest
 
 from fp4gemm import epilogue, render
 from fp4gemm.epilogue import CUTLASS_ELEMENT
-from fp4gemm.spec import AmaxSpec, GemmSpec
+from fp4gemm.spec import DTYPES, AmaxSpec, GemmSpec
 from fp4gemm.variants import default_variants
 
 AMAX = AmaxSpec("sm_90a", "bf16")
@@ -65,10 +65,22 @@ def test_without_templates_the_message_says_reinstall(monkeypatch, tmp_path):
         render.template_dir.__wrapped__()
 
 
+GEMM120 = next(variant for variant in VARIANTS if isinstance(variant, GemmSpec) and variant.arch == "sm_120a")
+TERMS = {
+    "plain": {},
+    **{f"bias_{name}": {"bias": name} for name in DTYPES},
+    "source": {"source": "bf16"},
+    "all": {"bias": "fp32", "source": "bf16", "activation": "silu"},
+    "column": {"bias": "fp32", "source": "bf16", "activation": "gelu", "column_major": True},
+    "fp4": {"bias": "fp16", "activation": "relu", "out_dtype": "fp4", "sf_layout": "linear"},
+}
+
+
 def nodes_of_type(text):
-    """(operations, vectors as (axis, element), accumulators) of the printed CUTLASS type."""
-    vectors = re.findall(r"Sm90(Row|Col)Broadcast<0, TileShape, ([\w:]+),", text)
-    return text.count("Sm90EVT<Sm90Compute<"), vectors, text.count("Sm90AccFetch")
+    """(operations, vectors as (axis, element), leaves, quantizers) of the printed CUTLASS type."""
+    vectors = re.findall(r"Sm90(Row|Col)Broadcast<0, CtaTile, ([\w:]+),", text)
+    leaves = text.count("Sm90AccFetch") + text.count("Sm90SrcFetch<ElementC>")
+    return text.count("Sm90EVT<Sm90Compute<"), vectors, leaves, text.count("Sm90EVT<fp4gemm::QuantizeRows")
 
 
 def nodes_of_arguments(text):
@@ -80,22 +92,54 @@ def nodes_of_arguments(text):
         )
     ]
     operations = text.count(", {}}")
-    return operations, vectors, text.count("{}") - operations - len(vectors)
+    quantizers = text.count("{args.sfd, args.outer_d, args.outer_d_per_row}")
+    return operations, vectors, text.count("{}") - operations - len(vectors), quantizers
 
 
-@pytest.mark.parametrize("bias", [None, *CUTLASS_ELEMENT])
-def test_epilogue_type_and_arguments_are_the_same_tree(bias):
-    tree = epilogue.rescale(bias)
+@pytest.mark.parametrize("terms", TERMS.values(), ids=TERMS)
+@pytest.mark.parametrize("gemm", [GEMM, GEMM120], ids=lambda spec: spec.arch)
+def test_epilogue_type_and_arguments_are_the_same_tree(gemm, terms):
+    spec = replace(gemm, **terms)
+    tree = epilogue.rescale(spec)
     type_, arguments = tree.cpp_type(), tree.cpp_arguments()
-    expected = [("Col", "float"), ("Row", "float")] + ([("Row", CUTLASS_ELEMENT[bias])] if bias else [])
-    assert nodes_of_type(type_) == nodes_of_arguments(arguments) == (len(expected), expected, 1)
-    assert ("args.bias" in arguments) == (bias is not None)
-    # Only the outermost operation leaves fp32: one rounding.
-    assert re.search(rf"= Sm90EVT<Sm90Compute<cutlass::{'plus' if bias else 'multiplies'}, ElementD, float,", type_)
-    assert type_.count("ElementD") == 1
+    across, along = ("Row", "Col") if spec.column_major else ("Col", "Row")
+    vectors = [(across, "float"), (along, "float")] + ([(along, CUTLASS_ELEMENT[spec.bias])] if spec.bias else [])
+    operations = len(vectors) + 2 * (spec.source is not None) + (spec.activation is not None)
+    expected = (operations, vectors, 1 + (spec.source is not None), int(spec.out_dtype == "fp4"))
+    assert nodes_of_type(type_) == nodes_of_arguments(arguments) == expected
+    assert ("args.bias" in arguments, "{{args.beta}}" in arguments) == (bool(spec.bias), bool(spec.source))
+    # Only the outermost operation leaves fp32: one rounding; a quantizer is given values that nothing has rounded.
+    if spec.out_dtype == "fp4":
+        assert "ElementD" not in type_
+        assert f"fp4gemm::QuantizeRowsOf{'Threads' if gemm is GEMM else 'Quads'}<fp4gemm::LinearScales>" in type_
+    else:
+        outermost = f"fp4gemm::{spec.activation.capitalize()}" if spec.activation else "cutlass::"
+        assert type_.startswith(f"using EpilogueTree = Sm90EVT<Sm90Compute<{outermost}")
+        assert type_.count("ElementD") == type_[: type_.index(">")].count("ElementD") == 1
 
 
-@pytest.mark.parametrize("plain", [v for v in VARIANTS if "make_params" in v.entry_points], ids=lambda spec: spec.name)
+def test_outer_scales_multiply_in_the_documented_order_whatever_the_axis():
+    """outer_a * (outer_b * acc): rounding depends on it."""
+    for column_major in (False, True):
+        arguments = epilogue.rescale(replace(GEMM, column_major=column_major)).cpp_arguments()
+        assert arguments.index("args.outer_a)") < arguments.index("args.outer_b)")
+
+
+def test_a_column_major_output_swaps_operands_and_nothing_else():
+    assert "fp4gemm::transposed(args)" in render.render(replace(GEMM, column_major=True))
+    assert "transposed" not in render.render(GEMM)
+
+
+def test_the_vectors_of_two_sms_are_those_of_one_cta():
+    text = render.render(replace(GEMM, tile=(256, 128, 256), cluster=(2, 1)))
+    assert "using TileShape = cute::Shape<cute::_256, cute::_128, cute::_256>;" in text
+    assert "using CtaTile = cute::Shape<cute::_128, cute::_128, cute::_256>;" in text
+
+
+PLAIN = [v for v in VARIANTS if "make_params" in v.entry_points and v.bias is None]
+
+
+@pytest.mark.parametrize("plain", PLAIN, ids=lambda spec: spec.name)
 def test_bias_reaches_the_source(plain):
     with_bias = render.render(replace(plain, bias="fp16"))
     assert "static_cast<cutlass::half_t const*>(args.bias)" in with_bias

@@ -132,6 +132,12 @@ def test_kernels_of_k_are_those_that_calls_ask_for():
             assert select.values_spec("sm_90a", "bf16", m, 8192, scaling, "te_per_token", True)[0] in built
     assert {select.pack_spec("sm_90a", name, "pack") for name in SF_LAYOUTS} < set(built)
     assert not any(isinstance(spec, PackSpec) for spec in select.bf16_specs("sm_100a", 8192))
+    for arch in ("sm_100a", "sm_120a"):
+        built = select.bf16_specs(arch, 8192)
+        assert all(check(spec) is None for spec in built)
+        for m in (1, 64, 300, 5000):
+            for n in (64, 4096, 50000):
+                assert select.gemm_spec(arch, 148, m, n, 8192, "bf16", None, False, None, False) in built
 
 
 @pytest.mark.parametrize("out_dtype", DTYPES)
@@ -181,16 +187,19 @@ def gpu(monkeypatch):
     return of
 
 
-def test_arch_of_a_hopper(gpu):
-    assert gpu((9, 0)) == "sm_90a"
+@pytest.mark.parametrize("capability, arch", [((9, 0), "sm_90a"), ((10, 0), "sm_100a"), ((12, 0), "sm_120a")])
+def test_arch_with_kernels(gpu, capability, arch):
+    assert gpu(capability) == arch
 
 
 @pytest.mark.parametrize(
     "capability, message",
     [
         ((8, 0), r"NVIDIA Made-Up has compute capability 8.0: fp4gemm has CUDA kernels for 9.0 .* use CPU tensors"),
-        ((10, 0), r"Made-Up has compute capability 10.0: fp4gemm compiles sm_100a kernels but does not launch them"),
-        ((12, 0), r"Made-Up has compute capability 12.0: fp4gemm compiles sm_120a kernels but does not launch them"),
+        (
+            (12, 1),
+            r"capability 12.1: fp4gemm has CUDA kernels for 9.0 \(sm_90a\), 10.0 \(sm_100a\), 12.0 \(sm_120a\); use",
+        ),
         ((10, 3), r"capability 10.3: fp4gemm has CUDA kernels for 9.0"),  # sm_100a code does not run there
     ],
 )
@@ -208,3 +217,37 @@ def test_prefetch_is_for_rows_read_whole(monkeypatch):
     for spec in (quantize_spec(4100), quantize_spec(1 << 20)):
         assert isinstance(spec, QuantizeSpec)
         assert select.prefetch_ctas(spec, 4096, 0) == 0
+
+
+SHAPES = [(1, 8, 32), (16, 4096, 4096), (200, 264, 288), (1000, 192, 512), (8192, 8192, 8192), (100000, 64, 64)]
+
+
+@pytest.mark.parametrize("arch", ["sm_100a", "sm_120a"])
+@pytest.mark.parametrize("m, n, k", SHAPES)
+def test_block_scaled_gemms_are_possible_whatever_their_terms(arch, m, n, k):
+    for out in ("bf16", "fp32"):
+        for column_major in (False, True):
+            for source in (False, True):
+                spec = select.gemm_spec(arch, 148, m, n, k, out, "bf16", source, "silu", column_major)
+                assert check(spec) is None
+                assert spec.source == (out if source else None)
+                assert (spec.out_dtype, spec.bias, spec.activation) == (out, "bf16", "silu")
+                assert spec.column_major == column_major
+    for layout in ("128x4", "linear"):
+        assert check(select.gemm_spec(arch, 148, m, n, k, "fp4", None, False, None, False, layout)) is None
+
+
+def test_block_scaled_tiles_follow_the_shape():
+    def tile(arch, m, n, column_major=False):
+        return select.gemm_spec(arch, 148, m, n, 4096, "bf16", None, False, None, column_major).tile
+
+    assert tile("sm_100a", 8192, 8192) == (256, 256, 256)
+    assert tile("sm_100a", 16, 4096) == (128, 64, 256)  # one wave of the narrowest
+    assert tile("sm_120a", 256, 4096) == (128, 128, 128)
+    assert tile("sm_120a", 257, 4096) == (256, 128, 128)
+    assert tile("sm_120a", 4096, 16, column_major=True) == (128, 128, 128)  # rows of D^T
+
+
+def test_the_prepacked_form_is_that_of_hopper():
+    with pytest.raises(NotImplementedError, match="sm_120a: the prepacked form is Hopper's"):
+        select.pack_spec("sm_120a", "linear", "pack")

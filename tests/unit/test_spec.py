@@ -19,6 +19,7 @@ from fp4gemm.spec import (
     QuantizeSpec,
     check,
 )
+from fp4gemm.spec.gemm import SM100_CLUSTERS, SM100_TILES, SM120_TILES
 from fp4gemm.variants import default_variants
 
 QUANTIZE = QuantizeSpec("sm_90a", "bf16", "per_row", "te_per_token", "128x4", 128, 4, 4)
@@ -26,6 +27,8 @@ AMAX = AmaxSpec("sm_90a", "bf16")
 DEQUANTIZE = DequantizeSpec("sm_90a", "bf16", "linear", outer=True)
 PACK = PackSpec("sm_90a", "128x4", "pack")
 GEMM = GemmSpec("sm_100a", "bf16", None, (128, 128, 256), (1, 1), "static")
+GEMM120 = GemmSpec("sm_120a", "bf16", None, (128, 128, 128), (1, 1), "cooperative")
+FP4_GEMM = replace(GEMM, out_dtype="fp4", sf_layout="128x4")
 PACKED_MMA = PackedMmaSpec("sm_90a", "bf16", "bf16", None, False, 1, 8, 4, 2, 2, 0, 0)
 PACKED_WGMMA = PackedWgmmaSpec("sm_90a", "bf16", "bf16", None, False, 128, 2, 2, 1, 1, 1, 6)
 PACKED_GEMM = PackedCollectiveSpec("sm_90a", "bf16", "bf16", None, (128, 256, 64), (2, 1), "cooperative")
@@ -84,14 +87,39 @@ def test_the_examples_are_possible(good):
         *((PACK, {"threads": n}, f"threads: got {n}, expected a multiple of 128") for n in (0, 64, 192, 1152)),
         (GEMM, {"out_dtype": "fp8"}, "out_dtype: got 'fp8'"),
         (GEMM, {"bias": "int8"}, "bias: got 'int8', expected one of bf16, fp16, fp32"),
-        (GEMM, {"schedule": "pingpong"}, "schedule on sm_100a: got 'pingpong', expected static"),
-        (GEMM, {"tile": (64, 128, 64)}, "tile M on sm_100a: got 64, expected 128 or 256"),
+        (GEMM, {"schedule": "pingpong"}, "schedule on sm_100a: got 'pingpong', expected one of static, clc"),
+        (GEMM120, {"schedule": "static"}, "schedule on sm_120a: got 'static', expected one of cooperative, pingpong"),
+        *(
+            (GEMM, {"tile": t}, f"tile of sm_100a: got {t}, expected one of (128, 64, 256), (128, 128, 256), (128, 192")
+            for t in ((64, 128, 256), (128, 128, 128), (128, 96, 256), (256, 64, 256), (256, 192, 256))
+        ),
+        (GEMM120, {"tile": (128, 128, 64)}, "tile of cooperative on sm_120a: got (128, 128, 64), expected one of (128"),
+        # Pingpong: one warpgroup would hold all 256 x 128 sums.
+        (GEMM120, {"schedule": "pingpong", "tile": (256, 128, 128)}, "tile of pingpong on sm_120a: got (256, 128"),
         (GEMM, {"arch": "sm_90a"}, "arch: got 'sm_90a', which has no block-scaled tensor cores"),
-        (GEMM, {"arch": "sm_120a", "cluster": (2, 1)}, r"cluster on sm_120a: got (2, 1), expected (1, 1)"),
-        (GEMM, {"cluster": (3, 1)}, "cluster: got (3, 1), expected 1, 2 or 4 each way"),
-        (GEMM, {"cluster": (1, 8)}, "cluster: got (1, 8), expected 1, 2 or 4 each way"),
-        # 16 CTAs are more than a launch may ask for without CU_FUNC_ATTRIBUTE_NON_PORTABLE_CLUSTER_SIZE_ALLOWED.
-        (GEMM, {"cluster": (4, 4)}, "cluster: got (4, 4)"),
+        (GEMM120, {"cluster": (2, 1)}, r"cluster on sm_120a: got (2, 1), expected (1, 1)"),
+        *(
+            (GEMM, {"cluster": c}, f"cluster: got {c}, expected one of (1, 1), (2, 1), (2, 2), (4, 2)")
+            for c in ((3, 1), (1, 2), (1, 8), (4, 1), (4, 4))
+        ),
+        (GEMM, {"tile": (256, 128, 256)}, "cluster of tile (256, 128, 256): got (1, 1), expected pairs of CTAs"),
+        (GEMM, {"source": "fp32"}, "source of bf16: got 'fp32', expected None or 'bf16'"),
+        *(
+            (
+                GEMM,
+                {"source": "fp32", "out_dtype": "fp32", "tile": (m, 256, 256), "cluster": (2, 1)},
+                f"tile with an fp32 source: got ({m}, 256, 256), expected at most 192 columns",
+            )
+            for m in (128, 256)
+        ),
+        (GEMM, {"activation": "tanh"}, "activation: got 'tanh', expected one of relu, gelu, silu"),
+        (GEMM, {"sf_layout": "linear"}, "sf_layout of bf16: got 'linear', expected None"),
+        (GEMM, {"out_dtype": "fp4"}, "sf_layout of fp4: got None, expected one of 128x4, linear"),
+        (FP4_GEMM, {"sf_layout": "8x4"}, "sf_layout of fp4: got '8x4', expected one of 128x4, linear"),
+        *(
+            (FP4_GEMM, {name: value}, "source, column_major: expected neither for an fp4 D")
+            for name, value in (("source", "bf16"), ("column_major", True))
+        ),
         *((good, {"arch": "sm_100a"}, "arch: got 'sm_100a', expected 'sm_90a'") for good in PACKED),
         *((good, {"a_dtype": "fp32"}, "a_dtype: got 'fp32', expected one of bf16, fp16") for good in PACKED),
         *((good, {"out_dtype": "fp8"}, "out_dtype: got 'fp8', expected one of bf16, fp16, fp32") for good in PACKED),
@@ -156,6 +184,13 @@ def test_check_names_the_field_and_what_it_expects(good, changes, reason):
         *((PACKED_WGMMA, {"multicast": n, "split": split}) for n, split in ((4, 1), (2, 2), (1, 4))),
         (PACKED_GEMM, {"source": "bf16"}),
         (PACKED_GEMM, {"tile": (128, 128, 64), "source": "fp32"}),
+        *((GEMM, {"tile": tile, "cluster": cluster, "schedule": schedule}) for tile in SM100_TILES
+          for cluster in SM100_CLUSTERS if cluster[0] > 1 or tile[0] == 128 for schedule in ("static", "clc")),
+        *((GEMM120, {"tile": tile, "schedule": schedule}) for schedule, tiles in SM120_TILES.items() for tile in tiles),
+        *((GEMM, {"out_dtype": out, "bias": bias, "source": out, "activation": activation, "column_major": True})
+          for out in spec.DTYPES for bias in (None, *spec.DTYPES) for activation in (None, *spec.ACTIVATIONS)),
+        *((FP4_GEMM, {"arch": g.arch, "tile": g.tile, "schedule": g.schedule, "bias": "fp16", "sf_layout": layout})
+          for g in (GEMM, GEMM120) for layout in ("128x4", "linear")),
         (PACKED_GEMM, {"tile": (64, 64, 64), "schedule": "pingpong", "cluster": (4, 2)}),
     ],
 )  # fmt: skip
@@ -188,6 +223,32 @@ def test_every_default_variant_is_possible():
     assert {variant.name: problem for variant in default_variants() if (problem := check(variant))} == {}
 
 
+def test_default_gemms_have_every_tile_cluster_schedule_and_term_once_or_more():
+    for arch in ("sm_100a", "sm_120a"):
+        gemms = [v for v in default_variants([arch]) if isinstance(v, GemmSpec)]
+        assert len(gemms) <= 10
+        assert {v.out_dtype for v in gemms} == {*spec.DTYPES, "fp4"}
+        assert {v.activation for v in gemms} == {None, *spec.ACTIVATIONS}
+        assert {v.sf_layout for v in gemms} == {None, "128x4", "linear"}
+        assert {v.column_major for v in gemms} == {False, True}
+        assert any(v.source for v in gemms)
+        assert any(v.bias for v in gemms)
+        if arch == "sm_100a":
+            assert {v.tile for v in gemms} == set(SM100_TILES)
+            assert {v.cluster for v in gemms} == set(SM100_CLUSTERS)
+            assert {v.schedule for v in gemms} == {"static", "clc"}
+        else:
+            assert {(v.schedule, v.tile) for v in gemms} == {(s, t) for s, tiles in SM120_TILES.items() for t in tiles}
+
+
+def test_a_pair_of_sms_shares_a_tile_of_256_rows():
+    pair = replace(GEMM, tile=(256, 128, 256), cluster=(2, 1))
+    assert (pair.two_sm, pair.cta_tile) == (True, (128, 128, 256))
+    assert (GEMM.two_sm, GEMM.cta_tile) == (False, GEMM.tile)
+    large = replace(GEMM120, tile=(256, 128, 128))
+    assert (large.two_sm, large.cta_tile) == (False, (256, 128, 128))
+
+
 def test_names_are_unique_and_are_file_names():
     names = [variant.name for variant in default_variants()]
     assert len(set(names)) == len(names)
@@ -211,7 +272,8 @@ def test_names_are_unique_and_are_file_names():
            ("units", 2))),
         *((GEMM, field, other) for field, other in
           (("arch", "sm_120a"), ("out_dtype", "fp32"), ("bias", "bf16"), ("tile", (128, 128, 64)),
-           ("cluster", (2, 1)), ("schedule", "pingpong"))),
+           ("cluster", (2, 1)), ("schedule", "pingpong"), ("source", "bf16"), ("activation", "relu"),
+           ("column_major", True), ("sf_layout", "linear"))),
         *((PACKED_GEMM, field, other) for field, other in
           (("arch", "sm_100a"), ("a_dtype", "fp16"), ("out_dtype", "fp32"), ("bias", "bf16"), ("tile", (128, 128, 64)),
            ("cluster", (1, 1)), ("schedule", "pingpong"), ("source", "bf16"))),

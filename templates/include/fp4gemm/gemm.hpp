@@ -16,21 +16,26 @@
 
 namespace fp4gemm {
 
-// Packed by fp4gemm/launch.py (GEMM_ARGUMENTS): keep both alike.
+// Packed by fp4gemm/launch.py (GEMM_ARGUMENTS): keep both alike. The host patches every word up to lda.
 struct GemmArguments {
   void const* a;  // [m, k], row stride lda elements
   void const* b;  // [n, k], row stride ldb elements
   void const* sfa;  // block scales, 128x4 (block-scaled kernels only)
   void const* sfb;
+  void const* c;  // [m, n], row stride ldc elements
   void* d;  // [m, n], row stride ldd elements
+  uint8_t* sfd;  // block scales of an NVFP4 D
   float const* outer_a;  // [m] or [1]
   float const* outer_b;  // [n] or [1]
-  void const* bias;  // [n] or null
-  int64_t lda, ldb, ldd;
+  float const* outer_d;  // [m] or [1]: those that an NVFP4 D is given
+  void const* bias;  // [n]
+  double beta;
+  int64_t lda, ldb, ldc, ldd;
   int m, n, k;
   int sm_count;
   int outer_a_per_row;  // 1: outer_a[m]; 0: one value
   int outer_b_per_row;  // the same for outer_b[n]
+  int outer_d_per_row;  // and for outer_d[m]
 };
 
 using PackedStride = cute::Stride<int64_t, cute::_1, int64_t>;
@@ -59,17 +64,6 @@ CUTLASS_DEVICE Launch<Kernel> make_launch(typename Kernel::ProblemShape const& p
   dim3 const grid = Kernel::get_grid_shape(launch.params);
   launch.grid[0] = grid.x, launch.grid[1] = grid.y, launch.grid[2] = grid.z;
   return launch;
-}
-
-// A row-major D[m, n] without a source.
-template <class Kernel>
-CUTLASS_DEVICE Launch<Kernel> make_launch(GemmArguments const& args,
-                                          typename Kernel::CollectiveMainloop::Arguments const& mainloop,
-                                          typename Kernel::CollectiveEpilogue::FusionCallbacks::Arguments const& tree) {
-  using ElementD = typename Kernel::CollectiveEpilogue::ElementD;
-  return make_launch<Kernel>({args.m, args.n, args.k, 1}, mainloop,
-                             {tree, nullptr, {}, static_cast<ElementD*>(args.d), packed_stride(args.ldd)},
-                             args.sm_count);
 }
 
 }  // namespace fp4gemm

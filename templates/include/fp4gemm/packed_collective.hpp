@@ -282,7 +282,7 @@ template <class Element, class Tile, class Cluster, class Schedule, int kCarveou
 template <class Element, class Tile, class Cluster, class Schedule, int kCarveout> using PackedMainloop =
     typename PackedMainloopOf<Element, Tile, Cluster, Schedule, kCarveout>::type;
 
-// a: tokens; b: the packed weight. With a source C its address stands in sfa, its row stride in ldb.
+// a: tokens; b: the packed weight.
 template <class Kernel> CUTLASS_DEVICE Launch<Kernel> make_packed_launch(
     GemmArguments const& args, typename Kernel::CollectiveEpilogue::FusionCallbacks::Arguments const& tree) {
   using Mainloop = typename Kernel::CollectiveMainloop;
@@ -291,9 +291,9 @@ template <class Kernel> CUTLASS_DEVICE Launch<Kernel> make_packed_launch(
   using ElementD = typename Epilogue::ElementD;
   auto const column_major = [](int64_t ld) { return cute::make_stride(cute::_1{}, ld, int64_t(0)); };
   typename Epilogue::Arguments epilogue{
-      tree, {}, column_major(args.ldb), static_cast<ElementD*>(args.d), column_major(args.ldd)};
+      tree, {}, column_major(args.ldc), static_cast<ElementD*>(args.d), column_major(args.ldd)};
   if constexpr (!cute::is_void_v<typename Epilogue::ElementC>) {
-    epilogue.ptr_C = static_cast<typename Epilogue::ElementC const*>(args.sfa);
+    epilogue.ptr_C = static_cast<typename Epilogue::ElementC const*>(args.c);
   }
   return make_launch<Kernel>(
       {args.n, args.m, args.k, 1},

@@ -1,0 +1,44 @@
+"""The kernels that run emulated: Blackwell's default variants, and what these leave out."""
+
+from __future__ import annotations
+
+from fp4gemm.spec import GemmSpec
+from fp4gemm.variants import default_variants
+
+VARIANTS = [spec for spec in default_variants(("sm_100a", "sm_120a")) if isinstance(spec, GemmSpec)]
+
+
+def _sm100(
+    tile: tuple[int, int], cluster: tuple[int, int], schedule: str, out: str, bias: str | None = None, **terms: object
+) -> GemmSpec:
+    return GemmSpec("sm_100a", out, bias, (*tile, 256), cluster, schedule, **terms)  # type: ignore[arg-type]
+
+
+def _sm120(tile: tuple[int, int, int], schedule: str, out: str, bias: str | None = None, **terms: object) -> GemmSpec:
+    return GemmSpec("sm_120a", out, bias, tile, (1, 1), schedule, **terms)  # type: ignore[arg-type]
+
+
+# Each tile in the cluster in which select takes it, in other clusters, and under the other schedule; every activation
+# and dtype with a source and without; an NVFP4 D of each tile.
+EXTRA = [
+    _sm100((128, 64), (1, 1), "static", "bf16"),
+    _sm100((128, 64), (2, 2), "clc", "fp16", "bf16", activation="silu"),
+    _sm100((128, 128), (4, 2), "clc", "bf16", "fp32", source="bf16"),
+    _sm100((128, 192), (1, 1), "static", "fp32", column_major=True),
+    _sm100((128, 256), (1, 1), "static", "bf16", activation="relu"),
+    _sm100((128, 192), (2, 2), "static", "fp32", "fp32", source="fp32", activation="gelu"),
+    _sm100((256, 128), (2, 2), "static", "fp16", "fp32", source="fp16"),
+    _sm100((256, 128), (4, 2), "clc", "fp32", "fp16", source="fp32", activation="silu", column_major=True),
+    _sm100((256, 256), (2, 2), "static", "bf16", activation="gelu"),
+    _sm100((256, 256), (2, 1), "clc", "bf16", "bf16", source="bf16"),
+    _sm100((128, 64), (1, 1), "static", "fp4", sf_layout="128x4"),
+    _sm100((128, 192), (2, 1), "static", "fp4", "fp32", sf_layout="linear"),
+    _sm100((128, 256), (1, 1), "clc", "fp4", "bf16", sf_layout="128x4"),
+    _sm100((256, 128), (2, 2), "static", "fp4", "fp16", activation="relu", sf_layout="128x4"),
+    _sm120((256, 128, 128), "cooperative", "fp16", "bf16", activation="silu"),
+    _sm120((128, 128, 256), "cooperative", "bf16", "fp32", source="bf16"),
+    _sm120((128, 128, 256), "pingpong", "fp32", "fp16", source="fp32", activation="relu", column_major=True),
+    _sm120((256, 128, 128), "cooperative", "fp4", "fp16", activation="relu", sf_layout="linear"),
+    _sm120((128, 128, 256), "pingpong", "fp4", sf_layout="128x4"),
+]
+SPECS = [*VARIANTS, *EXTRA]
