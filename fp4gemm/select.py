@@ -280,24 +280,16 @@ def gemm_spec(
     fault with cluster launch control, and spills registers.
     """
     rows, columns = (n, m) if column_major else (m, n)
-    tile, cluster, schedule = (128, 128, 128), (1, 1), "cooperative"
-    if arch == "sm_100a":
-        tile, cluster, _ = min(_SM100_CHOICES, key=lambda choice: _estimate(choice[0], choice[2], rows, columns, sms))
-        schedule = "static"
-    elif rows > 256:
-        tile = (256, 128, 128)
-    return GemmSpec(
-        arch,
-        out_dtype,
-        bias,
-        tile,
-        cluster,
-        schedule,
-        out_dtype if source else None,
-        activation,
-        column_major,
-        sf_layout,
-    )
+
+    def spec(tile: tuple[int, int, int], cluster: tuple[int, int], schedule: str) -> GemmSpec:
+        c = out_dtype if source else None
+        return GemmSpec(arch, out_dtype, bias, tile, cluster, schedule, c, activation, column_major, sf_layout)
+
+    if arch == "sm_120a":
+        return spec((256 if rows > 256 else 128, 128, 128), (1, 1), "cooperative")
+    choices = ((cost, spec(tile, cluster, "static")) for tile, cluster, cost in _SM100_CHOICES)
+    possible = [(cost, chosen) for cost, chosen in choices if check(chosen) is None]
+    return min(possible, key=lambda choice: _estimate(choice[1].tile, choice[0], rows, columns, sms))[1]
 
 
 def _plain_gemms(arch: str) -> list[KernelSpec]:
