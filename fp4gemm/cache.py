@@ -113,6 +113,8 @@ _NEEDED = {"source_key", "entry_points", "threads", "smem_bytes", "params_bytes"
 
 def _read(place: Path) -> Entry | None:
     """An entry, or None where there is none; a broken one is moved aside with a warning."""
+    if not place.exists():  # before its files are looked for: it may come between the two
+        return None
     try:
         meta = json.loads((place / "meta.json").read_text())
         if (size := (place / "kernel.cubin").stat().st_size) != meta["cubin_bytes"]:
@@ -121,7 +123,7 @@ def _read(place: Path) -> Entry | None:
             raise ValueError(f"meta.json lacks {', '.join(sorted(missing))}")
         return Entry(place, meta)
     except (FileNotFoundError, NotADirectoryError):
-        if not place.exists():
+        if not place.exists():  # moved aside meanwhile
             return None
         problem = "a file is missing"
     except (ValueError, KeyError, TypeError) as error:

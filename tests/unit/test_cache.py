@@ -8,6 +8,7 @@ import shutil
 import stat
 import sys
 import threading
+import warnings
 from pathlib import Path
 
 import pytest
@@ -81,7 +82,8 @@ def touches(specs, change):
     "name, changed",
     [
         ("fp4gemm/dequantize.hpp", []),
-        ("fp4gemm/quantize.hpp", [SPEC, QUANTIZE]),
+        ("fp4gemm/quantize.hpp", [QUANTIZE]),
+        ("fp4gemm/amax.hpp", [SPEC]),
         ("fp4gemm/numeric.hpp", [SPEC, QUANTIZE, GEMM]),  # included by an included header
         ("fp4gemm/gemm.hpp", [GEMM]),
         ("fp4gemm/tensor_map.hpp", [GEMM]),  # included by a stand-in
@@ -329,6 +331,36 @@ def test_processes_that_build_the_same_key_compile_it_once(folder, tmp_path):
     assert [process.exitcode for process in processes] == [0, 0], errors.get(timeout=5)
     assert len(log.read_text().split()) == 1
     assert left_in(folder) == [cache.lookup(SPEC).path.name]
+
+
+def test_an_entry_that_appears_while_it_is_looked_for_is_not_broken(compiled, monkeypatch):
+    """Another process renames its entry into place between two looks of this one."""
+    place = cache.get(SPEC).path
+    hidden = place.with_name("hidden")
+    place.rename(hidden)
+    read_text = type(place).read_text
+
+    def late(path, *args, **kwargs):
+        if path == place / "meta.json" and hidden.exists():
+            hidden.rename(place)
+            raise FileNotFoundError(path)
+        return read_text(path, *args, **kwargs)
+
+    exists = type(place).exists
+
+    def appears(path, **kwargs):
+        found = exists(path, **kwargs)
+        if path == place and hidden.exists():
+            hidden.rename(place)
+        return found
+
+    monkeypatch.setattr(type(place), "read_text", late)
+    monkeypatch.setattr(type(place), "exists", appears)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        cache.lookup(SPEC)
+    monkeypatch.undo()
+    assert (place / "meta.json").exists()
 
 
 def test_threads_that_build_the_same_key_compile_it_once(compiled):
