@@ -148,9 +148,9 @@ def test_opcheck(weights: fp4gemm.FP4Tensor, x: torch.Tensor, bias: torch.Tensor
     opcheck("dequantize", *plain, weights.sf_layout, K, torch.float32)
     opcheck("prepack", weights.data, weights.block_scale, weights.sf_layout, K)
     opcheck("unpack", packed.data, packed.sf_layout, N, K)
-    opcheck("gemm", *w, *w, N, K, None, None, 0.0, torch.bfloat16, False)
-    opcheck("gemm", *activations, *p, N, K, bias, out.bfloat16(), 0.5, torch.bfloat16, True)
-    opcheck("gemm_out", out, *activations, *p, N, K, bias, None, 0.0)
+    opcheck("gemm", *w, *w, N, K, None, None, 0.0, None, torch.bfloat16, False)
+    opcheck("gemm", *activations, *p, N, K, bias, out.bfloat16(), 0.5, "relu", torch.bfloat16, True)
+    opcheck("gemm_out", out, *activations, *p, N, K, bias, None, 0.0, None)
     opcheck("quantize_gemm", x, *w, N, bias, torch.bfloat16, None)
     opcheck("quantize_gemm", x, *p, N, None, torch.float32, scale)
 
