@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import math
 import os
 import re
 import shutil
@@ -15,7 +16,7 @@ from pathlib import Path
 import overlay
 import torch
 
-from fp4gemm import blockscaled, launch, load
+from fp4gemm import blockscaled, calls, launch, load, select, tile_calls
 from fp4gemm import compile as compiler
 from fp4gemm.cache import Entry
 from fp4gemm.engine import Output
@@ -40,17 +41,17 @@ def missing() -> str | None:
 
 
 @cache
-def _overlay() -> Path:
+def _overlay(more: overlay.Edits) -> Path:
     folder = Path(tempfile.mkdtemp(prefix="fp4gemm-overlay-"))
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
-    return overlay.make(folder)
+    return overlay.make(folder, more=more)
 
 
 @contextmanager
-def emulate(arch: str) -> Iterator[None]:
-    """Kernels of ``arch`` are compiled for sm_90a with the emulator inside."""
+def emulate(arch: str, more: overlay.Edits = ()) -> Iterator[None]:
+    """Kernels of ``arch`` are compiled for sm_90a with the emulator inside, and with ``more`` edits of CUTLASS."""
     before = os.environ.get("FP4GEMM_EMULATE")
-    compiler.use_overlay(_overlay())
+    compiler.use_overlay(_overlay(more))
     os.environ["FP4GEMM_EMULATE"] = arch
     try:
         yield
@@ -59,6 +60,44 @@ def emulate(arch: str) -> Iterator[None]:
         if before is not None:
             os.environ["FP4GEMM_EMULATE"] = before
         compiler.use_overlay(None)
+
+
+SMS = 148  # of a B200: what the choice of a kernel is made for
+
+
+@contextmanager
+def blackwell(arch: str) -> Iterator[list[GemmSpec]]:
+    """To the public functions the GPU is one of ``arch`` with ``SMS`` SMs. Gives the GEMMs that they launch.
+
+    At the end these are over, and the emulator had nothing to say about them.
+    """
+    launched: list[GemmSpec] = []
+    plan_of, gpu_of = blockscaled.gemm_plan, select.gpu_of
+
+    def noted(spec: GemmSpec, problem: launch.GemmProblem, device: int) -> launch.GemmPlan:
+        launched.append(spec)
+        return plan_of(spec, problem, device)
+
+    with emulate(arch):
+        _forget_the_arch()
+        blockscaled.gemm_plan = noted  # type: ignore[assignment]
+        select.gpu_of = lambda device: (arch, SMS)  # type: ignore[assignment]
+        try:
+            yield launched
+            torch.cuda.synchronize()
+        finally:
+            blockscaled.gemm_plan, select.gpu_of = plan_of, gpu_of
+            _forget_the_arch()
+    for spec in dict.fromkeys(launched):
+        check_faults(load.load(spec), spec.name)
+
+
+def _forget_the_arch() -> None:
+    """Empties every cache whose key is a device and whose content depends on its arch."""
+    for module in (select, blockscaled, calls, tile_calls):
+        for value in vars(module).values():
+            if hasattr(value, "cache_clear"):
+                value.cache_clear()
 
 
 def not_emulated(entry: Entry) -> list[str]:
@@ -124,6 +163,7 @@ def _launched_as(spec: GemmSpec, sms: int | None, clusters: int | None) -> Itera
             across, full_x = clusters * spec.cluster[0], plan.grid[0]
             write_words(kernel, "launch_control", [full_x, 0, 0, 0])
             plan.grid = (min(across, full_x), *plan.grid[1:])
+        ctas[spec] = math.prod(plan.grid)
         return plan
 
     before = blockscaled.gemm_plan
@@ -139,7 +179,9 @@ def _launched_as(spec: GemmSpec, sms: int | None, clusters: int | None) -> Itera
     check_faults(kernel, spec.name)
 
 
-granted: dict[GemmSpec, int] = {}  # clusters that launch control handed out in the last launch of a kernel
+# Of the last launch of a kernel: clusters that launch control handed out, and CTAs that were launched.
+granted: dict[GemmSpec, int] = {}
+ctas: dict[GemmSpec, int] = {}
 
 
 def run(

@@ -68,6 +68,7 @@ class Replaced:
 
 
 Edit = Callable[[str], str]
+Edits = tuple[tuple[str, tuple[Edit, ...]], ...]  # of headers, by their names
 
 
 def _definition(text: str, begins: str) -> tuple[int, int]:
@@ -177,13 +178,14 @@ EDITS: dict[str, tuple[Edit, ...]] = {
 }
 
 
-def make(folder: Path, cutlass: Path | None = None) -> Path:
+def make(folder: Path, cutlass: Path | None = None, more: Edits = ()) -> Path:
     """Write the overlay for a CUTLASS include folder (default: the installed one) into ``folder`` and return it.
 
-    Raises OverlayError naming header, edit and CUTLASS's version where a header is not as expected.
+    ``more``: edits that come after those of ``EDITS``. Raises OverlayError naming header, edit and CUTLASS's version
+    where a header is not as expected.
     """
     cutlass = cutlass or toolchain.cutlass_include()
-    for name, edits in EDITS.items():
+    for name, edits in [*EDITS.items(), *((name, (*EDITS.get(name, ()), *edits)) for name, edits in more)]:
         target = folder / name
         target.parent.mkdir(parents=True, exist_ok=True)
         target.write_text(_edited(cutlass, name, edits))

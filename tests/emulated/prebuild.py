@@ -1,4 +1,4 @@
-"""Builds, several at once, the kernels that test_blackwell_gpu.py launches: `python tests/emulated/prebuild.py`.
+"""Builds, several at once, the GEMM kernels that run emulated on a GPU here: `python tests/emulated/prebuild.py`.
 
 Needs NVRTC and no GPU. Prints for each what it took, and which instructions, if any, are not emulated; exits with 1
 where there are any or where a build failed.
@@ -15,16 +15,22 @@ from typing import Any
 sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[2])]
 
 import emulation  # noqa: E402 - the line above must come first
-from specs import SPECS  # noqa: E402
+from mutations import MUTATIONS, Mutation  # noqa: E402
+from specs import API, SPECS  # noqa: E402
 
 from fp4gemm import builder, cache  # noqa: E402
-from fp4gemm.spec import KernelSpec  # noqa: E402
+from fp4gemm.spec import GemmSpec  # noqa: E402
+
+KERNELS: list[Any] = [*SPECS, *API, *MUTATIONS]
 
 
-def build(spec: KernelSpec) -> dict[str, Any]:
+def build(kernel: GemmSpec | Mutation) -> dict[str, Any]:
     """In a process of its own: the entry's meta data, and what is not emulated in it."""
-    with emulation.emulate(spec.arch):
-        entry = cache.get(spec)
+    if isinstance(kernel, Mutation):
+        entry = kernel.build()
+    else:
+        with emulation.emulate(kernel.arch):
+            entry = cache.get(kernel)
     return {**entry.meta, "not_emulated": emulation.not_emulated(entry)}
 
 
@@ -33,7 +39,7 @@ def main() -> int:
     parser.add_argument("parts", nargs="*", help="build only the kernels whose names have one of these parts")
     parser.add_argument("--jobs", type=int, help="processes at once (default: the cores)")
     args = parser.parse_args()
-    specs = [spec for spec in SPECS if not args.parts or any(part in spec.name for part in args.parts)]
+    specs = [spec for spec in KERNELS if not args.parts or any(part in spec.name for part in args.parts)]
     start, failed = time.perf_counter(), 0
     for built in builder.build_all(specs, jobs=args.jobs, worker=build):
         problem = built.error or "; ".join(built.meta["not_emulated"])

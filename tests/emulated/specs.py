@@ -42,3 +42,11 @@ EXTRA = [
     _sm120((128, 128, 256), "pingpong", "fp4", sf_layout="128x4"),
 ]
 SPECS = [*VARIANTS, *EXTRA]
+
+# What test_blackwell_api_gpu.py launches beside those: what select takes for its calls.
+_EVERYTHING = {"source": "fp32", "activation": "relu", "column_major": True}
+API = [
+    _sm100((128, 64), (1, 1), "static", "fp32", "bf16", **_EVERYTHING),
+    _sm120((128, 128, 128), "cooperative", "fp32", "bf16", **_EVERYTHING),
+    _sm120((128, 128, 128), "cooperative", "fp16", "fp16"),
+]
