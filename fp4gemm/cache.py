@@ -68,7 +68,7 @@ def source_key(spec: KernelSpec) -> str:
     digest = hashlib.sha256(source.encode())
     for name in _included_headers(source, spec.uses_cutlass):
         digest.update(_header_digest(name))
-    digest.update("\0".join(sorted(compiler.options(spec.arch))).encode())
+    digest.update("\0".join(sorted(compiler.options(spec.arch, cutlass=spec.uses_cutlass))).encode())
     return digest.hexdigest()
 
 

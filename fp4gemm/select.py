@@ -277,7 +277,7 @@ def gemm_spec(
 
     On sm_100a that with the least estimated time, waves of CTAs times the cost of a tile; on sm_120a tiles of 256 rows
     where there are more than 256. Scheduling is static, and on sm_120a cooperative: CUTLASS 4.2's pingpong kernel has a
-    fault with cluster launch control, and spills registers.
+    fault with cluster launch control.
     """
     rows, columns = (n, m) if column_major else (m, n)
 

@@ -101,7 +101,7 @@ def test_key_follows_the_text_of_the_headers_used(headers, name, changed):
     "module, function, replacement, changed",
     [
         (cache, "render", lambda spec: f'#include "fp4gemm/quantize.hpp"\n// {spec}', [SPEC, GEMM]),
-        (cache.compiler, "options", lambda arch: ["-std=c++20"], [SPEC, GEMM]),
+        (cache.compiler, "options", lambda arch, cutlass: ["-std=c++20"], [SPEC, GEMM]),
         (toolchain, "nvrtc_version", lambda: "13.9.9", [SPEC, GEMM]),
         (toolchain, "cutlass_version", lambda include: "9.9.9", [GEMM]),
         (toolchain, "_cuda_versions", lambda includes: ("13999", "1"), [GEMM]),
@@ -131,7 +131,7 @@ def test_key_does_not_follow_settings(monkeypatch, tmp_path):
         monkeypatch.setenv("FP4GEMM_LOG", "debug")
         monkeypatch.setenv("FP4GEMM_DISABLE_JIT", "1")
         options = cache.compiler.options("sm_90a")
-        monkeypatch.setattr(cache.compiler, "options", lambda arch: options[::-1])
+        monkeypatch.setattr(cache.compiler, "options", lambda arch, cutlass: options[::-1])
 
     assert touches([SPEC, GEMM], change) == []
 

@@ -184,6 +184,12 @@ def test_installed_headers_come_after_our_own():
     assert compiler.include_options("sm_90a", cutlass=False) == [f"-I{own}"]
 
 
+def test_gemms_of_sm120_are_assembled_with_o2():
+    level = {(arch, cutlass): "--ptxas-options=-O2" in compiler.options(arch, cutlass=cutlass)
+             for arch in ARCHS for cutlass in (False, True)}  # fmt: skip
+    assert {key for key, lower in level.items() if lower} == {("sm_120a", True)}
+
+
 # --- FP4GEMM_EMULATE --------------------------------------------------------------------------------------------------
 
 
