@@ -86,19 +86,16 @@ def _sm90_packed() -> list[KernelSpec]:
 
 
 def _sm100_gemms() -> list[KernelSpec]:
-    """Every tile, cluster and schedule, and every term, activation and dtype, once each."""
+    """Every tile, cluster and schedule, and every term, activation and dtype, in as few kernels as hold them."""
     arch, bf16 = "sm_100a", ("sm_100a", "bf16", None)
     return [
         GemmSpec(*bf16, (128, 128, 256), (1, 1), "static"),
-        GemmSpec(arch, "fp16", "fp16", (128, 64, 256), (1, 1), "static"),
-        GemmSpec(*bf16, (128, 192, 256), (2, 1), "static", activation="silu"),
-        GemmSpec(*bf16, (128, 256, 256), (1, 1), "clc"),
-        GemmSpec(arch, "bf16", "bf16", (128, 128, 256), (2, 2), "static", activation="gelu", column_major=True),
-        GemmSpec(*bf16, (256, 128, 256), (2, 1), "static", source="bf16"),
-        GemmSpec(arch, "fp32", "fp32", (256, 256, 256), (2, 1), "static"),
+        GemmSpec(arch, "fp16", "bf16", (128, 64, 256), (2, 2), "clc", activation="silu"),
+        GemmSpec(arch, "fp32", "fp32", (128, 192, 256), (2, 2), "static", source="fp32", activation="gelu"),
+        GemmSpec(arch, "fp4", "bf16", (128, 256, 256), (1, 1), "clc", sf_layout="128x4"),
+        GemmSpec(arch, "bf16", "fp16", (256, 128, 256), (2, 1), "static", source="bf16", column_major=True),
         GemmSpec(*bf16, (256, 256, 256), (4, 2), "clc", activation="relu"),
-        GemmSpec(arch, "fp4", None, (128, 128, 256), (1, 1), "static", activation="relu", sf_layout="128x4"),
-        GemmSpec(arch, "fp4", "bf16", (256, 256, 256), (2, 1), "static", sf_layout="linear"),
+        GemmSpec(arch, "fp4", None, (256, 256, 256), (2, 1), "static", activation="relu", sf_layout="linear"),
     ]
 
 
@@ -110,8 +107,7 @@ def _sm120_gemms() -> list[KernelSpec]:
         GemmSpec(arch, "fp32", "fp32", (128, 128, 256), (1, 1), "cooperative", activation="gelu", column_major=True),
         GemmSpec(arch, "fp16", "fp16", (128, 128, 128), (1, 1), "cooperative", source="fp16"),
         GemmSpec(*bf16, (128, 128, 128), (1, 1), "pingpong", activation="silu"),
-        GemmSpec(*bf16, (128, 128, 256), (1, 1), "pingpong"),
-        GemmSpec(arch, "fp4", None, (128, 128, 128), (1, 1), "cooperative", activation="relu", sf_layout="128x4"),
+        GemmSpec(arch, "fp4", None, (128, 128, 256), (1, 1), "pingpong", activation="relu", sf_layout="128x4"),
         GemmSpec(arch, "fp4", "bf16", (128, 128, 128), (1, 1), "cooperative", sf_layout="linear"),
     ]
 

@@ -22,24 +22,27 @@ def _sm120(tile: tuple[int, int, int], schedule: str, out: str, bias: str | None
 # and dtype with a source and without; an NVFP4 D of each tile.
 EXTRA = [
     _sm100((128, 64), (1, 1), "static", "bf16"),
-    _sm100((128, 64), (2, 2), "clc", "fp16", "bf16", activation="silu"),
     _sm100((128, 128), (4, 2), "clc", "bf16", "fp32", source="bf16"),
     _sm100((128, 192), (1, 1), "static", "fp32", column_major=True),
     _sm100((128, 256), (1, 1), "static", "bf16", activation="relu"),
-    _sm100((128, 192), (2, 2), "static", "fp32", "fp32", source="fp32", activation="gelu"),
+    _sm100((128, 128), (2, 2), "static", "bf16", "bf16", activation="gelu", column_major=True),
+    _sm100((128, 192), (2, 1), "static", "bf16", activation="silu"),
     _sm100((256, 128), (2, 2), "static", "fp16", "fp32", source="fp16"),
     _sm100((256, 128), (4, 2), "clc", "fp32", "fp16", source="fp32", activation="silu", column_major=True),
     _sm100((256, 256), (2, 2), "static", "bf16", activation="gelu"),
     _sm100((256, 256), (2, 1), "clc", "bf16", "bf16", source="bf16"),
+    _sm100((256, 256), (2, 1), "static", "fp32", "fp32"),
     _sm100((128, 64), (1, 1), "static", "fp4", sf_layout="128x4"),
     _sm100((128, 192), (2, 1), "static", "fp4", "fp32", sf_layout="linear"),
-    _sm100((128, 256), (1, 1), "clc", "fp4", "bf16", sf_layout="128x4"),
+    _sm100((128, 128), (1, 1), "static", "fp4", activation="relu", sf_layout="128x4"),
+    _sm100((256, 256), (2, 1), "static", "fp4", "bf16", sf_layout="linear"),
     _sm100((256, 128), (2, 2), "static", "fp4", "fp16", activation="relu", sf_layout="128x4"),
     _sm120((256, 128, 128), "cooperative", "fp16", "bf16", activation="silu"),
     _sm120((128, 128, 256), "cooperative", "bf16", "fp32", source="bf16"),
     _sm120((128, 128, 256), "pingpong", "fp32", "fp16", source="fp32", activation="relu", column_major=True),
     _sm120((256, 128, 128), "cooperative", "fp4", "fp16", activation="relu", sf_layout="linear"),
-    _sm120((128, 128, 256), "pingpong", "fp4", sf_layout="128x4"),
+    _sm120((128, 128, 256), "pingpong", "bf16"),
+    _sm120((128, 128, 128), "cooperative", "fp4", activation="relu", sf_layout="128x4"),
 ]
 SPECS = [*VARIANTS, *EXTRA]
 
@@ -47,6 +50,7 @@ SPECS = [*VARIANTS, *EXTRA]
 _EVERYTHING = {"source": "fp32", "activation": "relu", "column_major": True}
 API = [
     _sm100((128, 64), (1, 1), "static", "fp32", "bf16", **_EVERYTHING),
+    _sm100((128, 64), (1, 1), "static", "fp16", "fp16"),
     _sm120((128, 128, 128), "cooperative", "fp32", "bf16", **_EVERYTHING),
     _sm120((128, 128, 128), "cooperative", "fp16", "fp16"),
 ]

@@ -226,7 +226,7 @@ def test_every_default_variant_is_possible():
 def test_default_gemms_have_every_tile_cluster_schedule_and_term_once_or_more():
     for arch in ("sm_100a", "sm_120a"):
         gemms = [v for v in default_variants([arch]) if isinstance(v, GemmSpec)]
-        assert len(gemms) <= 10
+        assert len(gemms) <= 7  # CI compiles all of them on two cores
         assert {v.out_dtype for v in gemms} == {*spec.DTYPES, "fp4"}
         assert {v.activation for v in gemms} == {None, *spec.ACTIVATIONS}
         assert {v.sf_layout for v in gemms} == {None, "128x4", "linear"}
