@@ -80,6 +80,9 @@ def build(
     ] = None,
     arch: ArchOption = None,
     jobs: Annotated[int | None, typer.Option(min=1, help="Processes at once; memory may allow fewer.")] = None,
+    report: Annotated[
+        Path | None, typer.Option(help="Measurement file to write: what compiling each of these kernels took.")
+    ] = None,
 ) -> None:
     """Compile kernels into the cache; what is cached already is skipped. Needs no GPU."""
     if (names and everything) or not (names or everything or k):
@@ -92,13 +95,16 @@ def build(
         missing = [spec for spec in specs if cache.lookup(spec) is None]
     console = _console()
     console.print(f"kernels: {len(specs)}, cached: {len(specs) - len(missing)}, to build: {len(missing)}")
-    if not missing:
-        return
-    started = time.monotonic()
-    results = _build_with_progress(console, missing, jobs)
-    _print_built(console, results, time.monotonic() - started)
+    results = []
+    if missing:
+        started = time.monotonic()
+        results = _build_with_progress(console, missing, jobs)
+        _print_built(console, results, time.monotonic() - started)
     if any(result.error for result in results):
         raise typer.Exit(1)
+    if report is not None:
+        _write_report(specs, report)
+        console.print(f"{len(specs)} rows in {report}")
 
 
 @app.command()
@@ -258,21 +264,34 @@ def _build_with_progress(console: Console, specs: Sequence[Any], jobs: int | Non
     return results
 
 
+def _write_report(specs: Sequence[Any], path: Path) -> None:
+    """What the cache recorded when each kernel was built; all of them are there."""
+    from fp4gemm import cache, report
+
+    entries = ((spec, cache.lookup(spec)) for spec in specs)
+    rows = [report.compile_row(spec.name, spec.arch, entry.meta) for spec, entry in entries if entry is not None]
+    environment = report.environment()
+    document = report.Report("compile", "fp4gemm build --report", environment, 0.0, rows).document()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    report.write(document, path)
+
+
 def _print_built(console: Console, results: Sequence[Built], seconds: float) -> None:
     from rich.markup import escape
     from rich.table import Table
 
     table = Table(title=f"built in {seconds:.0f} s", title_justify="left")
     table.add_column("kernel", overflow="fold")
-    for heading in ("seconds", "registers", "spill bytes"):
+    for heading in ("seconds", "peak MB", "registers", "spill bytes", "shared memory, bytes"):
         table.add_column(heading, justify="right")
     for result in sorted(results, key=lambda result: result.spec.name):
         meta = result.meta
         if result.error is None:
             spills = str(meta["spill_bytes"]) if meta["spill_bytes"] == 0 else f"[yellow]{meta['spill_bytes']}[/]"
-            table.add_row(result.spec.name, f"{meta['seconds']:.1f}", str(meta["registers"]), spills)
+            peak_mb, registers, shared = (str(meta[key]) for key in ("peak_mb", "registers", "smem_bytes"))
+            table.add_row(result.spec.name, f"{meta['seconds']:.1f}", peak_mb, registers, spills, shared)
         else:
-            table.add_row(result.spec.name, "[red]failed[/]", "", "")
+            table.add_row(result.spec.name, "[red]failed[/]")
     console.print(table)
     for result in results:
         if result.error is not None:

@@ -93,6 +93,7 @@ _KINDS: dict[str, Check] = {
     "bench": lambda value: value == "all" or value in ROW_FIELDS,
 }
 _QUANTIZE_FIELDS = ("M", "K", "dtype", "options", "mode", "us", "bytes", "vs_us")
+_COMPILE_FIELDS = ("seconds", "peak_mb", "registers", "spill_bytes", "smem_bytes")
 # What every row of a bench must have; a row may carry more.
 ROW_FIELDS: dict[str, tuple[str, ...]] = {
     "quantize": _QUANTIZE_FIELDS,
@@ -102,7 +103,7 @@ ROW_FIELDS: dict[str, tuple[str, ...]] = {
     "overhead": ("op", "M", "N", "K", "us", "process_us", "vs_us"),
     "load": ("kernel", "arch", "ms"),
     "search": ("metric", "N", "K", "us", "vs_us", "identical_to_exhaustive"),
-    "compile": ("kernel", "arch", "seconds", "peak_mb", "registers", "spill_bytes", "smem_bytes"),
+    "compile": ("kernel", "arch", *_COMPILE_FIELDS),
 }
 _TEST_FIELDS = ("passed", "failed", "skipped", "command")
 
@@ -141,7 +142,8 @@ class Environment:
 
 @dataclass(frozen=True)
 class Report:
-    """One run. `copy_tb_s` is the copy bandwidth in TB/s (bytes read + written) measured in the same process."""
+    """One run. `copy_tb_s` is the copy bandwidth in TB/s (bytes read + written) measured in the same process; 0 where
+    nothing ran on a GPU."""
 
     bench: str
     command: str
@@ -168,6 +170,11 @@ class Report:
             "rows": [dict(row) for row in self.rows],
             "tests": vars(self.tests).copy(),
         }
+
+
+def compile_row(kernel: str, arch: str, meta: Mapping[str, Any]) -> Row:
+    """The row of a kernel whose cache entry has this meta data."""
+    return {"bench": "compile", "kernel": kernel, "arch": arch, **{name: meta[name] for name in _COMPILE_FIELDS}}
 
 
 # --- validation -------------------------------------------------------------------------------------------------------

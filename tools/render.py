@@ -78,9 +78,10 @@ def newest_with(bench: str, documents: Documents) -> tuple[Path, dict[str, Any]]
 def _heading(path: Path, document: dict[str, Any]) -> str:
     versions = ", ".join(f"{name} {version}" for name, version in document["versions"].items())
     tests = document["tests"]
+    copied = f"; copy bandwidth {document['copy_tb_s']:.2f} TB/s" if document["copy_tb_s"] else ""
     counts = f"; tests: {tests['passed']} passed, {tests['failed']} failed, {tests['skipped']} skipped"
     return (
-        f"{document['gpu']}, driver {document['driver']}, {versions}; copy bandwidth {document['copy_tb_s']:.2f} TB/s; "
+        f"{document['gpu']}, driver {document['driver']}, {versions}{copied}; "
         f"{document['date'][:10]}, commit {document['commit'][:12]}{' (modified)' if document['dirty'] else ''}"
         f"{counts if any(tests[name] for name in ('passed', 'failed', 'skipped')) else ''} (`{path.name}`)."
     )

@@ -9,7 +9,6 @@ import statistics
 import subprocess
 import sys
 from collections.abc import Iterator
-from typing import Any
 
 import torch
 
@@ -19,7 +18,6 @@ from fp4gemm.report import Row
 from fp4gemm.spec import PackedCollectiveSpec
 
 _PROBE = "fp4gemm.bench.load_probe"
-_COMPILE_FIELDS = ("seconds", "peak_mb", "registers", "spill_bytes", "smem_bytes")
 
 
 def default_gemm() -> PackedCollectiveSpec:
@@ -71,8 +69,4 @@ def compile_jobs(config: Config) -> Iterator[Job]:
 
 def _compile_rows() -> list[Row]:
     entries = ((s, cache.lookup(s)) for s in variants.default_variants())
-    return [_compile_row(s.name, s.arch, entry.meta) for s, entry in entries if entry is not None]
-
-
-def _compile_row(name: str, arch: str, meta: dict[str, Any]) -> Row:
-    return {"bench": "compile", "kernel": name, "arch": arch, **{key: meta[key] for key in _COMPILE_FIELDS}}
+    return [report.compile_row(s.name, s.arch, entry.meta) for s, entry in entries if entry is not None]

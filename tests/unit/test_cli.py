@@ -8,7 +8,7 @@ import sys
 import pytest
 from typer.testing import CliRunner
 
-from fp4gemm import cache, cli, render, spec, variants
+from fp4gemm import cache, cli, render, report, spec, variants
 from fp4gemm.formats import SF_LAYOUTS
 
 SMALL = spec.AmaxSpec("sm_90a", "bf16")  # a tenth of a second of NVRTC, no CUTLASS
@@ -82,8 +82,27 @@ def test_build_compiles_once():
     assert entry is not None
     assert (entry.path / "kernel.cubin").read_bytes()[:4] == b"\x7fELF"
     row = next(line for line in output.splitlines() if SMALL.name in line and "│" in line)
-    assert [cell.strip() for cell in row.strip("│ ").split("│")][2:] == [str(entry.meta["registers"]), "0"]
+    shown = [f"{entry.meta['seconds']:.1f}", *(str(entry.meta[key]) for key in ("peak_mb", "registers"))]
+    assert [cell.strip() for cell in row.strip("│ ").split("│")][1:] == [*shown, "0", str(entry.meta["smem_bytes"])]
+    heading = next(line for line in output.splitlines() if "seconds" in line)
+    assert re.split(r"\s*┃\s*", heading.strip("┃ ")) == [
+        *("kernel", "seconds", "peak MB", "registers", "spill bytes", "shared memory, bytes")
+    ]
     assert "to build: 0" in call("build", SMALL.name)
+
+
+def test_build_reports_what_compiling_took(tmp_path):
+    """Of kernels that are built now and of those that the cache held."""
+    dequantize = spec.DequantizeSpec("sm_90a", "bf16", "linear", False)
+    call("build", SMALL.name)
+    path = tmp_path / "new" / "compile.json"
+    assert "2 rows in" in call("build", SMALL.name, dequantize.name, "--report", path)
+    document = report.read(path)
+    assert document["bench"] == "compile"
+    for row, kernel in zip(document["rows"], (SMALL, dequantize), strict=True):
+        meta = cache.lookup(kernel).meta
+        assert row == report.compile_row(kernel.name, kernel.arch, meta)
+        assert (row["seconds"], row["spill_bytes"]) == (meta["seconds"], 0)
 
 
 @pytest.mark.parametrize("arguments", [[], ["--all", SMALL.name]])
