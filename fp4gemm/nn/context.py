@@ -11,8 +11,10 @@ DEFAULT = per_token()
 
 
 class _Current(threading.local):
-    # A thread-local attribute and not a ContextVar: torch.compile guards it, so that a compiled function follows it.
-    recipe: Recipe | None = DEFAULT
+    # torch.compile guards an attribute of the instance, so that a compiled function follows it; not one of the class,
+    # and it cannot read a ContextVar.
+    def __init__(self) -> None:
+        self.recipe: Recipe | None = DEFAULT
 
 
 _current = _Current()
@@ -23,7 +25,7 @@ def resolve(recipe: Recipe | None) -> Recipe | None:
     return _current.recipe if recipe is None else recipe
 
 
-class autocast:  # noqa: N801 - reads like torch.autocast
+class autocast:
     """``with fp4gemm.autocast(recipe):`` sets the recipe of layers and ``linear`` calls that have none of their own.
 
     ``autocast(None)``: these multiply as ``torch.nn.functional.linear`` does. It holds for the calls inside, in this

@@ -20,7 +20,7 @@ from fp4gemm import ops
 from fp4gemm.dispatch import direct
 from fp4gemm.nn.context import check_recipe, resolve
 from fp4gemm.nn.recipes import Recipe
-from fp4gemm.nn.weights import cached_weight, quantize_forms, quantize_weight
+from fp4gemm.nn.weights import kept_weight, quantize_forms, quantize_weight
 from fp4gemm.reference.arguments import check_float
 from fp4gemm.tensor import FP4Tensor
 
@@ -47,9 +47,9 @@ def linear(x: Tensor, w: Tensor, bias: Tensor | None = None, recipe: Recipe | No
 
 
 def run(
-    x: Tensor, w: Tensor, bias: Tensor | None, recipe: Recipe | None, cache: bool = False, frozen: bool = False
+    x: Tensor, w: Tensor, bias: Tensor | None, recipe: Recipe | None, keep: bool = False, serving: bool = False
 ) -> Tensor:
-    """``linear``; ``cache`` and ``frozen``: see ``weights.cached_weight``."""
+    """``linear``; ``keep``: what is made of w may be kept, ``serving``: from one call to the next without gradients."""
     check_recipe(recipe)
     recipe = resolve(recipe)
     if recipe is None:
@@ -59,12 +59,12 @@ def run(
         x = x.to(torch.get_autocast_dtype(x.device.type))
     rows = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
     if torch.is_grad_enabled() and (x.requires_grad or w.requires_grad or (bias is not None and bias.requires_grad)):
-        y: Tensor = _Linear.apply(rows, w, bias, recipe, cache)  # type: ignore[no-untyped-call]
+        y: Tensor = _Linear.apply(rows, w, bias, recipe, keep)  # type: ignore[no-untyped-call]
     elif direct(rows, w, bias):
-        y = _infer(rows, w, bias, recipe, cache, frozen)
+        y = _infer(rows, w, bias, recipe, keep, serving)
     else:
         fields = (recipe.activations, recipe.weights, recipe.weight_2d)
-        y = torch.ops.fp4gemm.linear(rows, w, bias, *fields, cache, frozen)
+        y = torch.ops.fp4gemm.linear(rows, w, bias, *fields, keep, serving)
     return y if x.dim() == 2 else y.view(*x.shape[:-1], w.shape[0])
 
 
@@ -100,28 +100,26 @@ def _multiply(x: Tensor, w4: FP4Tensor, bias: Tensor | None, recipe: Recipe) -> 
     return ops.gemm(x4, w4, bias, out_dtype=x.dtype)
 
 
-def _forward_weight(w: Tensor, recipe: Recipe, columns: bool, cache: bool, frozen: bool) -> tuple[FP4Tensor, Any]:
-    if cache and direct(w):
-        rows, transposed = cached_weight(w, recipe, columns, frozen)
+def _weight(w: Tensor, recipe: Recipe, columns: bool, keep: bool, serving: bool) -> tuple[FP4Tensor, FP4Tensor | None]:
+    if keep and direct(w):
+        rows, transposed = kept_weight(w, recipe, columns, serving)
     else:
         rows, transposed = quantize_weight(w, recipe, columns)
     assert rows is not None
     return rows, transposed
 
 
-def _infer(x: Tensor, w: Tensor, bias: Tensor | None, recipe: Recipe, cache: bool, frozen: bool) -> Tensor:
-    return _multiply(x, _forward_weight(w, recipe, False, cache, frozen)[0], bias, recipe)
+def _infer(x: Tensor, w: Tensor, bias: Tensor | None, recipe: Recipe, keep: bool, serving: bool) -> Tensor:
+    return _multiply(x, _weight(w, recipe, False, keep, serving)[0], bias, recipe)
 
 
 class _Linear(torch.autograd.Function):
     """x [M, K], w [N, K]. Traceable: it calls what torch.compile sees as operators."""
 
     @staticmethod
-    def forward(  # type: ignore[override]
-        ctx: Any, x: Tensor, w: Tensor, bias: Tensor | None, recipe: Recipe, cache: bool
-    ) -> Tensor:
+    def forward(ctx: Any, x: Tensor, w: Tensor, bias: Tensor | None, recipe: Recipe, keep: bool) -> Tensor:
         needs_x, needs_w = ctx.needs_input_grad[0], ctx.needs_input_grad[1]
-        w4, w4t = _forward_weight(w, recipe, needs_x, cache, False)
+        w4, w4t = _weight(w, recipe, needs_x, keep, False)
         x4t: FP4Tensor | Tensor | None = None
         if needs_w and recipe.activations is not None:
             x4, x4t = quantize_forms(x, True, True, recipe.activations, hadamard=recipe.hadamard)
@@ -134,11 +132,11 @@ class _Linear(torch.autograd.Function):
         saved_w, ctx.w_kind = _leaves(w4t if needs_x else None)
         ctx.save_for_backward(*saved_x, *saved_w)
         ctx.recipe, ctx.dtypes = recipe, (x.dtype, w.dtype, None if bias is None else bias.dtype)
-        ctx.weight = w if needs_w and hasattr(w, "main_grad") else None
+        ctx.weight = w if needs_w and _has_main_grad(w) else None
         return y
 
     @staticmethod
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         needs_x, needs_w, needs_bias = ctx.needs_input_grad[:3]
         recipe, (x_dtype, w_dtype, bias_dtype) = ctx.recipe, ctx.dtypes
         saved = ctx.saved_tensors
@@ -148,6 +146,12 @@ class _Linear(torch.autograd.Function):
         dw = _weight_gradient(columns, x4t, w_dtype, ctx.weight) if needs_w else None
         db = dy.sum(0, dtype=torch.float32).to(bias_dtype) if needs_bias else None
         return dx, dw, db, None, None
+
+
+def _has_main_grad(w: Tensor) -> bool:
+    # A compiled graph cannot set Megatron-LM's flag: there its hooks add the gradient, as for any other layer.
+    compiling = torch.compiler.is_compiling() and hasattr(w, "grad_added_to_main_grad")
+    return hasattr(w, "main_grad") and not compiling
 
 
 def _gradient_forms(dy: Tensor, needs_x: bool, needs_w: bool, recipe: Recipe) -> tuple[Any, Any]:
@@ -196,21 +200,24 @@ def _leaves(t: FP4Tensor | Tensor | None) -> tuple[tuple[Tensor | None, Tensor |
 
 
 def _operand(saved: Any, kind: _Kind) -> Any:
-    return saved[0] if kind is None else FP4Tensor(*saved, *kind)
+    if kind is None:
+        return saved[0]
+    data, block_scale, outer_scale = saved
+    return FP4Tensor(data, block_scale, outer_scale, *kind)
 
 
 @torch.library.custom_op("fp4gemm::linear", mutates_args=())
 def _linear(
     x: Tensor, w: Tensor, bias: Tensor | None, activations: str | None, weights: str, weight_2d: bool,
-    cache: bool, frozen: bool,
+    keep: bool, serving: bool,
 ) -> Tensor:  # fmt: skip
     """Without gradients, as torch.compile sees it: it finds quantized weights when it runs, not when it is traced."""
-    return _infer(x, w, bias, Recipe(activations, weights, weight_2d), cache, frozen)
+    return _infer(x, w, bias, Recipe(activations, weights, weight_2d), keep, serving)
 
 
 @_linear.register_fake
 def _fake_linear(
     x: Tensor, w: Tensor, bias: Tensor | None, activations: str | None, weights: str, weight_2d: bool,
-    cache: bool, frozen: bool,
+    keep: bool, serving: bool,
 ) -> Tensor:  # fmt: skip
     return x.new_empty((x.shape[0], w.shape[0]))

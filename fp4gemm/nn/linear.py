@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Self
+
 import torch
 from torch import Tensor, nn
 
@@ -15,22 +17,18 @@ class Linear(nn.Linear):
     """``torch.nn.Linear`` that multiplies as ``recipe`` says, forward and backward: :func:`fp4gemm.nn.linear`.
 
     The same parameters, initialization and ``state_dict``: the weight stays what it was, and is quantized when it is
-    used. In eager mode the quantized weight is kept until ``weight`` changes, which its version says: an optimizer's
-    step does. Writes that go around autograd's counter (``weight.data.copy_``, or through a buffer that the weight is a
-    view of) need :meth:`requantize`. Compiled training steps quantize each time; compiled inference keeps as well.
+    used. In eval mode, without gradients, the quantized weight is kept until ``train()``, ``eval()``, another
+    ``weight`` or version of it, or a forward pass with gradients; a write that goes around autograd's version counter
+    (``weight.data.copy_``) needs :meth:`requantize`. For training see :class:`fp4gemm.nn.micro_batches`.
 
     Args:
         recipe: None: that of the innermost :class:`fp4gemm.autocast`, else ``per_token()``.
-        cache_weight: whether quantized weights are kept; None: unless the weight has ``main_grad``, because
-            frameworks that use it write weights around the counter.
 
-    The other arguments are those of ``torch.nn.Linear``; ``TypeError`` where ``recipe`` is not a Recipe or None.
-    A CUDA graph of a module in eval mode reads the weight as it was quantized when the graph was captured.
+    The other arguments are those of ``torch.nn.Linear``. TypeError where ``recipe`` is not a Recipe or None.
+    A CUDA graph captured in eval mode reads the weight that was kept then, if one was: call the model once before.
     """
 
-    # On the class, so that an nn.Linear which `convert` turns into this one has them.
-    recipe: Recipe | None = None
-    cache_weight: bool | None = None
+    recipe: Recipe | None = None  # on the class, so that an nn.Linear which `convert` turns into this one has it
 
     def __init__(
         self,
@@ -41,19 +39,17 @@ class Linear(nn.Linear):
         dtype: torch.dtype | None = None,
         *,
         recipe: Recipe | None = None,
-        cache_weight: bool | None = None,
     ) -> None:
         check_recipe(recipe)
         super().__init__(in_features, out_features, bias, device, dtype)
         self.recipe = recipe
-        self.cache_weight = cache_weight
 
     def forward(self, input: Tensor) -> Tensor:
-        cache = self.cache_weight
-        if cache is None:
-            cache = not hasattr(self.weight, "main_grad")
-        # Only a parameter outlives the call.
-        return run(input, self.weight, self.bias, self.recipe, cache and self.weight.is_leaf, not self.training)
+        return run(input, self.weight, self.bias, self.recipe, keep=True, serving=not self.training)
+
+    def train(self, mode: bool = True) -> Self:
+        forget(self.weight)
+        return super().train(mode)
 
     def requantize(self) -> None:
         """Drops the quantized weight; the next call makes it again."""
@@ -62,7 +58,7 @@ class Linear(nn.Linear):
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, recipe={self.recipe}"
 
-    def __setattr__(self, name: str, value: object) -> None:
+    def __setattr__(self, name: str, value: Tensor | nn.Module) -> None:
         # FSDP2 gathers into one parameter object again and again, keeps its version, and sets it each time.
         if name == "weight" and isinstance(value, Tensor):
             forget(value)

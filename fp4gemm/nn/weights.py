@@ -1,13 +1,16 @@
-"""Quantized weights, kept from one micro-batch to the next.
+"""Quantized weights, and how long they are kept: for some micro-batches, or for serving.
 
-An entry belongs to a tensor object, and lives as long as that does. It is valid while the tensor's version and address
-are what they were, on the stream that made it. A CUDA graph is another matter, as it replays on memory and not on
-entries: while one is captured nothing is stored, and only weights that the caller calls frozen are taken from here.
+An entry belongs to a tensor object and is valid while the tensor's version and address, the recipe and the stream are
+what they were. A version alone does not tell that a weight has changed: torch's fused optimizers leave it as it is, and
+so does the replay of a CUDA graph. So entries live only where the caller says that nothing changes weights: inside
+``micro_batches``, and in modules in eval mode outside of training.
 """
 
 from __future__ import annotations
 
+import threading
 from dataclasses import dataclass, field
+from types import TracebackType
 
 import torch
 from torch import Tensor
@@ -21,25 +24,45 @@ from fp4gemm.tensor import FP4Tensor
 Forms = tuple[FP4Tensor | None, FP4Tensor | None]
 """An FP4Tensor of a matrix, and of its transpose, each None where nothing needs it."""
 
-_Key = tuple[int, int, str, bool]
-
-
-@dataclass
-class _Entry:
-    key: _Key
-    stream: int
-    forms: Forms
-
 
 @dataclass
 class _Held:
-    """What is known of one weight; ``captured``: forms whose memory a CUDA graph reads."""
+    """What is kept of one weight; ``captured``: what CUDA graphs read, which lives as long as the weight."""
 
-    entry: _Entry | None = None
+    key: tuple[object, ...] = ()
+    forms: Forms = (None, None)
     captured: list[FP4Tensor] = field(default_factory=list)
 
 
-_held = WeakTensorKeyDictionary()
+_serving = WeakTensorKeyDictionary()
+
+
+class _Current(threading.local):
+    def __init__(self) -> None:
+        self.kept: WeakTensorKeyDictionary | None = None
+
+
+_current = _Current()
+
+
+class micro_batches:
+    """``with fp4gemm.nn.micro_batches():`` around the forward and backward passes between two steps of the optimizer.
+
+    Inside, in this thread, the weight of a ``Linear`` is quantized once, not once for each forward pass. A change that
+    autograd's version counter sees is noticed; one by a fused optimizer is not, so steps belong outside. Compiled
+    layers take no notice of it.
+    """
+
+    def __init__(self) -> None:
+        self._outer: list[WeakTensorKeyDictionary | None] = []
+
+    def __enter__(self) -> None:
+        self._outer.append(_current.kept)
+        if _current.kept is None:
+            _current.kept = WeakTensorKeyDictionary()
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        _current.kept = self._outer.pop()
 
 
 def quantize_forms(
@@ -65,37 +88,56 @@ def quantize_weight(w: Tensor, recipe: Recipe, columns: bool) -> Forms:
     return rows, transposed
 
 
-def cached_weight(w: Tensor, recipe: Recipe, columns: bool, frozen: bool) -> Forms:
-    """The same, made once for each version of ``w``.
+def kept_weight(w: Tensor, recipe: Recipe, columns: bool, serving: bool) -> Forms:
+    """The same, from what is kept of ``w`` where that is allowed; ``serving``: no gradient, in eval mode."""
+    if w.is_inference() or not w.is_leaf:  # without a version, or made anew by each call
+        return quantize_weight(w, recipe, columns)
+    if _current.kept is not None:
+        return _look_up(_current.kept, w, recipe, columns)
+    if not serving:
+        if w.requires_grad:
+            forget(w)  # it is being trained
+        return quantize_weight(w, recipe, columns)
+    if w.is_cuda and torch.cuda.is_current_stream_capturing():
+        return _captured(w, recipe)
+    return _look_up(_serving, w, recipe, columns)
 
-    ``frozen``: nothing is going to change ``w``, so that a graph which is being captured may keep to what is here.
-    """
-    if w.is_inference():  # such a tensor has no version
-        return quantize_weight(w, recipe, columns)
-    capturing = w.is_cuda and torch.cuda.is_current_stream_capturing()
-    if capturing and not frozen:
-        return quantize_weight(w, recipe, columns)
-    key = (w._version, w.data_ptr(), recipe.weights, recipe.weight_2d)
-    stream = torch._C._cuda_getCurrentRawStream(w.device.index) if w.is_cuda else 0
-    held = _held.get(w)
-    entry = None if held is None else held.entry
-    # Capturing waited for every stream before it began on its own.
-    if held is not None and entry is not None and entry.key == key and (capturing or entry.stream == stream):
-        rows, transposed = entry.forms
-        if transposed is not None or not columns:
-            if capturing and rows is not None:
-                held.captured.append(rows)
-            return entry.forms
-    forms = quantize_weight(w, recipe, columns)
-    if not capturing:
-        if held is None:
-            held = _held[w] = _Held()
-        held.entry = _Entry(key, stream, forms)
-    return forms
+
+def _look_up(kept: WeakTensorKeyDictionary, w: Tensor, recipe: Recipe, columns: bool) -> Forms:
+    held: _Held | None = kept.get(w)  # type: ignore[no-untyped-call]
+    if held is None:
+        held = kept[w] = _Held()
+    key = (*_key(w, recipe), *_place(w))
+    if held.key != key or (columns and held.forms[1] is None):
+        held.forms = quantize_weight(w, recipe, columns)
+        held.key = key
+    return held.forms
+
+
+def _key(w: Tensor, recipe: Recipe) -> tuple[object, ...]:
+    return w._version, w.data_ptr(), recipe.weights, recipe.weight_2d
+
+
+def _place(w: Tensor) -> tuple[object, ...]:
+    """Where the memory of the forms may be read: their stream, and inside a graph or outside."""
+    if not w.is_cuda:
+        return ()
+    return torch._C._cuda_getCurrentRawStream(w.device.index), torch.cuda.is_current_stream_capturing()
+
+
+def _captured(w: Tensor, recipe: Recipe) -> Forms:
+    """For a graph: what is kept, from whatever stream, as capturing began by waiting for all of them."""
+    held: _Held | None = _serving.get(w)  # type: ignore[no-untyped-call]
+    if held is None or held.key[: -len(_place(w))] != _key(w, recipe):
+        return quantize_weight(w, recipe, False)
+    rows = held.forms[0]
+    assert rows is not None
+    held.captured.append(rows)
+    return rows, None
 
 
 def forget(w: Tensor) -> None:
-    """Drops the quantized forms of ``w``."""
-    held = _held.get(w)
+    """Drops what is kept of ``w`` for serving."""
+    held: _Held | None = _serving.get(w)  # type: ignore[no-untyped-call]
     if held is not None:
-        held.entry = None
+        held.key, held.forms = (), (None, None)

@@ -39,7 +39,8 @@ def gemm(
     # Operands are exact in bfloat16 or float16, so a float32 product that torch is allowed to take through TF32, whose
     # significand holds both, is exact too.
     left = a.float() if isinstance(a, torch.Tensor) else dequantize(a, outer=False)
-    out = (left @ dequantize(b, outer=False).t()) * b.outer_scale.reshape(1, -1)
+    with torch.autocast(left.device.type, enabled=False):  # which would round the product
+        out = (left @ dequantize(b, outer=False).t()) * b.outer_scale.reshape(1, -1)
     if not isinstance(a, torch.Tensor):
         out = out * a.outer_scale.reshape(-1, 1)
     if bias is not None:
