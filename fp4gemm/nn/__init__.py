@@ -3,7 +3,7 @@
 from fp4gemm.nn.context import autocast
 from fp4gemm.nn.convert import convert
 from fp4gemm.nn.functional import linear
-from fp4gemm.nn.linear import Linear
+from fp4gemm.nn.layer import Linear
 from fp4gemm.nn.recipes import Recipe, per_tensor, per_token, w4a16
 from fp4gemm.nn.weights import micro_batches
 

@@ -8,7 +8,7 @@ from typing import TypeVar
 from torch import nn
 
 from fp4gemm.nn.context import check_recipe
-from fp4gemm.nn.linear import Linear
+from fp4gemm.nn.layer import Linear
 from fp4gemm.nn.recipes import Recipe
 
 _Model = TypeVar("_Model", bound=nn.Module)
