@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
@@ -104,6 +104,8 @@ def fsdp(reshard: bool, dtype: torch.dtype = torch.float32) -> None:
     alone = model().eval()
     for state in (history[-1], {name: 2 * p for name, p in history[-1].items()}):
         alone.load_state_dict(state)
+        for module in filter(lambda m: isinstance(m, FSDPModule), net.modules()):
+            module.reshard()
         with torch.no_grad():
             for name, p in net.named_parameters():
                 p.copy_(torch.distributed.tensor.distribute_tensor(state[name], p.device_mesh, p.placements))
