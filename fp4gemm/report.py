@@ -101,6 +101,7 @@ ROW_FIELDS: dict[str, tuple[str, ...]] = {
     "dequantize": _QUANTIZE_FIELDS,
     "tiles": (*_QUANTIZE_FIELDS, "kernel"),
     "gemm": ("arch", "layout", "M", "N", "K", "a", "b", "epilogue", "mode", "kernel", "us", "vs_us", "rel_error"),
+    "sweep": ("op", "layout", "M", "N", "K", "dtype", "options", "mode", "us", "vs_us"),
     "overhead": ("op", "M", "N", "K", "us", "process_us", "vs_us"),
     "load": ("kernel", "arch", "ms"),
     "training": ("recipe", "options", "seed", "steps", "train_loss", "val_loss", "seconds", "curve"),

@@ -141,11 +141,20 @@ class _Linear(torch.autograd.Function):
         recipe, (x_dtype, w_dtype, bias_dtype) = ctx.recipe, ctx.dtypes
         saved = ctx.saved_tensors
         x4t, w4t = _operand(saved[:3], ctx.x_kind), _operand(saved[3:], ctx.w_kind)
-        rows, columns = _gradient_forms(dy, needs_x, needs_w, recipe)
-        dx = ops.gemm(rows, w4t, out_dtype=x_dtype) if needs_x else None
-        dw = _weight_gradient(columns, x4t, w_dtype, ctx.weight) if needs_w else None
+        dx, dw = gradients(dy, x4t if needs_w else None, w4t if needs_x else None, recipe, x_dtype, w_dtype, ctx.weight)
         db = dy.sum(0, dtype=torch.float32).to(bias_dtype) if needs_bias else None
         return dx, dw, db, None, None
+
+
+def gradients(
+    dy: Tensor, xt: Any, wt: FP4Tensor | None, recipe: Recipe, x_dtype: torch.dtype,
+    w_dtype: torch.dtype | None = None, owner: Tensor | None = None,
+) -> tuple[Tensor | None, Tensor | None]:  # fmt: skip
+    """dx and dw of dy [M, N]; ``xt`` and ``wt``: what forward saved, None where that gradient is not needed."""
+    rows, columns = _gradient_forms(dy, wt is not None, xt is not None, recipe)
+    dx = None if wt is None else ops.gemm(rows, wt, out_dtype=x_dtype)
+    dw = None if xt is None else _weight_gradient(columns, xt, w_dtype or x_dtype, owner)
+    return dx, dw
 
 
 def _has_main_grad(w: Tensor) -> bool:
