@@ -172,7 +172,8 @@ def plot_sweep(document: dict[str, Any], path: Path) -> bool:
     for name, curve in lines.items():
         axes[-1].plot(*zip(*sorted(curve.items()), strict=True), marker="o", markersize=3, label=name)
     axes[-1].set(xscale="log", yscale="log", xlabel="M", title=f"us, K = N = {widest}")
-    axes[-1].legend(frameon=False, fontsize=7)
+    if lines:
+        axes[-1].legend(frameon=False, fontsize=7)
     figure.suptitle(f"Layers in CUDA graphs, {document['gpu']}, {document['date'][:10]}", fontsize=11)
     if drawn:
         figure.savefig(path, dpi=140)

@@ -119,18 +119,28 @@ def _swizzle(M: int, N: int, K: int, config: Config) -> list[Row]:
 # --- products ---------------------------------------------------------------------------------------------------------
 
 
+def _rescale(d: torch.Tensor, rows: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
+    return (d * columns * rows[:, None]).to(torch.bfloat16)
+
+
+def _rescale_in_two(d: torch.Tensor, rows: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
+    return torch.mul(d.mul_(columns), rows[:, None], out=torch.empty_like(d, dtype=torch.bfloat16))
+
+
 @functools.cache
-def _post_scale() -> Callable[..., torch.Tensor]:
-    """One kernel, compiled by torch: reads a float32 product, writes bf16."""
-
-    def scale(d: torch.Tensor, rows: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
-        return (d * columns * rows[:, None]).to(torch.bfloat16)
-
-    return torch.compile(scale, dynamic=True)
+def _post_scale() -> tuple[Callable[..., torch.Tensor], int]:
+    """What reads a float32 product and writes bf16, and its kernels: one, compiled by torch, where torch can."""
+    d, scale = torch.ones(4, 6, device=timing.DEVICE), torch.ones(6, device=timing.DEVICE)
+    compiled = torch.compile(_rescale, dynamic=True)
+    try:
+        compiled(d, scale[:4], scale)
+    except Exception:  # no triton or no C compiler: whatever it is, two of torch's own kernels do it
+        return _rescale_in_two, 2
+    return compiled, 1
 
 
 def _gemm_then_scale(a: FP4Tensor, b: FP4Tensor, rows: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
-    return _post_scale()(fp4gemm.gemm(a, b, out_dtype=torch.float32), rows, columns)
+    return _post_scale()[0](fp4gemm.gemm(a, b, out_dtype=torch.float32), rows, columns)
 
 
 def _unscaled(t: FP4Tensor) -> FP4Tensor:
@@ -177,9 +187,8 @@ def _gemm_rows(
         "post_scale": _each(_gemm_then_scale, *plain, *scales),
         "cublas_bf16": _torch_product(layout, *sizes, timing.rotation(2 * (m * k + n * k))),
     }
-    return _measured(
-        _row("gemm", *sizes, layout, {"sf_layout": sf_layout}), _each(fp4gemm.gemm, left, right), others, config
-    )
+    row = {**_row("gemm", *sizes, layout, {"sf_layout": sf_layout}), "post_scale_kernels": _post_scale()[1]}
+    return _measured(row, _each(fp4gemm.gemm, left, right), others, config)
 
 
 # --- passes -----------------------------------------------------------------------------------------------------------

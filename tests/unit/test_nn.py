@@ -574,6 +574,17 @@ def test_opcheck():
         )
 
 
+@pytest.mark.parametrize("page", ["README.md", "docs/training.md"])
+def test_the_examples_of_the_docs_run(page):
+    text = (Path(__file__).resolve().parents[2] / page).read_text(encoding="utf-8")
+    blocks = [block.partition("```")[0] for block in text.split("```python\n")[1:]]
+    (example,) = (block for block in blocks if "fp4gemm.convert" in block)
+    names = {"torch": torch, "fp4gemm": fp4gemm}
+    exec(example, names)
+    assert type(names["model"][0]) is Linear
+    assert names["model"][0].recipe == ALL
+
+
 def test_the_package_exports_what_docs_name():
     assert (fp4gemm.autocast, fp4gemm.convert) == (autocast, convert)
     assert callable(fp4gemm.nn.linear)
