@@ -10,6 +10,7 @@ the backward pass is quantized x^T and w^T, not x.
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -55,8 +56,9 @@ def run(
     if recipe is None:
         return F.linear(x, w, bias)
     _check(x, w, bias)
-    if torch.is_autocast_enabled(x.device.type):
-        x = x.to(torch.get_autocast_dtype(x.device.type))
+    kind = x.device.type
+    if kind != "meta" and torch.is_autocast_enabled(kind):  # which does not know that device
+        x = x.to(torch.get_autocast_dtype(kind))
     rows = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
     if torch.is_grad_enabled() and (x.requires_grad or w.requires_grad or (bias is not None and bias.requires_grad)):
         y: Tensor = _Linear.apply(rows, w, bias, recipe, keep)  # type: ignore[no-untyped-call]
@@ -194,7 +196,7 @@ def _weight_gradient(dyt: Any, xt: Any, dtype: torch.dtype, owner: Tensor | None
 def _product(dyt: Any, xt: Any, dtype: torch.dtype) -> Tensor:
     if isinstance(dyt, FP4Tensor):
         return ops.gemm(dyt, xt, out_dtype=dtype)
-    with torch.autocast(dyt.device.type, enabled=False):
+    with nullcontext() if dyt.is_meta else torch.autocast(dyt.device.type, enabled=False):
         return torch.mm(dyt, plain(xt)).to(dtype)
 
 

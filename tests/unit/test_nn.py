@@ -557,6 +557,24 @@ def test_copies_and_files():
         assert not torch.equal(model(x), want)
 
 
+@pytest.mark.parametrize("name", nn_cases.RECIPES)
+def test_meta_tensors_give_shapes(name):
+    layer = Linear(70, 33, device="meta", recipe=nn_cases.RECIPES[name])
+    x = torch.empty(5, 70, device="meta", requires_grad=True)
+    y = layer(x)
+    y.sum().backward()
+    assert (y.shape, x.grad.shape, layer.weight.grad.shape) == ((5, 33), (5, 70), (33, 70))
+    with torch.no_grad():
+        assert layer.eval()(x).shape == (5, 33)
+
+
+def test_a_product_under_autocast_is_not_rounded_twice():
+    a, b = (fp4gemm.quantize(torch.randn(16, 64)) for _ in range(2))
+    want = fp4gemm.gemm(a, b, out_dtype=torch.float32)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(fp4gemm.gemm(a, b, out_dtype=torch.float32), want)
+
+
 def test_gradients_of_gradients_are_refused():
     x, w, _, _ = nn_cases.problem((17, 33, 70), CPU)
     (dx,) = torch.autograd.grad(linear(x, w).float().square().sum(), x, create_graph=True)
