@@ -1,6 +1,8 @@
 """NVFP4 matrix multiplication from PyTorch."""
 
+from fp4gemm import nn
 from fp4gemm.formats import CONVENTIONS, SCALINGS, SF_LAYOUTS
+from fp4gemm.nn import autocast, convert
 from fp4gemm.ops import amax, dequantize, gemm, gemm_fp4, quantize, quantize_both, quantize_gemm, quantize_rmsnorm
 from fp4gemm.tensor import FP4Tensor
 
@@ -11,9 +13,12 @@ __all__ = [
     "SF_LAYOUTS",
     "FP4Tensor",
     "amax",
+    "autocast",
+    "convert",
     "dequantize",
     "gemm",
     "gemm_fp4",
+    "nn",
     "quantize",
     "quantize_both",
     "quantize_gemm",

@@ -75,12 +75,14 @@ def _is_date(value: Any) -> bool:
 
 # A field's name says its kind, whatever the row.
 _KINDS: dict[str, Check] = {
-    **dict.fromkeys(("M", "N", "K", "bytes", "registers", "spill_bytes", "smem_bytes"), _is_count),
+    **dict.fromkeys(("M", "N", "K", "bytes", "registers", "spill_bytes", "smem_bytes", "seed", "steps"), _is_count),
     **dict.fromkeys(("passed", "failed", "skipped"), _is_count),
     **dict.fromkeys(("us", "ms"), _is_time),
     **dict.fromkeys(("process_us", "rel_error", "seconds", "peak_mb", "copy_tb_s"), _is_amount),
-    **dict.fromkeys(("ratio", "limit_ratio", "quantize_cost", "tb_s", "tflop_s"), _is_amount),
-    **dict.fromkeys(("arch", "layout", "a", "b", "epilogue", "mode", "kernel", "dtype", "op", "metric"), _is_name),
+    **dict.fromkeys(("train_loss", "val_loss", "ratio", "limit_ratio", "quantize_cost", "tb_s", "tflop_s"), _is_amount),
+    **dict.fromkeys(
+        ("arch", "layout", "a", "b", "epilogue", "mode", "kernel", "dtype", "op", "metric", "recipe"), _is_name
+    ),
     **dict.fromkeys(("commit", "gpu", "driver"), _is_name),
     **dict.fromkeys(("dirty", "identical_to_exhaustive"), _is_bool),
     **dict.fromkeys(("options", "tests"), _is_map),
@@ -100,8 +102,10 @@ ROW_FIELDS: dict[str, tuple[str, ...]] = {
     "dequantize": _QUANTIZE_FIELDS,
     "tiles": (*_QUANTIZE_FIELDS, "kernel"),
     "gemm": ("arch", "layout", "M", "N", "K", "a", "b", "epilogue", "mode", "kernel", "us", "vs_us", "rel_error"),
+    "sweep": ("op", "layout", "M", "N", "K", "dtype", "options", "mode", "us", "vs_us"),
     "overhead": ("op", "M", "N", "K", "us", "process_us", "vs_us"),
     "load": ("kernel", "arch", "ms"),
+    "training": ("recipe", "options", "seed", "steps", "train_loss", "val_loss", "seconds", "curve"),
     "search": ("metric", "N", "K", "us", "vs_us", "identical_to_exhaustive"),
     "compile": ("kernel", "arch", *_COMPILE_FIELDS),
 }

@@ -1,6 +1,6 @@
 #!/usr/bin/env python3
-"""Draws docs/measurements/{quantize,gemm}.png from the newest docs/measurements/*.json: quantizers beside copy, GEMMs
-beside cuBLAS, humming-kernels and the roofline.
+"""Draws docs/measurements/{quantize,gemm,sweep}.png from the newest docs/measurements/*.json: quantizers beside copy,
+GEMMs beside cuBLAS, humming-kernels and the roofline, the parts of a layer's passes beside bf16.
 
 Usage: python tools/plot.py [--folder docs/measurements] [--out-dir docs/measurements]
 """
@@ -141,7 +141,62 @@ def _curves(axes: Any, by_name: dict[str, sweep.Curve]) -> None:
     axes.spines[["top", "right"]].set_visible(False)
 
 
-PLOTS = {"quantize": plot_quantize, "gemm": plot_gemm}
+def plot_sweep(document: dict[str, Any], path: Path) -> bool:
+    """Layers: heat maps of three ratios over M and K, and lines of the parts' times at the largest K.
+
+    False: no such rows.
+    """
+    rows = [
+        row for row in _graph_rows(document["rows"], "sweep") if row["options"].get("sf_layout", "128x4") == "128x4"
+    ]
+    maps = (
+        ("forward, over bf16", "forward", "TN", "cublas_bf16"),
+        ("backward, over bf16", "backward", "NN+NT", "cublas_bf16"),
+        ("fused rescaling, over two launches", "gemm", "TN", "post_scale"),
+    )
+    figure, axes = plt.subplots(1, len(maps) + 1, figsize=(16, 4), layout="constrained")
+    drawn = False
+    for at, (title, op, layout, other) in zip(axes, maps, strict=False):
+        ratios = {
+            (row["M"], row["K"]): row["vs_us"][other] / row["us"]
+            for row in rows
+            if (row["op"], row["layout"]) == (op, layout) and row["options"].get("recipe", "per_token") == "per_token"
+        }
+        drawn = bool(ratios) or drawn
+        _heat_map(at, title, ratios)
+    widest = max((row["K"] for row in rows), default=0)
+    lines: dict[str, sweep.Curve] = {}
+    for row in rows:
+        if row["K"] == widest and row["options"].get("recipe", "per_token") == "per_token":
+            lines.setdefault(" ".join((row["op"], row["layout"].replace("none", ""))), {})[row["M"]] = row["us"]
+    for name, curve in lines.items():
+        axes[-1].plot(*zip(*sorted(curve.items()), strict=True), marker="o", markersize=3, label=name)
+    axes[-1].set(xscale="log", yscale="log", xlabel="M", title=f"us, K = N = {widest}")
+    if lines:
+        axes[-1].legend(frameon=False, fontsize=7)
+    figure.suptitle(f"Layers in CUDA graphs, {document['gpu']}, {document['date'][:10]}", fontsize=11)
+    if drawn:
+        figure.savefig(path, dpi=140)
+    plt.close(figure)
+    return drawn
+
+
+def _heat_map(axes: Any, title: str, ratios: dict[tuple[int, int], float]) -> None:
+    rows, columns = (sorted({key[index] for key in ratios}) for index in (0, 1))
+    values = [[ratios.get((M, K), float("nan")) for K in columns] for M in rows]
+    axes.set_title(title, fontsize=10)
+    if not ratios:
+        return
+    axes.imshow(values, cmap="RdYlGn", vmin=0.5, vmax=1.5, aspect="auto")
+    axes.set_xticks(range(len(columns)), columns)
+    axes.set_yticks(range(len(rows)), rows)
+    axes.set(xlabel="K = N", ylabel="M")
+    for i, line in enumerate(values):
+        for j, value in enumerate(line):
+            axes.text(j, i, f"{value:.2f}", ha="center", va="center", fontsize=8)
+
+
+PLOTS = {"quantize": plot_quantize, "gemm": plot_gemm, "sweep": plot_sweep}
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -162,7 +217,7 @@ def main(arguments: list[str] | None = None) -> int:
             print(path)
             drawn += 1
     if not drawn:
-        print(f"tools/plot.py: no quantize or gemm rows in {options.folder}", file=sys.stderr)
+        print(f"tools/plot.py: no quantize, gemm or sweep rows in {options.folder}", file=sys.stderr)
     return 0 if drawn else 1
 
 

@@ -1,4 +1,4 @@
-"""`fp4gemm bench`: quantize · gemm · overhead · load · compile · tiles · all."""
+"""`fp4gemm bench`: quantize · gemm · sweep · overhead · load · compile · tiles · all."""
 
 from __future__ import annotations
 
@@ -106,6 +106,20 @@ def gemm(
     run("gemm", ("gemm",), out, out_dir, repeats, quick, tests_json, commit, shape or (), m or ())
 
 
+@app.command("sweep", help="The parts of a training step by shape and layout, both passes of a layer beside bf16.")
+def sweep_layers(
+    out: OutOption = None,
+    out_dir: OutDirOption = MEASUREMENTS,
+    repeats: RepeatsOption = DEFAULT_REPEATS,
+    quick: QuickOption = False,
+    tests_json: TestsOption = None,
+    commit: CommitOption = None,
+    shape: ShapeOption = None,
+    m: SizeOption = None,
+) -> None:
+    run("sweep", ("sweep",), out, out_dir, repeats, quick, tests_json, commit, shape or (), m or ())
+
+
 def run(
     bench: str,
     suites: Sequence[str],
@@ -175,7 +189,7 @@ def _read_shape(text: str) -> tuple[int, int]:
 
 
 def _suite_jobs(suite: str, config: Config) -> list[Job]:
-    from fp4gemm.bench import gemm, kernels, overhead, quantize, tiles
+    from fp4gemm.bench import gemm, kernels, layers, overhead, quantize, tiles
 
     found: dict[str, Any] = {
         "quantize": quantize.jobs,
@@ -184,6 +198,7 @@ def _suite_jobs(suite: str, config: Config) -> list[Job]:
         "load": kernels.load_jobs,
         "compile": kernels.compile_jobs,
         "tiles": tiles.jobs,
+        "sweep": layers.jobs,
     }
     return list(found[suite](config))
 

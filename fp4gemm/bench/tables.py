@@ -145,6 +145,22 @@ TABLES: dict[str, tuple[str, tuple[Column, ...]]] = {
             ("relative error", lambda row: f"{row['rel_error']:.1e}"),
         ),
     ),
+    "sweep": (
+        "Layers (M x N x K, bf16): the parts of a training step",
+        (
+            _SHAPE,
+            ("part", lambda row: f"`{row['op']}`" + ("" if row["layout"] == "none" else f" {row['layout']}")),
+            ("recipe, scale layout", lambda row: ", ".join(str(value) for value in row["options"].values())),
+            _MODE,
+            _US,
+            ("cuBLAS bf16, us", _versus("cublas_bf16")),
+            ("speed-up over cuBLAS", _factor("cublas_bf16")),
+            ("GEMM, then rescaling, us", _versus("post_scale")),
+            ("speed-up over that", _factor("post_scale")),
+            ("quantize, then rearranging, us", _versus("pair")),
+            ("speed-up over it", _factor("pair")),
+        ),
+    ),
     "overhead": (
         "CPU time of a warm Python call",
         (
@@ -187,10 +203,14 @@ TABLES: dict[str, tuple[str, tuple[Column, ...]]] = {
 
 _SUMMARY_SHAPES = ((16384, 8192), (128, 8192))  # M, K of quantizers
 
+_SUMMARY_SWEEP = ((8192, 8192), (16, 8192))  # M, K of layers
+
 
 def _in_summary(row: Row) -> bool:
     """The rows that README shows: CUDA-graph time in the default scale layout; the rest is for the docs."""
     if row["bench"] == "quantize" and (row["M"], row["K"]) not in _SUMMARY_SHAPES:
+        return False
+    if row["bench"] == "sweep" and (row["M"], row["K"]) not in _SUMMARY_SWEEP:
         return False
     in_graph = row["bench"] == "overhead" or row.get("mode", "graph") == "graph"
     default_layout = row.get("options", {}).get("sf_layout", "128x4") == "128x4"

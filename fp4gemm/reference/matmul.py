@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING
 
 import torch
@@ -14,6 +15,12 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from fp4gemm.tensor import FP4Tensor
+
+
+def _without_autocast(device_type: str) -> AbstractContextManager[object]:
+    """Where torch.autocast is on it would round a product."""
+    available = torch.amp.is_autocast_available(device_type)  # not on meta
+    return torch.autocast(device_type, enabled=False) if available else nullcontext()
 
 
 @torch.no_grad()
@@ -42,7 +49,8 @@ def gemm(
     # Operands are exact in bfloat16 or float16, so a float32 product that torch is allowed to take through TF32, whose
     # significand holds both, is exact too.
     left = a.float() if isinstance(a, torch.Tensor) else dequantize(a, outer=False)
-    out = (left @ dequantize(b, outer=False).t()) * b.outer_scale.reshape(1, -1)
+    with _without_autocast(left.device.type):
+        out = (left @ dequantize(b, outer=False).t()) * b.outer_scale.reshape(1, -1)
     if not isinstance(a, torch.Tensor):
         out = out * a.outer_scale.reshape(-1, 1)
     if bias is not None:

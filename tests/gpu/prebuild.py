@@ -23,7 +23,7 @@ from fp4gemm.spec import DTYPES, KernelSpec, PackedCollectiveSpec, check  # noqa
 
 
 def wanted() -> list[KernelSpec]:
-    """What test_gemm_gpu, test_torch_gpu, test_engine_gpu and sanitize_cases launch."""
+    """What test_gemm_gpu, test_torch_gpu, test_engine_gpu, sanitize_cases and examples/train.py launch."""
     nvfp4 = [("bf16", out, bias, False) for out in DTYPES for bias in (None, *DTYPES)]
     configs = cases.table_configs()
     collectives = [config for config in configs if config[0] == "collective"]
@@ -34,6 +34,8 @@ def wanted() -> list[KernelSpec]:
         *product(cases.EXTRA_CONFIGS, cases.FORCED_VARIANTS),
         *product(sanitize_cases.ENGINE_CONFIGS, [("bf16", "bf16", "bf16", source) for source in (True, False)]),
     ]
+    # A layer under autocast whose bias is float32, as examples/train.py has them.
+    pairs += product(collectives, [("bf16", "bf16", "fp32", False)])
     specs = dict.fromkeys(select.packed_of(*config, *variant) for config, variant in pairs)
     return [spec for spec in specs if check(spec) is None]
 

@@ -12,8 +12,9 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
+import fp4gemm
 from fp4gemm import report
-from fp4gemm.bench import cli, common, kernels, overhead, peers, quantize, tables, tiles, timing
+from fp4gemm.bench import cli, common, kernels, layers, overhead, peers, quantize, tables, tiles, timing
 from fp4gemm.formats import BLOCK
 
 
@@ -179,6 +180,60 @@ def test_quantize_suite(monkeypatch: pytest.MonkeyPatch) -> None:
     shown = {tables.options_text(row) for row in rows if row["bench"] == "quantize"}
     assert len(shown) == len(quantize.VARIANTS) - 2  # two of them differ in the layout alone
     assert "per_row, row + transposed, Hadamard, stochastic" in shown
+
+
+@pytest.mark.usefixtures("on_cpu")
+def test_sweep_suite(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(layers, "SIZES", (128, 256))
+    monkeypatch.setattr(layers, "WIDTHS", (64, 96))
+    monkeypatch.setattr(layers, "DECODE", (16,))
+    monkeypatch.setattr(layers, "_SCALE_LAYOUTS_AT", (128, 64))
+    monkeypatch.setattr(layers, "_post_scale", lambda: (layers._rescale_in_two, 2))
+    rows = rows_of(layers.jobs(common.Config()))
+    count = {op: sum(row["op"] == op and row["mode"] == "graph" for row in rows) for op in layers._OPS}
+    assert count == {"quantize": 8, "amax": 4, "swizzle": 8, "gemm": 14, "forward": 12, "backward": 8}
+    assert all(set(row["vs_us"]) == {"post_scale", "cublas_bf16"} for row in rows if row["op"] == "gemm")
+    table = tables.table("sweep", rows)
+    assert table is not None
+    assert table.columns[0] == "shape"
+    assert tables.table("sweep", rows, summary=True) is None  # none of the shapes that README shows
+    (shape,) = {layers.product_shape(layout, 5, 5, 5) for layout in layers.LAYOUTS}
+    assert shape == (5, 5, 5)
+    chosen = layers.jobs(common.Config(shapes=((32, 64),), sizes=(48,)))
+    assert {job.label.split()[-1] for job in chosen} == {"48x32x64"}
+
+
+@pytest.mark.parametrize("layout", layers.LAYOUTS)
+def test_sweep_products_agree(layout: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rescaling in the epilogue and afterwards, and torch's product of the same layout, are one product."""
+    monkeypatch.setattr(timing, "DEVICE", "cpu")
+    m, n, k = layers.product_shape(layout, 32, 48, 64)
+    (call,) = layers._torch_product(layout, 32, 48, 64, 1)
+    assert call().shape == (m, n)
+    a, b = fp4gemm.quantize(torch.randn(m, k)), fp4gemm.quantize(torch.randn(n, k))
+    product = fp4gemm.gemm(layers._unscaled(a), layers._unscaled(b), out_dtype=torch.float32)
+    rescaled = layers._rescale(product, a.outer_scale, b.outer_scale)
+    assert torch.equal(rescaled, fp4gemm.gemm(a, b))
+    assert torch.equal(layers._rescale_in_two(product.clone(), a.outer_scale, b.outer_scale), rescaled)
+    scaled = product * b.outer_scale * a.outer_scale[:, None]
+    torch.testing.assert_close(scaled, fp4gemm.gemm(a, b, out_dtype=torch.float32))
+
+
+def test_sweep_plot(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    from tools import plot
+
+    row = {"bench": "sweep", "K": 64, "N": 64, "dtype": "bf16", "mode": "graph", "us": 2.0}
+    kinds = (("gemm", "TN", "post_scale"), ("forward", "TN", "cublas_bf16"), ("backward", "NN+NT", "cublas_bf16"))
+    rows = [
+        {**row, "op": op, "layout": layout, "M": M, "options": {"recipe": "per_token"}, "vs_us": {other: 3.0}}
+        for op, layout, other in kinds
+        for M in (64, 128)
+    ]
+    path = tmp_path / "sweep.png"
+    assert plot.plot_sweep(document(rows), path)
+    assert path.stat().st_size > 10_000
+    assert not plot.plot_sweep(document([]), path)
 
 
 @pytest.mark.usefixtures("on_cpu")

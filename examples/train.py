@@ -1,0 +1,374 @@
+#!/usr/bin/env python3
+"""Trains a small transformer on text that ships with Python, in bf16 and with NVFP4 recipes, and compares the losses.
+
+    python examples/train.py                                  every recipe, 3 seeds, on the GPU (a few minutes)
+    python examples/train.py --recipe bf16 --recipe per_token --seeds 1
+    python examples/train.py --render                         no training: docs/training.md and its plot from the JSON
+
+The text is `pydoc_data.topics`, the language reference that `help()` shows, read byte by byte; `--text stdlib` is the
+standard library's own sources, some ten times as much. Every recipe sees the same initial weights and the same
+batches for a seed. The model is converted by `fp4gemm.convert`: attention and MLP projections are NVFP4, the embedding
+and the head are not, and everything else runs under torch.autocast in bf16 as it does without fp4gemm.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import math
+import statistics
+import sys
+import sysconfig
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))  # a checkout trains with itself, whatever is installed
+
+import fp4gemm  # noqa: E402
+from fp4gemm import report  # noqa: E402
+from fp4gemm.nn import Recipe, per_tensor, per_token, w4a16  # noqa: E402
+
+RECIPES: dict[str, Recipe | None] = {
+    "bf16": None,
+    "per_token": per_token(),
+    "per_token_rht_sr_2d": per_token(rht=True, sr=True, weight_2d=True),
+    "per_tensor": per_tensor(),
+    "w4a16": w4a16(),
+}
+BASELINE = "bf16"
+BEGIN, END = "<!-- training:begin -->", "<!-- training:end -->"
+_TAIL = 0.1  # of the steps: what the last training loss is the mean of
+_POINTS = 100  # of a curve
+
+
+@dataclass(frozen=True)
+class Size:
+    """Of the model and of the run. The default has 25 million parameters."""
+
+    width: int = 512
+    layers: int = 8
+    heads: int = 8
+    context: int = 256
+    batch: int = 64
+    steps: int = 400
+    rate: float = 1e-3
+
+
+# --- data -------------------------------------------------------------------------------------------------------------
+
+
+def text(name: str) -> bytes:
+    """`topics`: about half a megabyte of English; `stdlib`: the modules of the standard library, in order of names."""
+    if name == "topics":
+        from pydoc_data.topics import topics
+
+        return "\n\n".join(topics[key] for key in sorted(topics)).encode()
+    folder = Path(sysconfig.get_paths()["stdlib"])
+    return b"\n".join(path.read_bytes() for path in sorted(folder.glob("*.py")))
+
+
+@dataclass(frozen=True)
+class Data:
+    """Bytes on the device: the last tenth is for validation."""
+
+    train: Tensor
+    validation: Tensor
+
+    @classmethod
+    def of(cls, raw: bytes, device: torch.device) -> Data:
+        values = torch.frombuffer(bytearray(raw), dtype=torch.uint8).to(device)
+        cut = len(values) * 9 // 10
+        return cls(values[:cut], values[cut:])
+
+
+def batches(values: Tensor, size: Size, seed: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """Endless random windows, inputs and targets [batch, context]."""
+    generator = torch.Generator().manual_seed(seed)
+    offsets = torch.arange(size.context + 1)
+    while True:
+        starts = torch.randint(len(values) - size.context, (size.batch, 1), generator=generator)
+        windows = values[(starts + offsets).to(values.device)].long()
+        yield windows[:, :-1], windows[:, 1:]
+
+
+# --- model ------------------------------------------------------------------------------------------------------------
+
+
+class Block(nn.Module):
+    """Pre-norm causal attention and MLP."""
+
+    def __init__(self, size: Size) -> None:
+        super().__init__()
+        self.heads = size.heads
+        self.attention_norm, self.mlp_norm = nn.RMSNorm(size.width), nn.RMSNorm(size.width)
+        self.qkv = nn.Linear(size.width, 3 * size.width, bias=False)
+        self.out = nn.Linear(size.width, size.width, bias=False)
+        self.up = nn.Linear(size.width, 4 * size.width)
+        self.down = nn.Linear(4 * size.width, size.width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        b, t, width = x.shape
+        qkv = self.qkv(self.attention_norm(x)).view(b, t, 3, self.heads, width // self.heads)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)
+        attended = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        x = x + self.out(attended.transpose(1, 2).reshape(b, t, width))
+        return x + self.down(F.gelu(self.up(self.mlp_norm(x)), approximate="tanh"))
+
+
+class Transformer(nn.Module):
+    """Bytes [B, T] -> logits [B, T, 256]."""
+
+    def __init__(self, size: Size) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(256, size.width)
+        self.position = nn.Embedding(size.context, size.width)
+        self.blocks = nn.ModuleList(Block(size) for _ in range(size.layers))
+        self.norm = nn.RMSNorm(size.width)
+        self.head = nn.Linear(size.width, 256, bias=False)
+        self.apply(self._initialize)
+        for block in self.blocks:  # residual branches start small
+            for linear in (block.out, block.down):
+                nn.init.normal_(linear.weight, std=0.02 / math.sqrt(2 * size.layers))
+
+    @staticmethod
+    def _initialize(module: nn.Module) -> None:
+        if isinstance(module, (nn.Linear, nn.Embedding)):
+            nn.init.normal_(module.weight, std=0.02)
+            if getattr(module, "bias", None) is not None:
+                nn.init.zeros_(module.bias)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        x = self.embedding(tokens) + self.position.weight[: tokens.shape[1]]
+        for block in self.blocks:
+            x = block(x)
+        return self.head(self.norm(x))
+
+
+def build(size: Size, recipe: Recipe | None, seed: int, device: torch.device) -> Transformer:
+    """The same initial weights for every recipe."""
+    torch.manual_seed(seed)
+    model = Transformer(size).to(device)
+    return model if recipe is None else fp4gemm.convert(model, recipe, lambda name, _: name != "head")
+
+
+# --- training ---------------------------------------------------------------------------------------------------------
+
+
+def loss_of(model: nn.Module, inputs: Tensor, targets: Tensor) -> Tensor:
+    with torch.autocast(inputs.device.type, dtype=torch.bfloat16):
+        logits = model(inputs)
+    return F.cross_entropy(logits.float().flatten(0, 1), targets.flatten())
+
+
+def rate(step: int, size: Size) -> float:
+    """Factor of the learning rate: a linear warm-up of a twentieth of the steps, then half a cosine down to a tenth."""
+    warm = max(1, size.steps // 20)
+    done = max(0.0, (step - warm) / max(1, size.steps - warm))
+    return min(1.0, (step + 1) / warm) * (0.1 + 0.45 * (1 + math.cos(math.pi * done)))
+
+
+@torch.no_grad()
+def validate(model: nn.Module, data: Data, size: Size, count: int = 10) -> float:
+    model.eval()
+    source = batches(data.validation, size, seed=0)
+    losses = [float(loss_of(model, *next(source))) for _ in range(count)]
+    model.train()
+    return statistics.fmean(losses)
+
+
+def train(name: str, seed: int, data: Data, size: Size, compiled: bool = False) -> dict[str, Any]:
+    """One run, as a row of a measurement document; losses are in nats a byte."""
+    device = data.train.device
+    model = build(size, RECIPES[name], seed, device)
+    step_model: nn.Module = torch.compile(model, fullgraph=True) if compiled else model  # type: ignore[assignment]
+    optimizer = torch.optim.AdamW(model.parameters(), lr=size.rate, betas=(0.9, 0.95), weight_decay=0.1)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: rate(step, size))
+    source = batches(data.train, size, seed)
+    losses = torch.empty(size.steps, device=device)  # read once, at the end: a step does not wait for the GPU
+    started = time.perf_counter()
+    for step in range(size.steps):
+        optimizer.zero_grad()
+        loss = loss_of(step_model, *next(source))
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+        losses[step] = loss.detach()
+    values = losses.tolist()
+    seconds = time.perf_counter() - started
+    every = max(1, size.steps // _POINTS)
+    recipe = RECIPES[name]
+    return {
+        "bench": "training",
+        "recipe": name,
+        "options": {} if recipe is None else recipe.as_dict(),
+        "seed": seed,
+        "steps": size.steps,
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "compiled": compiled,
+        "train_loss": statistics.fmean(values[-max(1, int(_TAIL * size.steps)) :]),
+        "val_loss": validate(model, data, size),
+        "seconds": seconds,
+        "curve": [statistics.fmean(values[at : at + every]) for at in range(0, size.steps, every)],
+        "curve_steps": every,
+    }
+
+
+# --- results ----------------------------------------------------------------------------------------------------------
+
+
+def by_recipe(rows: Sequence[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
+    found: dict[str, list[dict[str, Any]]] = {}
+    for row in rows:
+        found.setdefault(row["recipe"], []).append(row)
+    return found
+
+
+def gap(rows: Sequence[dict[str, Any]], baseline: Sequence[dict[str, Any]], loss: str) -> tuple[float, float] | None:
+    """Mean over seeds of loss / baseline - 1 at the same seed, and the standard deviation; None without a baseline."""
+    base = {row["seed"]: row[loss] for row in baseline}
+    gaps = [row[loss] / base[row["seed"]] - 1 for row in rows if row["seed"] in base]
+    if not gaps:
+        return None
+    return statistics.fmean(gaps), statistics.stdev(gaps) if len(gaps) > 1 else 0.0
+
+
+def table(rows: Sequence[dict[str, Any]]) -> str:
+    """Markdown: losses of every recipe and their gap to bf16."""
+    found = by_recipe(rows)
+    lines = [
+        "| recipe | seeds | training loss | gap to bf16 | validation loss | gap to bf16 | s per run |",
+        "| :-- | --: | --: | --: | --: | --: | --: |",
+    ]
+    for name, runs in found.items():
+        cells = [f"`{name}`", str(len(runs))]
+        for loss in ("train_loss", "val_loss"):
+            difference = gap(runs, found.get(BASELINE, ()), loss)
+            cells.append(f"{statistics.fmean(row[loss] for row in runs):.4f}")
+            known = difference is not None and name != BASELINE
+            cells.append(f"{difference[0]:+.2%} ± {difference[1]:.2%}" if known and difference else "")
+        cells.append(f"{statistics.fmean(row['seconds'] for row in runs):.1f}")
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def region(document: dict[str, Any], file: str) -> str:
+    """What docs/training.md says of a run."""
+    rows = [row for row in document["rows"] if row["bench"] == "training"]
+    first = rows[0]
+    return (
+        f"{document['gpu']}, torch {document['versions']['torch']}, {document['date'][:10]}, commit "
+        f"{document['commit'][:12]}{' (modified)' if document['dirty'] else ''}: `{document['command']}`, "
+        f"{first['parameters'] / 1e6:.1f} M parameters, {first['steps']} steps (`{file}`). Losses are nats a byte; the "
+        f"training loss is the mean of the last {_TAIL:.0%} of the steps.\n\n{table(rows)}"
+    )
+
+
+def newest(folder: Path) -> tuple[Path, dict[str, Any]] | None:
+    """The newest document with training rows."""
+    documents = report.read_all(folder) if folder.is_dir() else []
+    return next(((p, d) for p, d in documents if any(row["bench"] == "training" for row in d["rows"])), None)
+
+
+def render(folder: Path, page: Path) -> str | None:
+    """`page` with its region rendered from the newest document; None where there is no document."""
+    found = newest(folder)
+    if found is None:
+        return None
+    before, _, rest = page.read_text(encoding="utf-8").partition(BEGIN)
+    return f"{before}{BEGIN}\n{region(found[1], found[0].name)}\n{END}{rest.partition(END)[2]}"
+
+
+def plot(rows: Sequence[dict[str, Any]], path: Path) -> None:
+    """Training loss by step, mean over seeds, and its difference to bf16."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    figure, (curves, gaps) = plt.subplots(1, 2, figsize=(11, 4), layout="constrained")
+    found = by_recipe(rows)
+    means = {
+        name: [statistics.fmean(values) for values in zip(*(run["curve"] for run in runs), strict=True)]
+        for name, runs in found.items()
+    }
+    for name, values in means.items():
+        steps = [found[name][0]["curve_steps"] * (at + 0.5) for at in range(len(values))]
+        curves.plot(steps, values, label=name, color="black" if name == BASELINE else None, linewidth=1.2)
+        if name != BASELINE and BASELINE in means:
+            above = [100 * (a / b - 1) for a, b in zip(values, means[BASELINE], strict=True)]
+            gaps.plot(steps, above, label=name, linewidth=1.2)
+    curves.set(xlabel="step", ylabel="training loss, nats a byte")
+    gaps.set(xlabel="step", ylabel="above bf16, %")
+    gaps.axhline(0, color="black", linewidth=0.8)
+    for axes in (curves, gaps):
+        axes.spines[["top", "right"]].set_visible(False)
+    curves.legend(frameon=False, fontsize=8)
+    figure.savefig(path, dpi=140)
+    plt.close(figure)
+
+
+def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--recipe", action="append", choices=RECIPES, help="repeatable; default: all")
+    parser.add_argument("--seeds", type=int, default=3, help="how many, counted from 0 (default 3)")
+    parser.add_argument("--text", choices=("topics", "stdlib"), default="topics")
+    parser.add_argument("--compile", action="store_true", help="torch.compile(fullgraph=True)")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    for name, value in vars(Size()).items():
+        parser.add_argument(f"--{name}", type=type(value), default=value, help=f"default {value}")
+    parser.add_argument("--folder", type=Path, default=ROOT / "docs" / "measurements", help="of the JSON and the plot")
+    parser.add_argument("--page", type=Path, default=ROOT / "docs" / "training.md", help="where the table goes")
+    parser.add_argument("--commit", help="of the sources, where there is no git")
+    parser.add_argument("--render", action="store_true", help="only render the newest JSON")
+    return parser.parse_args(arguments)
+
+
+def run(options: argparse.Namespace, words: Sequence[str]) -> Path:
+    """Trains, and writes the document."""
+    size = Size(**{name: getattr(options, name) for name in vars(Size())})
+    data = Data.of(text(options.text), torch.device(options.device))
+    print(f"{len(data.train)} bytes to train on, {len(data.validation)} to validate", flush=True)
+    environment = report.environment(options.commit)
+    rows = []
+    for seed in range(options.seeds):
+        for name in options.recipe or RECIPES:
+            rows.append({"text": options.text, **train(name, seed, data, size, options.compile)})
+            row = rows[-1]
+            print(f"{name:20} seed {seed}: {row['train_loss']:.4f}, validation {row['val_loss']:.4f}, "
+                  f"{row['seconds']:.1f} s", flush=True)  # fmt: skip
+    document = report.Report("training", " ".join(["examples/train.py", *words]), environment, 0.0, rows).document()
+    path = report.write(document, report.free_path(options.folder, report.file_name(document)))
+    print(f"\n{table(rows)}\n\n{path}")
+    return path
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """0: trained, or rendered; 1: nothing to render."""
+    options = parse(arguments)
+    if not options.render:
+        options.folder.mkdir(parents=True, exist_ok=True)
+        run(options, sys.argv[1:] if arguments is None else arguments)
+    found = newest(options.folder)
+    if found is None:
+        print(f"examples/train.py: no training rows in {options.folder}", file=sys.stderr)
+        return 1
+    if options.page.exists():
+        page = render(options.folder, options.page)
+        assert page is not None
+        options.page.write_text(page, encoding="utf-8")
+    with contextlib.suppress(ImportError):  # matplotlib is an extra
+        plot([row for row in found[1]["rows"] if row["bench"] == "training"], options.folder / "training.png")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,154 @@
+"""Quantized weights, and how long they are kept: for some micro-batches, or for serving.
+
+An entry belongs to a tensor object and is valid while the tensor's version and address, the recipe and the stream are
+what they were. A version alone does not tell that a weight has changed: torch's fused optimizers leave it as it is, and
+so does the replay of a CUDA graph. So entries live only where the caller says that nothing changes weights: inside
+``micro_batches``, and in modules in eval mode outside of training.
+"""
+
+from __future__ import annotations
+
+import threading
+from dataclasses import dataclass, field
+from types import TracebackType
+
+import torch
+from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
+
+from fp4gemm import ops, select
+from fp4gemm.dispatch import direct
+from fp4gemm.nn.recipes import Recipe
+from fp4gemm.tensor import FP4Tensor
+
+Forms = tuple[FP4Tensor | None, FP4Tensor | None]
+"""An FP4Tensor of a matrix, and of its transpose, each None where nothing needs it."""
+
+
+@dataclass
+class _Held:
+    """What is kept of one weight; ``captured``: what CUDA graphs read, which lives as long as the weight."""
+
+    key: tuple[object, ...] = ()
+    forms: Forms = (None, None)
+    captured: list[FP4Tensor] = field(default_factory=list)
+
+
+_serving = WeakTensorKeyDictionary()
+
+
+class _Current(threading.local):
+    def __init__(self) -> None:
+        self.kept: WeakTensorKeyDictionary | None = None
+
+
+_current = _Current()
+
+
+class micro_batches:
+    """``with fp4gemm.nn.micro_batches():`` around the forward and backward passes between two steps of the optimizer.
+
+    Inside, in this thread, the weight of a ``Linear`` is quantized once, not once for each forward pass. A change that
+    autograd's version counter sees is noticed; one by a fused optimizer is not, so steps belong outside. Compiled
+    layers take no notice of it.
+    """
+
+    def __init__(self) -> None:
+        self._outer: list[WeakTensorKeyDictionary | None] = []
+
+    def __enter__(self) -> None:
+        self._outer.append(_current.kept)
+        if _current.kept is None:
+            _current.kept = WeakTensorKeyDictionary()
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        _current.kept = self._outer.pop()
+
+
+def quantize_forms(
+    t: Tensor, rows: bool, columns: bool, scaling: str, *, block: tuple[int, int] = (1, 16),
+    hadamard: int | None = None, seed: Tensor | None = None,
+) -> Forms:  # fmt: skip
+    """The forms of ``t`` that are asked for, from one pass over it."""
+    if rows and columns:
+        return ops.quantize_both(t, scaling=scaling, block=block, hadamard=hadamard, seed=seed)
+    if rows:
+        return ops.quantize(t, scaling=scaling, block=block, seed=seed), None
+    if columns:
+        return None, ops.quantize(t, scaling=scaling, block=block, transposed=True, hadamard=hadamard, seed=seed)
+    return None, None
+
+
+def quantize_forms_and_sum(t: Tensor, rows: bool, *, hadamard: int | None, seed: Tensor | None) -> tuple[Forms, Tensor]:
+    """Per row, the transpose of ``t`` [M, N] and where ``rows`` t itself, and the sums of columns, float32 [N].
+
+    The bytes of :func:`quantize_forms`: the sums come from the read that takes amaxes.
+    """
+    *by_row, by_column, sums = ops.amax(t, rows=rows, columns=True, hadamard=hadamard, sums=True)
+    if rows:
+        return ops.quantize_both(t, hadamard=hadamard, seed=seed, amax=(by_row[0], by_column)), sums
+    return (None, ops.quantize(t, transposed=True, hadamard=hadamard, seed=seed, amax=by_column)), sums
+
+
+def quantize_weight(w: Tensor, recipe: Recipe, columns: bool) -> Forms:
+    """w [N, K] row-wise, and its transpose where ``columns``; prepacked where that is how GEMMs read them."""
+    rows, transposed = quantize_forms(w, True, columns, recipe.weights, block=recipe.weight_block)
+    if direct(w) and w.is_cuda and w.numel() and select.arch_of(w.device.index) == "sm_90a":
+        rows = None if rows is None else rows.prepack()
+        transposed = None if transposed is None else transposed.prepack()
+    return rows, transposed
+
+
+def kept_weight(w: Tensor, recipe: Recipe, columns: bool, serving: bool) -> Forms:
+    """The same, from what is kept of ``w`` where that is allowed; ``serving``: no gradient, in eval mode."""
+    if w.is_inference() or not w.is_leaf:  # without a version, or made anew by each call
+        return quantize_weight(w, recipe, columns)
+    if _current.kept is not None:
+        return _look_up(_current.kept, w, recipe, columns)
+    if not serving:
+        if w.requires_grad:
+            forget(w)  # it is being trained
+        return quantize_weight(w, recipe, columns)
+    if w.is_cuda and torch.cuda.is_current_stream_capturing():
+        return _captured(w, recipe)
+    return _look_up(_serving, w, recipe, columns)
+
+
+def _look_up(kept: WeakTensorKeyDictionary, w: Tensor, recipe: Recipe, columns: bool) -> Forms:
+    held: _Held | None = kept.get(w)  # type: ignore[no-untyped-call]
+    if held is None:
+        held = kept[w] = _Held()
+    key = (*_key(w, recipe), *_place(w))
+    if held.key != key or (columns and held.forms[1] is None):
+        held.forms = quantize_weight(w, recipe, columns)
+        held.key = key
+    return held.forms
+
+
+def _key(w: Tensor, recipe: Recipe) -> tuple[object, ...]:
+    return w._version, w.data_ptr(), recipe.weights, recipe.weight_2d
+
+
+def _place(w: Tensor) -> tuple[object, ...]:
+    """Where the memory of the forms may be read: their stream, and inside a graph or outside."""
+    if not w.is_cuda:
+        return ()
+    return torch._C._cuda_getCurrentRawStream(w.device.index), torch.cuda.is_current_stream_capturing()
+
+
+def _captured(w: Tensor, recipe: Recipe) -> Forms:
+    """For a graph: what is kept, from whatever stream, as capturing began by waiting for all of them."""
+    held: _Held | None = _serving.get(w)  # type: ignore[no-untyped-call]
+    if held is None or held.key[: -len(_place(w))] != _key(w, recipe):
+        return quantize_weight(w, recipe, False)
+    rows = held.forms[0]
+    assert rows is not None
+    held.captured.append(rows)
+    return rows, None
+
+
+def forget(w: Tensor) -> None:
+    """Drops what is kept of ``w`` for serving."""
+    held: _Held | None = _serving.get(w)  # type: ignore[no-untyped-call]
+    if held is not None:
+        held.key, held.forms = (), (None, None)
