@@ -2,6 +2,7 @@
 
 from fp4gemm.formats import CONVENTIONS, SCALINGS, SF_LAYOUTS
 from fp4gemm.ops import amax, dequantize, gemm, quantize, quantize_both, quantize_gemm, quantize_rmsnorm
+from fp4gemm.search import search_scales
 from fp4gemm.tensor import FP4Tensor
 
 __version__ = "0.1.0"
@@ -17,4 +18,5 @@ __all__ = [
     "quantize_both",
     "quantize_gemm",
     "quantize_rmsnorm",
+    "search_scales",
 ]

@@ -1,0 +1,5 @@
+"""Weights in NVFP4 whose block scales have the lowest error: searched, not taken from the amax."""
+
+from fp4gemm.search.scales import Audit, audit, search_scales
+
+__all__ = ["Audit", "audit", "search_scales"]
