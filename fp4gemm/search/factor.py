@@ -8,9 +8,10 @@ import torch
 from torch import Tensor
 
 _ASYMMETRY = 1e-4  # of the largest element: float32 sums of products are symmetric to 1e-6
-_INDEFINITE = 1e-4  # a pivot below minus this times the largest diagonal element: not a sum of squares
-# Of the diagonal element: what rounding of sums in that dtype leaves of a column that depends on the ones before.
-_RANK = {torch.float32: 2.0**-20, torch.float64: 2.0**-44}
+_INDEFINITE = 1e-5  # an eigenvalue below minus this times the largest: not a sum of squares
+# Of the mean diagonal element: what rounding of sums in that dtype does to a Hessian. It is added to the diagonal: this
+# keeps factors of dependent columns from being noise, and lets squares decide between errors that H does not see.
+_RIDGE = {torch.float32: 2.0**-20, torch.float64: 2.0**-44}
 _UNIT = 2.0**-24
 _LEAST = 0.25  # how much of |U d| rounding must leave for a bound to be used
 
@@ -56,13 +57,18 @@ def check_hessian(hessian: Tensor, units: int, block: int, device: torch.device)
     if bool((wrong := asymmetry > _ASYMMETRY * largest).any()):
         where = int(wrong.nonzero()[0])
         raise ValueError(f"hessian: expected symmetric blocks, got one ({where}) that differs from its transpose")
+    eigenvalues = torch.linalg.eigvalsh(hessian.double().cpu())
+    if bool((wrong := eigenvalues[:, 0] < -_INDEFINITE * eigenvalues.abs().amax(-1)).any()):
+        where = int(wrong.nonzero()[0])
+        raise ValueError(f"hessian: expected positive semidefinite blocks, got one ({where}) that is not")
 
 
 def factor(hessian: Tensor) -> Factor:
-    """Factors of checked Hessians. Raises ValueError where a block is not positive semidefinite.
+    """Factors of checked Hessians [units, n, n], float32 or float64; a block of zeros counts as the identity, which
+    makes its error that of squares.
 
-    float64 operations one by one, in a fixed order: the same bits on every device. A column that depends on those
-    before it has a row of zeros; a block of zeros counts as the identity, which makes its error that of squares.
+    To the diagonal is added 2^-20 of its mean (2^-44 in float64), which is what the sums that made it are good for.
+    float64 operations one by one, in a fixed order: the same bits on every device.
     """
     h = hessian.double()
     h = (h + h.transpose(1, 2)) * 0.5
@@ -73,7 +79,8 @@ def factor(hessian: Tensor) -> Factor:
     _, exponent = torch.frexp(diagonal.amax(-1))
     exponent = torch.div(exponent, 2, rounding_mode="floor")
     h = h * _power(-2 * exponent).reshape(-1, 1, 1)
-    upper = _cholesky(h, _RANK[hessian.dtype]).float()
+    ridge = _sum(h.diagonal(dim1=1, dim2=2)) * (_RIDGE[hessian.dtype] / n)
+    upper = _cholesky(h + torch.diag_embed(ridge.unsqueeze(-1).expand(-1, n))).float()
     reach = _reach(upper.double())
     return Factor(upper, reach, exponent.int(), _packed(upper, reach))
 
@@ -83,18 +90,21 @@ def _power(exponent: Tensor) -> Tensor:
     return ((exponent.long() + 1023) << 52).view(torch.float64)
 
 
-def _cholesky(h: Tensor, rank: float) -> Tensor:
-    """Upper triangular U with U^T U = h [units, n, n], float64."""
+def _sum(values: Tensor) -> Tensor:
+    """Over the last dimension, in order."""
+    first, *others = values.unbind(-1)
+    for value in others:
+        first = first + value
+    return first
+
+
+def _cholesky(h: Tensor) -> Tensor:
+    """Upper triangular U with U^T U = h [units, n, n], float64; where nothing is left of a column, a row of zeros."""
     n = h.shape[-1]
     rest, upper = h.clone(), torch.zeros_like(h)
-    largest = h.diagonal(dim1=1, dim2=2).amax(-1)
     for i in range(n):
         pivot = rest[:, i, i]
-        if bool((wrong := pivot < -_INDEFINITE * largest).any()):
-            raise ValueError(
-                f"hessian: expected positive semidefinite blocks, got one ({int(wrong.nonzero()[0])}) that is not"
-            )
-        depends = pivot <= rank * h[:, i, i]
+        depends = pivot <= 0
         root = torch.where(depends, 1.0, pivot).sqrt()
         row = torch.where(depends.unsqueeze(-1), 0.0, rest[:, i, i:] / root.unsqueeze(-1))
         upper[:, i, i:] = row
