@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -12,6 +12,7 @@ from fp4gemm.dispatch import on_its_device, on_kernels
 from fp4gemm.formats import METRICS, SEARCH_BLOCKS
 from fp4gemm.reference import search as reference_search
 from fp4gemm.reference.arguments import check_finite_values, check_quantize
+from fp4gemm.reference.conventions import ADAPTIVE_CONVENTIONS, CONVENTIONS
 from fp4gemm.reference.options import check_name
 from fp4gemm.reference.search import LAST, SearchArguments
 from fp4gemm.search import calls
@@ -19,6 +20,9 @@ from fp4gemm.search.factor import Factor, check_hessian, factor
 from fp4gemm.tensor import FP4Tensor
 
 CANDIDATES = ("all", "4/6")
+OUTER = ("amax", "search")
+FACTORS = tuple(1 + i / 16 for i in range(16))
+"""By which a search multiplies outer scales: twice one has the same block scales, but at the ends of their range."""
 
 
 @dataclass(frozen=True)
@@ -47,6 +51,7 @@ def search_scales(
     scaling: str = "per_row",
     sf_layout: str = "128x4",
     check_finite: bool = False,
+    outer: str = "amax",
 ) -> FP4Tensor:
     """``w`` [N, K] in NVFP4, its block scales those of the lowest error; bytes are the same on every device.
 
@@ -67,14 +72,19 @@ def search_scales(
         scaling: ``per_row`` or ``per_tensor``.
         sf_layout: layout of the block scales: ``128x4``, ``8x4`` or ``linear``.
         check_finite: raise for NaN and Inf; waits for the device.
+        outer: ``search``: try the outer scale times 1, 17/16, .. 31/16 and keep what errs least, for each row on its
+            own where rows have outer scales. 17 searches.
 
     Raises:
         TypeError: a dtype is not one of the above.
         ValueError: a shape, a name, a device or a Hessian does not fit; the message says which.
         NotImplementedError: ``w`` is on a CUDA device for which there is no kernel.
     """
-    args, packed = _checked(w, metric, hessian, block, dim, candidates, outer_scale, scaling, sf_layout, check_finite)
-    return _search(args, packed)[0]
+    check_name("outer", outer, OUTER)
+    args, found = _checked(w, metric, hessian, block, dim, candidates, outer_scale, scaling, sf_layout, check_finite)
+    if outer == "search" and args.source.numel():
+        args = replace(args, scale=_best_outer(args, found), given=True)
+    return _search(args, found)[0]
 
 
 @torch.no_grad()
@@ -91,10 +101,10 @@ def audit(
     sf_layout: str = "128x4",
 ) -> tuple[FP4Tensor, Audit]:
     """``search_scales``, and the same again exhaustively: what was tried, and what differs (nothing does)."""
-    args, packed = _checked(w, metric, hessian, block, dim, candidates, outer_scale, scaling, sf_layout, False)
+    args, factored = _checked(w, metric, hessian, block, dim, candidates, outer_scale, scaling, sf_layout, False)
     if on_kernels(args.source):
         counters = torch.zeros(3, dtype=torch.int64, device=w.device)
-        found, _ = on_its_device(w, lambda: calls.search(args, packed=packed, counters=counters))
+        found, _ = on_its_device(w, lambda: calls.search(args, packed=_packed(factored), counters=counters))
         return found, Audit(*counters.tolist())
     every = reference_search.search(args, exhaustive=True)
     result = reference_search.search(args)
@@ -105,18 +115,40 @@ def audit(
     return result.tensor, Audit(searched, result.tried, int(wrong[:, ::step].sum()))
 
 
-def _search(args: SearchArguments, packed: Tensor | None, errors: bool = False) -> tuple[FP4Tensor, Tensor | None]:
+def _packed(found: Factor | None) -> Tensor | None:
+    return None if found is None else found.packed
+
+
+def _search(args: SearchArguments, found: Factor | None, errors: bool = False) -> tuple[FP4Tensor, Tensor | None]:
     if on_kernels(args.source):
-        return on_its_device(args.source, lambda: calls.search(args, packed=packed, errors=errors))
-    found = reference_search.search(args)
-    return found.tensor, found.errors
+        return on_its_device(args.source, lambda: calls.search(args, packed=_packed(found), errors=errors))
+    result = reference_search.search(args)
+    return result.tensor, result.errors
+
+
+def _best_outer(args: SearchArguments, found: Factor | None) -> Tensor:
+    """The decode multipliers, [] or [rows], with the lowest sum of errors; the smallest among equals."""
+    rule = (ADAPTIVE_CONVENTIONS if args.four_six else CONVENTIONS)["te_per_token"]
+    base = args.scale if args.given else rule.outer_scale(args.scale)
+    best, least = base, torch.full_like(base, float("inf"), dtype=torch.float64)
+    for multiple in FACTORS:
+        outer = base * multiple
+        _, errors = _search(replace(args, scale=outer, given=True), found, errors=True)
+        assert errors is not None
+        weighted = errors.double()
+        if found is not None:  # each block of columns has a unit of its own
+            weighted = weighted * torch.exp2(2.0 * found.exponent.double())
+        total = (weighted.sum(1) if base.dim() else weighted.sum()) * outer.double().square()
+        better = total < least
+        best, least = torch.where(better, outer, best), torch.where(better, total, least)
+    return best
 
 
 def _checked(
     w: Tensor, metric: str, hessian: Tensor | Factor | None, block: int, dim: int, candidates: str | range,
     outer_scale: Tensor | None, scaling: str, sf_layout: str, check_finite: bool,
-) -> tuple[SearchArguments, Tensor | None]:  # fmt: skip
-    """Arguments with amaxes taken, and the packed factor."""
+) -> tuple[SearchArguments, Factor | None]:  # fmt: skip
+    """Arguments with amaxes taken, and the factor."""
     check_name("metric", metric, METRICS)
     check_name("scaling", scaling, ("per_row", "per_tensor"))
     if block not in SEARCH_BLOCKS:
@@ -133,12 +165,12 @@ def _checked(
     scale = common.outer_scale
     if scale is None:
         scale = _amax(common.source, common.per_tensor)
-    upper, reach, packed = (None,) * 3 if found is None else (found.upper, found.reach, found.packed)
+    upper, reach = (None, None) if found is None else (found.upper, found.reach)
     given = common.outer_scale is not None
     args = SearchArguments(
         common.source, scale, given, sf_layout, metric, block, upper, reach, four_six, first, last
     )  # fmt: skip
-    return args, packed
+    return args, found
 
 
 def _amax(x: Tensor, per_tensor: bool) -> Tensor:

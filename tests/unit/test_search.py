@@ -143,3 +143,24 @@ def test_accumulator(tmp_path: Path) -> None:
     assert torch.allclose(again.hessian(), whole.hessian())
     with pytest.raises(ValueError, match="x: expected"):
         whole.add(torch.randn(3, 39))
+
+
+@pytest.mark.parametrize("metric", ["sse", "hessian"])
+def test_outer_scales(metric: str) -> None:
+    """Each row is as good as the best of the grid, and better than without in most."""
+    generator = torch.Generator().manual_seed(6)
+    w, x = torch.randn(6, 48, generator=generator), torch.randn(200, 48, generator=generator)
+    h = torch.einsum("tbi,tbj->bij", x.reshape(200, 3, 16), x.reshape(200, 3, 16))
+    arguments: dict[str, Any] = {"metric": metric, "hessian": h if metric == "hessian" else None}
+
+    def error(t: fp4gemm.FP4Tensor) -> torch.Tensor:
+        d = (t.dequantize().double() - w.double()).reshape(6, 3, 16)
+        return d.square().sum((1, 2)) if metric == "sse" else torch.einsum("rbi,bij,rbj->r", d, h.double(), d)
+
+    plain, got = search.search_scales(w, **arguments), search.search_scales(w, outer="search", **arguments)
+    grid = torch.stack(
+        [error(search.search_scales(w, outer_scale=plain.outer_scale * (1 + i / 16), **arguments)) for i in range(16)]
+    )
+    assert torch.allclose(error(got), grid.amin(0), rtol=1e-5)
+    assert bool((error(got) <= error(plain) * (1 + 1e-5)).all())
+    assert int((error(got) < error(plain)).sum()) >= 4
