@@ -4,6 +4,7 @@ from fp4gemm import nn
 from fp4gemm.formats import CONVENTIONS, SCALINGS, SF_LAYOUTS
 from fp4gemm.nn import autocast, convert
 from fp4gemm.ops import amax, dequantize, gemm, gemm_fp4, quantize, quantize_both, quantize_gemm, quantize_rmsnorm
+from fp4gemm.search import search_scales
 from fp4gemm.tensor import FP4Tensor
 
 __version__ = "0.1.0"
@@ -23,4 +24,5 @@ __all__ = [
     "quantize_both",
     "quantize_gemm",
     "quantize_rmsnorm",
+    "search_scales",
 ]

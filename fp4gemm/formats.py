@@ -37,6 +37,9 @@ PACKED_CODE_BYTES = 2048
 PACKED_BLOCK_BYTES = PACKED_CODE_BYTES + 256
 
 ADAPTIVE = ("mse", "mae")
+METRICS = ("sse", "hessian")
+SEARCH_BLOCKS = (BLOCK, 2 * BLOCK)
+"""How many values can share a scale that a search chooses: the second stores it twice."""
 RESIDUAL_SIDES = ("activation", "weight")
 PRODUCERS = ("silu_mul", "gelu_tanh", "relu2")
 NORMS = ("rmsnorm", "add_rmsnorm")

@@ -29,6 +29,7 @@ _FILTERS: dict[str, dict[Any, str]] = {
         "rmsnorm": "kRmsNorm",
         "add_rmsnorm": "kAddRmsNorm",
     },
+    "metric": {"sse": "kSse", "hessian": "kHessian"},
     "cpp": {True: "true", False: "false"},
     "schedule": {"cooperative": "Cooperative", "pingpong": "Pingpong"},
     "scheduler": {

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from fp4gemm.formats import NORMS, PRODUCERS, SF_LAYOUTS
+from fp4gemm.formats import METRICS, NORMS, PRODUCERS, SF_LAYOUTS
 from fp4gemm.spec import (
     ARCHS,
     AmaxSpec,
@@ -16,6 +16,7 @@ from fp4gemm.spec import (
     PackedWgmmaSpec,
     PackSpec,
     QuantizeSpec,
+    SearchSpec,
     TileAmaxSpec,
     TileQuantizeSpec,
 )
@@ -126,6 +127,7 @@ def default_variants(archs: Iterable[str] = ARCHS) -> list[KernelSpec]:
         specs += _with_options(arch)
         specs.append(AmaxSpec(arch, "bf16"))
         specs += _tiles(arch)
+        specs += [SearchSpec(arch, "bf16", "amax", metric, "128x4") for metric in METRICS]
         specs += [DequantizeSpec(arch, "bf16", layout, False) for layout in SF_LAYOUTS]
         if arch == "sm_90a":
             specs += _sm90_values()

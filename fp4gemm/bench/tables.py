@@ -6,7 +6,7 @@ import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from fp4gemm.bench import peers, sweep
+from fp4gemm.bench import peers, search_peers, sweep
 from fp4gemm.report import Row
 
 
@@ -175,6 +175,23 @@ TABLES: dict[str, tuple[str, tuple[Column, ...]]] = {
     "load": (
         "Load of a cached kernel in a new process",
         (_KERNEL, ("ms", _number("ms")), ("slowest, ms", _number("max_ms"))),
+    ),
+    "search": (
+        "Search for block scales (N x K, bf16)",
+        (
+            _SHAPE,
+            ("error", _field("metric")),
+            ("block", lambda row: str(row.get("options", {}).get("block", ""))),
+            ("weights", lambda row: str(row.get("options", {}).get("weights", "")).replace("_", " ")),
+            _US,
+            ("10^9 values/s", _number("g_values_s")),
+            ("Model Optimizer, us", _versus(search_peers.MODELOPT)),
+            ("speed-up over Model Optimizer", _factor(search_peers.MODELOPT)),
+            ("qwantize, us", _versus(search_peers.QWANTIZE)),
+            ("speed-up over qwantize", _factor(search_peers.QWANTIZE)),
+            ("candidates tried", _number("tried_per_scale")),
+            ("as exhaustive", lambda row: "yes" if row["identical_to_exhaustive"] else "NO"),
+        ),
     ),
     "tiles": (
         "Per-row quantizer by threads x blocks x rows of a CTA (M x K, bf16)",

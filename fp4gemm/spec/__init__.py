@@ -25,6 +25,7 @@ from fp4gemm.spec.quantize import (
     TileAmaxSpec,
     TileQuantizeSpec,
 )
+from fp4gemm.spec.search import SearchSpec
 
 __all__ = [
     "ACTIVATIONS",
@@ -46,26 +47,35 @@ __all__ = [
     "PackedSpec",
     "PackedWgmmaSpec",
     "QuantizeSpec",
+    "SearchSpec",
     "TileAmaxSpec",
     "TileQuantizeSpec",
     "check",
 ]
 
 KernelSpec = (
-    QuantizeSpec | AmaxSpec | TileQuantizeSpec | TileAmaxSpec | DequantizeSpec | PackSpec | GemmSpec | PackedSpec
+    QuantizeSpec
+    | AmaxSpec
+    | TileQuantizeSpec
+    | TileAmaxSpec
+    | SearchSpec
+    | DequantizeSpec
+    | PackSpec
+    | GemmSpec
+    | PackedSpec
 )
 
 
 def check(spec: KernelSpec) -> str | None:
     """Why this kernel cannot be, or None. Rendering, building and selection all ask here."""
     problem = unknown("arch", spec.arch, ARCHS)
-    if isinstance(spec, (QuantizeSpec, AmaxSpec, TileQuantizeSpec, TileAmaxSpec)):
+    if isinstance(spec, (QuantizeSpec, AmaxSpec, TileQuantizeSpec, TileAmaxSpec, SearchSpec)):
         problem = problem or unknown("dtype", spec.dtype, INPUT_DTYPES)
     elif isinstance(spec, DequantizeSpec):
         problem = problem or unknown("dtype", spec.dtype, DTYPES)
     elif not isinstance(spec, PackSpec):
         known = (*DTYPES, "fp4") if isinstance(spec, GemmSpec) else DTYPES
         problem = problem or unknown("out_dtype", spec.out_dtype, known)
-    if isinstance(spec, (QuantizeSpec, DequantizeSpec, PackSpec)):
+    if isinstance(spec, (QuantizeSpec, SearchSpec, DequantizeSpec, PackSpec)):
         problem = problem or unknown("sf_layout", spec.sf_layout, SF_LAYOUTS)
     return problem or spec.why_not()

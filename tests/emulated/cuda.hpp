@@ -234,6 +234,11 @@ template <class T> T atomicMax(T* p, T v) {
   *p = std::max(old, v);
   return old;
 }
+template <class T, class U> T atomicAdd(T* p, U v) {
+  T const old = *p;
+  *p += v;
+  return old;
+}
 template <class T> T __ldcs(T const* p) { return *p; }
 inline uint64_t __cvta_generic_to_global(void const* p) { return reinterpret_cast<uint64_t>(p); }
 

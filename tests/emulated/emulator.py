@@ -17,7 +17,7 @@ from fp4gemm import division
 from fp4gemm.division import Division
 from fp4gemm.packed_plan import PACKED_GEMM_ARGUMENTS, PACKED_GEMM_BYTES, PackedProblem
 from fp4gemm.render import render
-from fp4gemm.spec import PackedMmaSpec, PackedWgmmaSpec, QuantizeSpec
+from fp4gemm.spec import PackedMmaSpec, PackedWgmmaSpec, QuantizeSpec, SearchSpec
 
 Spec = PackedMmaSpec | PackedWgmmaSpec
 _FLAGS = ("-std=c++17", "-O1", "-ffp-contract=off", "-fpermissive", "-w", "-shared", "-fPIC")
@@ -31,11 +31,11 @@ extern "C" char const* run(PackedGemmArguments const* args, int ctas, int cluste
 }
 """
 _QUANTIZE_DRIVER = """
-static Config::Arguments const* arguments;
-extern "C" int arguments_bytes() { return sizeof(Config::Arguments); }
-extern "C" char const* run(Config::Arguments const* args, int ctas, int layers, unsigned seed) {
+static ARGUMENTS const* arguments;
+extern "C" int arguments_bytes() { return sizeof(ARGUMENTS); }
+extern "C" char const* run(ARGUMENTS const* args, int ctas, int layers, unsigned seed) {
   arguments = args;
-  return run_grid([] { RowQuantizer<Config>(*arguments).run(); }, ctas, 1, Config::kCta, 0, seed, layers);
+  return run_grid([] { KERNEL<Config>(*arguments).run(); }, ctas, 1, THREADS, 0, seed, layers);
 }
 """
 
@@ -102,9 +102,9 @@ def _pack(
 
 
 class QuantizeLauncher:
-    """A row-wise quantizer, with the arguments that ``fp4gemm.launch.Launcher`` gets."""
+    """A row-wise quantizer or a search, with the arguments that ``fp4gemm.launch.Launcher`` gets."""
 
-    def __init__(self, emulator: Emulator, spec: QuantizeSpec, arguments: struct.Struct) -> None:
+    def __init__(self, emulator: Emulator, spec: QuantizeSpec | SearchSpec, arguments: struct.Struct) -> None:
         self._library = _compile_quantizer(emulator.folder, spec)
         assert self._library.arguments_bytes() == arguments.size
         self._struct = arguments
@@ -116,9 +116,16 @@ class QuantizeLauncher:
 
 
 @cache
-def _compile_quantizer(folder: Path, spec: QuantizeSpec) -> ctypes.CDLL:
+def _compile_quantizer(folder: Path, spec: QuantizeSpec | SearchSpec) -> ctypes.CDLL:
     head, _, _ = render(spec).partition('extern "C"')
-    library = compile_cpp(folder, spec.name, head + _QUANTIZE_DRIVER)
+    if isinstance(spec, SearchSpec):
+        words = {"ARGUMENTS": "SearchArguments", "KERNEL": "ScaleSearch", "THREADS": "Config::kThreads"}
+    else:
+        words = {"ARGUMENTS": "Config::Arguments", "KERNEL": "RowQuantizer", "THREADS": "Config::kCta"}
+    driver = _QUANTIZE_DRIVER
+    for name, word in words.items():
+        driver = driver.replace(name, word)
+    library = compile_cpp(folder, spec.name, head + driver)
     library.run.restype = ctypes.c_char_p
     return library
 

@@ -93,6 +93,7 @@ _RULES: dict[str, tuple[tuple[str, str], ...]] = {
     "residual.hpp": (),
     "producer.hpp": (),
     "layout.hpp": (),
+    "search.hpp": (),
 }
 
 _ATOM = (
