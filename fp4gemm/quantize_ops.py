@@ -434,6 +434,11 @@ def _amax(x: Tensor, rows: bool, columns: bool, tensor: bool, hadamard: int | No
     return on_its_device(x, found)
 
 
+def _separate_amax(*args: Any) -> list[Tensor]:
+    """What an operator may return: tensors that share no memory."""
+    return [t if t.untyped_storage().nbytes() == t.nbytes else t.clone() for t in _amax(*args)]
+
+
 def _fake_amax(
     x: Tensor, rows: bool, columns: bool, tensor: bool, hadamard: int | None, sums: bool = False
 ) -> list[Tensor]:
@@ -454,7 +459,7 @@ for _name, _implementation, _fake, _schema in (
         _fake_quantize_rmsnorm,
         f"(Tensor weight, float eps, Tensor? residual, {_SCHEMA}) -> (Tensor, Tensor, Tensor, Tensor)",
     ),
-    ("amax", _amax, _fake_amax, _SCHEMA_AMAX),
+    ("amax", _separate_amax, _fake_amax, _SCHEMA_AMAX),
 ):
     _op = torch.library.custom_op(f"fp4gemm::{_name}", _implementation, mutates_args=(), schema=_schema)
     _op.register_fake(_fake)

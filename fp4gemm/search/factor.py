@@ -68,7 +68,8 @@ def factor(hessian: Tensor) -> Factor:
     makes its error that of squares.
 
     To the diagonal is added 2^-20 of its mean (2^-44 in float64), which is what the sums that made it are good for.
-    float64 operations one by one, in a fixed order: the same bits on every device.
+    float64 operations one by one, in a fixed order: the same bits in each run; between
+    devices only square roots may differ, in their last bit.
     """
     h = hessian.double()
     h = (h + h.transpose(1, 2)) * 0.5

@@ -53,7 +53,8 @@ def search_scales(
     check_finite: bool = False,
     outer: str = "amax",
 ) -> FP4Tensor:
-    """``w`` [N, K] in NVFP4, its block scales those of the lowest error; bytes are the same on every device.
+    """``w`` [N, K] in NVFP4, its block scales those of the lowest error; bytes are the same on every device,
+    those of a Hessian search for the same factor.
 
     The result is that of an exhaustive search of the candidates, most of which are proved away (docs/search.md). It is
     a plain FP4Tensor, for ``gemm`` like any other.

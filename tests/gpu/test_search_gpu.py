@@ -109,7 +109,7 @@ def test_exhaustive_on_the_device_agrees(metric: str, kind: str, device: torch.d
             h = hessians(k // block, block, of, generator).to(device) if of else None
             _, audit = search.audit(w, metric, hessian=h, block=block)
             assert audit.wrong == 0, f"{kind} {of} {block}: {audit}"
-            assert audit.scales > 0
+            assert (audit.scales > 0) == bool(w.float().isfinite().all(1).any()), audit  # a row with Inf has S = 0
 
 
 @pytest.mark.parametrize("metric", ["sse", "hessian"])
@@ -171,9 +171,11 @@ def test_graph(cuda: torch.device) -> None:
         same(got, want, str(arguments["metric"]))
 
 
-def test_factors_are_the_same_on_every_device(device: torch.device) -> None:
+def test_factors_agree_on_every_device(device: torch.device) -> None:
+    """Not to the bit: torch's square root on a CPU is not always rounded correctly."""
     for kind in HESSIANS:
         h = hessians(64, 16, kind, torch.Generator().manual_seed(5))
         here, there = search.factor(h), search.factor(h.to(device))
-        assert torch.equal(here.upper, there.upper.cpu()), kind
+        one, other = (upper.double().mT @ upper.double() for upper in (here.upper, there.upper.cpu()))
+        assert bool(((one - other).abs() <= 1e-6 * one.diagonal(0, -2, -1).amax(-1)[:, None, None]).all()), kind
         assert torch.equal(here.exponent, there.exponent.cpu()), kind

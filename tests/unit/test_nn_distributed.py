@@ -23,7 +23,7 @@ def run(*cases: str) -> None:
     ranks = [
         subprocess.Popen(
             [sys.executable, str(HERE / "distributed_cases.py"), *cases],
-            env={**os.environ, **shared, "RANK": str(rank), "PYTHONPATH": path},
+            env={**os.environ, **shared, "RANK": str(rank), "PYTHONPATH": path, "CUDA_VISIBLE_DEVICES": ""},
             stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
         )
         for rank in range(2)
