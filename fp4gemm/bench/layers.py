@@ -178,14 +178,15 @@ def _gemm_rows(
     layout: str, sizes: tuple[int, int, int], product: tuple[int, int, int], sf_layout: str, config: Config
 ) -> list[Row]:
     m, n, k = product
-    count = timing.rotation((m * k + n * k) // 2)
+    written = 2 * m * n  # so many bytes are allocated for each copy too
+    count = timing.rotation((m * k + n * k) // 2 + written)
     left = [fp4gemm.quantize(random_inputs(1, m, k)[0], sf_layout=sf_layout) for _ in range(count)]
     right = [fp4gemm.quantize(random_inputs(1, n, k)[0]).prepack() for _ in range(count)]
     scales = [a.outer_scale for a in left], [b.outer_scale for b in right]
     plain = [_unscaled(a) for a in left], [_unscaled(b) for b in right]
     others = {
         "post_scale": _each(_gemm_then_scale, *plain, *scales),
-        "cublas_bf16": _torch_product(layout, *sizes, timing.rotation(2 * (m * k + n * k))),
+        "cublas_bf16": _torch_product(layout, *sizes, timing.rotation(2 * (m * k + n * k) + written)),
     }
     row = {**_row("gemm", *sizes, layout, {"sf_layout": sf_layout}), "post_scale_kernels": _post_scale()[1]}
     return _measured(row, _each(fp4gemm.gemm, left, right), others, config)
@@ -224,7 +225,7 @@ def _torch_backward(dy: torch.Tensor, x: torch.Tensor, w: torch.Tensor) -> objec
 
 
 def _backward(M: int, N: int, K: int, config: Config) -> list[Row]:
-    count = timing.rotation(2 * M * N)
+    count = timing.rotation(2 * (M * N + M * K + N * K))
     dys, xs, ws = random_inputs(count, M, N), random_inputs(count, M, K), random_inputs(count, N, K)
     rows = []
     for name in _BACKWARD:

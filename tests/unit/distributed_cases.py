@@ -31,7 +31,7 @@ def batch(step: int, micro_batch: int, rank: int) -> torch.Tensor:
 
 
 def loss(net: nn.Module, x: torch.Tensor) -> torch.Tensor:
-    return F.mse_loss(net(x).float(), x.flip(0)) / MICRO_BATCHES
+    return F.mse_loss(net(x).float(), x.flip(0).float()) / MICRO_BATCHES
 
 
 def reference(ranks: int, dtype: torch.dtype) -> list[dict[str, torch.Tensor]]:
