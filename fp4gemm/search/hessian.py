@@ -13,6 +13,7 @@ from torch import Tensor
 
 from fp4gemm.formats import SEARCH_BLOCKS
 from fp4gemm.reference.arguments import FLOATS
+from fp4gemm.search.factor import diagonal_blocks
 
 _CHUNK = 1 << 24  # values at a time: their float32 copy stays below 64 MB
 
@@ -94,13 +95,7 @@ class HessianAccumulator:
         return max(1, self.tokens) if normalize else 1
 
     def _blocks(self) -> Tensor:
-        if not self.full:
-            return self.sum
-        pad = -self.k % self.block
-        padded = F.pad(self.sum, (0, pad, 0, pad))
-        units = padded.shape[0] // self.block
-        grid = padded.reshape(units, self.block, units, self.block)
-        return grid.diagonal(dim1=0, dim2=2).permute(2, 0, 1).contiguous()
+        return diagonal_blocks(self.sum, self.block) if self.full else self.sum
 
     def state_dict(self) -> dict[str, Tensor]:
         """``sum`` and ``meta`` (int64: k, block, full, tokens); :meth:`from_state_dict` reads them."""

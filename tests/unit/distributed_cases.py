@@ -14,6 +14,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from fp4gemm.nn import convert, micro_batches, per_token
+from fp4gemm.search import HessianAccumulator
 
 RECIPE = per_token(rht=True, weight_2d=True)
 STEPS, MICRO_BATCHES, ROWS = 3, 2, 16
@@ -114,7 +115,27 @@ def fsdp(reshard: bool, dtype: torch.dtype = torch.float32) -> None:
         assert torch.equal(got, want)
 
 
+def hessian() -> None:
+    """Each rank has seen its own tokens; afterwards both have the sums of one that has seen all."""
+    for full in (False, True):
+        whole, mine = (HessianAccumulator(32, full=full) for _ in range(2))
+        for step in range(3):  # ranks with different numbers of batches
+            for rank in range(2):
+                x = batch(step, 0, rank)[: ROWS - 5 * rank]
+                whole.add(x)
+                if rank == dist.get_rank():
+                    mine.add(x)
+        assert mine.tokens < whole.tokens
+        mine.all_reduce()
+        assert mine.tokens == whole.tokens
+        torch.testing.assert_close(mine.hessian(), whole.hessian(), rtol=1e-5, atol=1e-5)
+        both = [torch.empty_like(mine.sum) for _ in range(2)]
+        dist.all_gather(both, mine.sum)
+        assert torch.equal(*both)
+
+
 CASES = {
+    "hessian": hessian,
     "ddp": ddp,
     "fsdp": lambda: fsdp(reshard=True),
     "fsdp_keeping": lambda: fsdp(reshard=False),

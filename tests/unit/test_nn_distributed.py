@@ -1,4 +1,4 @@
-"""Layers under DDP and FSDP2: two processes with gloo on the CPU train as one does."""
+"""Layers under DDP and FSDP2, and sums of Hessians: two processes with gloo on the CPU do what one does."""
 
 from __future__ import annotations
 
@@ -41,3 +41,8 @@ def run(*cases: str) -> None:
 @pytest.mark.skipif(not torch.distributed.is_available(), reason="torch is built without torch.distributed")
 def test_two_processes_train_as_one():
     run("ddp", "fsdp", "fsdp_keeping", "fsdp_bf16")
+
+
+@pytest.mark.skipif(not torch.distributed.is_available(), reason="torch is built without torch.distributed")
+def test_two_processes_sum_hessians_as_one():
+    run("hessian")
