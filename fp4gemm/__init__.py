@@ -1,6 +1,8 @@
 """NVFP4 matrix multiplication from PyTorch."""
 
 from fp4gemm import nn
+from fp4gemm.calibration import calibrate, collect_hessians, save_hessians
+from fp4gemm.checkpoint import load_quantized, save_quantized
 from fp4gemm.formats import CONVENTIONS, SCALINGS, SF_LAYOUTS
 from fp4gemm.nn import autocast, convert
 from fp4gemm.ops import amax, dequantize, gemm, gemm_fp4, quantize, quantize_both, quantize_gemm, quantize_rmsnorm
@@ -15,14 +17,19 @@ __all__ = [
     "FP4Tensor",
     "amax",
     "autocast",
+    "calibrate",
+    "collect_hessians",
     "convert",
     "dequantize",
     "gemm",
     "gemm_fp4",
+    "load_quantized",
     "nn",
     "quantize",
     "quantize_both",
     "quantize_gemm",
     "quantize_rmsnorm",
+    "save_hessians",
+    "save_quantized",
     "search_scales",
 ]

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fp4gemm import tensor_file
 from fp4gemm.formats import SEARCH_BLOCKS
 from fp4gemm.reference.arguments import FLOATS
 from fp4gemm.search.factor import diagonal_blocks
@@ -115,17 +116,13 @@ class HessianAccumulator:
         return found
 
     def save(self, path: str | Path) -> None:
-        """As a safetensors file."""
-        from safetensors.torch import save_file  # an extra dependency, for those who store Hessians
-
-        save_file({name: t.contiguous().cpu() for name, t in self.state_dict().items()}, str(path))
+        """As a safetensors file, whole or not at all."""
+        tensor_file.write(Path(path), self.state_dict())
 
     @classmethod
     def load(cls, path: str | Path, device: torch.device | str | None = None) -> HessianAccumulator:
-        """What :meth:`save` wrote."""
-        from safetensors.torch import load_file
-
-        return cls.from_state_dict(load_file(str(path)), device)
+        """What :meth:`save` wrote. Raises ValueError or KeyError where it is not that."""
+        return cls.from_state_dict(tensor_file.read(Path(path)), device)
 
 
 def _damped(h: Tensor, damping: float) -> Tensor:
