@@ -178,7 +178,7 @@ def _inputs(
         yield from ((name, None) for name in layers)
         return
     groups = list(_groups(layers, method, memory))
-    if len(groups) > 1 and iter(batches) is batches:
+    if len(groups) > 1 and isinstance(batches, Iterator):
         raise ValueError(
             f"batches: expected what can be read {len(groups)} times, such as a list, got an iterator; a larger memory "
             f"than {memory} bytes takes fewer passes"

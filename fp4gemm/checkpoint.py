@@ -40,6 +40,8 @@ def from_parts(parts: Mapping[str, Tensor], k: int | None = None, sf_layout: str
     """Inverse of :func:`to_parts`; ``k``: columns, default those of all codes. Raises what FP4Tensor raises."""
     data, scale, outer = parts[WEIGHT], parts[SCALE], parts[OUTER]
     shape = data.shape[0], 2 * data.shape[1] if k is None else k
+    if tuple(scale.shape) != (expected := (shape[0], scale_columns(shape[1]))):
+        raise ValueError(f"{SCALE}: expected shape {expected}, got {tuple(scale.shape)}")
     outer = outer.reshape(()) if outer.numel() == 1 and shape[0] != 1 else outer
     return FP4Tensor(data, scale_layout(sf_layout).from_linear(scale), outer, shape, sf_layout)
 

@@ -48,6 +48,23 @@ def arch_of(device: int) -> str:
     raise NotImplementedError(f"{here}: fp4gemm has CUDA kernels for {known}; use CPU tensors")
 
 
+def pick_device(wanted: str) -> tuple[torch.device, str]:
+    """The device to run on, and a sentence that says what runs there."""
+    if wanted not in ("auto", "cpu", "cuda"):
+        raise ValueError(f"device: got {wanted!r}, expected 'auto', 'cpu' or 'cuda'")
+    if wanted == "cpu" or not torch.cuda.is_available():
+        if wanted == "cuda":
+            raise ValueError("device: got 'cuda', but torch sees no GPU here; `fp4gemm doctor` says why")
+        return torch.device("cpu"), "reference on the CPU"
+    try:
+        arch = arch_of(torch.cuda.current_device())
+    except NotImplementedError as error:
+        if wanted == "cuda":
+            raise
+        return torch.device("cpu"), f"reference on the CPU ({error})"
+    return torch.device("cuda"), f"{arch} kernels on {torch.cuda.get_device_name()}"
+
+
 def quantize_spec(
     arch: str, dtype: str, k: int, scaling: str, convention: str, sf_layout: str, vectorized: bool,
     options: QuantizeOptions = PLAIN, *, gathered: bool = False, noop: bool = False,
