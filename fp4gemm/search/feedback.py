@@ -46,7 +46,7 @@ def improve(args: SearchArguments, plain: FP4Tensor, hessian: Tensor, search: Se
 
 
 class _Block(NamedTuple):
-    """Targets [rows, block], float64, and what they are quantized with; ``step``: scale times outer scale, [rows]."""
+    """Targets [rows, block], and what they are quantized with; ``step``: ``scale`` times outer scale, [rows, 1]."""
 
     target: Tensor
     root: Tensor
@@ -73,7 +73,8 @@ class _Walk:
         eye = torch.eye(block, dtype=torch.float64, device=device).expand_as(roots)
         self.inverses = torch.linalg.solve_triangular(roots, eye, upper=True)
         self.exact = self._in_order(args.source.double())
-        self.outer = args.outer.double().expand(rows)
+        self.e2m1 = decode_e2m1(torch.arange(16, dtype=torch.uint8, device=device)).double()
+        self.outer = args.outer.double().expand(rows).unsqueeze(-1)
         self.encode = args.encode.expand(rows).unsqueeze(-1)
         self.difference = torch.zeros_like(self.exact)
         self.error = torch.zeros(rows, dtype=torch.float64, device=device)
@@ -98,17 +99,20 @@ class _Walk:
         target = self.exact[:, at:end] - carried @ self.inverses[place]
         args = replace(self.args, source=target.float(), sf_layout="linear", factor=one.upper, reach=one.reach)
         byte = search(args, one).block_scale.view(torch.uint8)[:, 0]
-        scale = to_scale(byte)
+        scale = to_scale(byte).unsqueeze(-1)
         b = _Block(target, root, scale, scale.double() * self.outer)
         at_once, in_turn = self._at_once(b), self._in_turn(b)
-        errors = [_squares((_values(codes, b.step) - target) @ root) for codes in (at_once, in_turn)]
+        errors = [_squares((self._values(codes, b.step) - target) @ root) for codes in (at_once, in_turn)]
         codes = torch.where((errors[1] < errors[0]).unsqueeze(-1), in_turn, at_once)
         self.error += torch.minimum(*errors)
         self.byte[:, place], self.codes[:, at:end] = byte, codes
-        self.difference[:, at:end] = _values(codes, b.step) - self.exact[:, at:end]
+        self.difference[:, at:end] = self._values(codes, b.step) - self.exact[:, at:end]
+
+    def _values(self, codes: Tensor, step: Tensor) -> Tensor:
+        return self.e2m1[codes.int()] * step
 
     def _encoded(self, values: Tensor, b: _Block) -> Tensor:
-        return encode_e2m1(self.args.rule.scaled(values.float(), b.scale.unsqueeze(-1), self.encode))
+        return encode_e2m1(self.args.rule.scaled(values.float(), b.scale, self.encode))
 
     def _at_once(self, b: _Block) -> Tensor:
         return self._encoded(b.target, b)
@@ -120,7 +124,7 @@ class _Walk:
         for j in range(self.args.block):
             carried = difference[:, :j] @ ratio[:j, j : j + 1]
             codes.append(self._encoded(b.target[:, j : j + 1] - carried, b))
-            difference[:, j : j + 1] = _values(codes[-1], b.step) - b.target[:, j : j + 1]
+            difference[:, j : j + 1] = self._values(codes[-1], b.step) - b.target[:, j : j + 1]
         return torch.cat(codes, 1)
 
     def result(self) -> tuple[Tensor, Tensor, Tensor]:
@@ -131,14 +135,9 @@ class _Walk:
 
     def errors_of(self, codes: Tensor, byte: Tensor) -> Tensor:
         """d^T H d [rows] of codes [rows, ceil16(K)] and bytes [rows, ceil(K / 16)]."""
-        step = to_scale(byte).double() * self.outer.unsqueeze(-1)
-        values = decode_e2m1(codes).double() * step.repeat_interleave(BLOCK, dim=1)
-        difference = self._in_order(values) - self.exact
+        step = to_scale(byte).double() * self.outer
+        difference = self._in_order(self._values(codes, step.repeat_interleave(BLOCK, dim=1))) - self.exact
         return _squares(difference @ self.root)
-
-
-def _values(codes: Tensor, step: Tensor) -> Tensor:
-    return decode_e2m1(codes).double() * step.unsqueeze(-1)
 
 
 def _squares(rows: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ import torch
 
 import fp4gemm
 from fp4gemm import search
-from fp4gemm.formats import decode_e2m1
+from fp4gemm.formats import decode_e2m1, unpack_e2m1
 from fp4gemm.reference import search as reference_search
 from fp4gemm.reference.rounding import encode_e2m1
 from fp4gemm.search import feedback, scales
@@ -215,6 +215,7 @@ def test_feedback_lowers_the_error_of_outputs(k: int, arguments: dict[str, Any])
     got = search.search_scales(given, "hessian", hessian=full, feedback=True, **arguments)
     assert (got.shape, got.sf_layout) == (plain.shape, plain.sf_layout)
     assert torch.equal(got.outer_scale, plain.outer_scale)
+    assert not unpack_e2m1(got.data)[:, k:].any()
     before, after = (_form(t.dequantize() - w.float(), full) for t in (plain, got))
     assert bool((after <= before * (1 + 1e-6)).all())
     assert float(after.sum()) < 0.7 * float(before.sum())
