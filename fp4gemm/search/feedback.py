@@ -46,11 +46,14 @@ def improve(args: SearchArguments, plain: FP4Tensor, hessian: Tensor, search: Se
 
 
 class _Block(NamedTuple):
-    """Targets [rows, block], and what they are quantized with; ``step``: ``scale`` times outer scale, [rows, 1]."""
+    """Targets [rows, block]; a code is that of a value times ``coefficient``, and stands for its own times ``step``.
+
+    Both [rows, 1].
+    """
 
     target: Tensor
     root: Tensor
-    scale: Tensor
+    coefficient: Tensor
     step: Tensor
 
 
@@ -100,8 +103,9 @@ class _Walk:
         args = replace(self.args, source=target.float(), sf_layout="linear", factor=one.upper, reach=one.reach)
         byte = search(args, one).block_scale.view(torch.uint8)[:, 0]
         scale = to_scale(byte).unsqueeze(-1)
-        b = _Block(target, root, scale, scale.double() * self.outer)
-        at_once, in_turn = self._at_once(b), self._in_turn(b)
+        coefficient = args.rule.scaled(torch.ones_like(scale), scale, self.encode)
+        b = _Block(target, root, coefficient, scale.double() * self.outer)
+        at_once, in_turn = _encoded(target, b), self._in_turn(b)
         errors = [_squares((self._values(codes, b.step) - target) @ root) for codes in (at_once, in_turn)]
         codes = torch.where((errors[1] < errors[0]).unsqueeze(-1), in_turn, at_once)
         self.error += torch.minimum(*errors)
@@ -111,19 +115,13 @@ class _Walk:
     def _values(self, codes: Tensor, step: Tensor) -> Tensor:
         return self.e2m1[codes.int()] * step
 
-    def _encoded(self, values: Tensor, b: _Block) -> Tensor:
-        return encode_e2m1(self.args.rule.scaled(values.float(), b.scale, self.encode))
-
-    def _at_once(self, b: _Block) -> Tensor:
-        return self._encoded(b.target, b)
-
     def _in_turn(self, b: _Block) -> Tensor:
         """Feedback within the block, column by column."""
         ratio = b.root / b.root.diagonal()
         difference, codes = torch.zeros_like(b.target), []
         for j in range(self.args.block):
             carried = difference[:, :j] @ ratio[:j, j : j + 1]
-            codes.append(self._encoded(b.target[:, j : j + 1] - carried, b))
+            codes.append(_encoded(b.target[:, j : j + 1] - carried, b))
             difference[:, j : j + 1] = self._values(codes[-1], b.step) - b.target[:, j : j + 1]
         return torch.cat(codes, 1)
 
@@ -138,6 +136,10 @@ class _Walk:
         step = to_scale(byte).double() * self.outer
         difference = self._in_order(self._values(codes, step.repeat_interleave(BLOCK, dim=1))) - self.exact
         return _squares(difference @ self.root)
+
+
+def _encoded(values: Tensor, b: _Block) -> Tensor:
+    return encode_e2m1(values.float() * b.coefficient)
 
 
 def _squares(rows: Tensor) -> Tensor:

@@ -130,3 +130,15 @@ def test_the_page_is_what_the_measurements_say() -> None:
     page = ROOT / "docs" / "search.md"
     rendered = example.render(ROOT / "docs" / "measurements", page)
     assert rendered is None or rendered == page.read_text(encoding="utf-8"), "run: python examples/quality.py --render"
+
+
+def test_what_is_measured_keeps_the_promises() -> None:
+    """In every layer each method has no more of what it minimizes than the one before, and of outputs in the mean."""
+    found = example.newest(ROOT / "docs" / "measurements")
+    assert found is not None
+    rows = [row for row in found[1]["rows"] if row["bench"] == "quality"]
+    assert len(rows) == 36 * len(example.METHODS)
+    for name in example.OWN:
+        assert all(example.improved(rows, name)), name
+    means = [sum(example.snr(row["output_error"]) for row in each) for each in example.by_method(rows).values()]
+    assert means == sorted(means)

@@ -128,6 +128,14 @@ def test_factors(kind: str) -> None:
     assert bool((d.abs() <= found.reach.double() * norm).all())
 
 
+def test_a_split_factor_is_that_of_each_block() -> None:
+    for n in (16, 32):
+        x = torch.randn(5, 40, n, generator=torch.Generator().manual_seed(15))
+        h = (x.mT @ x) * torch.tensor([1, 1e-6, 30, 0, 1e9]).reshape(5, 1, 1)
+        for i, one in enumerate(search.factor(h).split()):
+            assert all(torch.equal(a, b) for a, b in zip(one, search.factor(h[i : i + 1]), strict=True))
+
+
 def test_accumulator(tmp_path: Path) -> None:
     x = torch.randn(7, 5, 40, generator=torch.Generator().manual_seed(4))
     whole, parts, full = (search.HessianAccumulator(40, full=i == 2) for i in range(3))
