@@ -39,6 +39,7 @@ class Audit:
         return self.tried / max(1, self.scales)
 
 
+@torch.no_grad()
 def search_scales(
     w: Tensor,
     metric: str = "sse",
@@ -254,7 +255,6 @@ def _resolved(request: _Request) -> tuple[SearchArguments, Factor | None]:
     return args, found
 
 
-@torch.no_grad()
 def _run(*flat: Any) -> tuple[Tensor, Tensor, Tensor]:
     """Data, block scales and outer scales."""
     request = _Request(*flat)

@@ -71,6 +71,13 @@ def test_diagonal_hessians_weigh_squares() -> None:
         assert torch.equal(got.block_scale.view(torch.uint8), plain.block_scale.view(torch.uint8))
 
 
+def test_a_parameter_has_no_gradient_here() -> None:
+    w = torch.nn.Parameter(torch.randn(4, 32))
+    got = search.search_scales(w)
+    assert not got.outer_scale.requires_grad
+    assert torch.equal(got.data, search.search_scales(w.detach()).data)
+
+
 def test_transposed() -> None:
     w = torch.randn(48, 40, generator=torch.Generator().manual_seed(2))
     assert torch.equal(search.search_scales(w, dim=0).data, search.search_scales(w.t().contiguous()).data)
