@@ -2,8 +2,20 @@
 
 from fp4gemm import nn
 from fp4gemm.formats import CONVENTIONS, SCALINGS, SF_LAYOUTS
+from fp4gemm.grouped import GroupedWeight, stack_weights
 from fp4gemm.nn import autocast, convert
-from fp4gemm.ops import amax, dequantize, gemm, gemm_fp4, quantize, quantize_both, quantize_gemm, quantize_rmsnorm
+from fp4gemm.ops import (
+    amax,
+    dequantize,
+    gemm,
+    gemm_fp4,
+    gemm_grouped,
+    quantize,
+    quantize_both,
+    quantize_gemm,
+    quantize_gemm_grouped,
+    quantize_rmsnorm,
+)
 from fp4gemm.search import search_scales
 from fp4gemm.tensor import FP4Tensor
 
@@ -13,16 +25,20 @@ __all__ = [
     "SCALINGS",
     "SF_LAYOUTS",
     "FP4Tensor",
+    "GroupedWeight",
     "amax",
     "autocast",
     "convert",
     "dequantize",
     "gemm",
     "gemm_fp4",
+    "gemm_grouped",
     "nn",
     "quantize",
     "quantize_both",
     "quantize_gemm",
+    "quantize_gemm_grouped",
     "quantize_rmsnorm",
     "search_scales",
+    "stack_weights",
 ]

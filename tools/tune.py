@@ -1,6 +1,7 @@
 """Measures fp4gemm/sm90_table.json again, on this machine's GPU: `python tools/tune.py [--out FILE]`.
 
 Takes a few minutes with kernels in the cache, and those of CUTLASS's layers most of a minute each without.
+`--grouped` prints what each grouped kernel takes instead, from which the rule of `select.grouped_spec` was made.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ import argparse
 import datetime
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -16,13 +18,23 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from fp4gemm import table, tune
+from fp4gemm.bench import routing
+
+GROUPED = (
+    ((8, 14336, 4096), (1, 8, 16, 32, 64, 128, 256, 512, 4096)),
+    ((64, 2816, 2048), (1, 8, 16, 32, 64, 128, 256, 512)),
+    ((8, 2048, 2048), (4, 16, 64, 256)),
+)
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, default=table.PACKAGED)
     parser.add_argument("--commit", default="", help="of the sources, where they come without git history")
+    parser.add_argument("--grouped", action="store_true")
     args = parser.parse_args()
+    if args.grouped:
+        return grouped()
     start, measured = time.monotonic(), []
     for us in tune.tune(tune.SHAPES, tune.SIZES):
         measured.append(us)
@@ -31,6 +43,20 @@ def main() -> int:
         table.write(args.out, tune.fewest(measured), **about, date=datetime.date.today().isoformat())
     print(f"{len(measured)} products, {time.monotonic() - start:.0f} s: {args.out}")
     return 0
+
+
+def grouped() -> int:
+    for (experts, n, k), sizes in GROUPED:
+        for name in ("balanced", "zipf"):
+            for tokens, us in tune.tune_grouped(experts, n, k, sizes, partial(_counts, name, experts)):
+                times = sorted(us.items(), key=lambda item: item[1])
+                fastest = "; ".join(f"{'x'.join(map(str, config))} {t:.1f}" for config, t in times)
+                print(f"{experts} x {n} x {k}, {tokens} tokens {name}, us: {fastest}", flush=True)
+    return 0
+
+
+def _counts(name: str, experts: int, tokens: int) -> list[int]:
+    return routing.counts(name, experts, experts * tokens)
 
 
 if __name__ == "__main__":

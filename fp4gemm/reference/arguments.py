@@ -216,17 +216,18 @@ def check_gemm(
     dtype = out_dtype or (torch.bfloat16 if isinstance(a, FP4Tensor) else a.dtype)
     if out is not None:
         dtype = out_dtype or out.dtype if isinstance(out, Tensor) else dtype
-        _check_output("out", out, (a.shape[0], b.rows), dtype, a.device)
+        check_output("out", out, (a.shape[0], b.rows), dtype, a.device)
         if 1 not in out.stride() and out.numel() > 1:
             raise ValueError(f"out: expected contiguous rows or columns, got strides {out.stride()}")
     if c is not None:
-        _check_output("c", c, (a.shape[0], b.rows), dtype, a.device)
+        check_output("c", c, (a.shape[0], b.rows), dtype, a.device)
     if bias is not None:
         _check_bias(bias, b.rows, a.device)
     return dtype
 
 
-def _check_output(name: str, t: Tensor, shape: tuple[int, int], dtype: torch.dtype, device: torch.device) -> None:
+def check_output(name: str, t: Tensor, shape: tuple[int, int], dtype: torch.dtype, device: torch.device) -> None:
+    """Raises TypeError or ValueError unless ``t`` can be the ``out`` or the ``c`` of such a product."""
     if not isinstance(t, Tensor):
         raise TypeError(f"{name}: expected a torch.Tensor or None, got {type(t).__name__}")
     check_float(f"{name}.dtype", t.dtype)
