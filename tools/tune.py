@@ -1,7 +1,8 @@
-"""Measures fp4gemm/sm90_table.json again, on this machine's GPU: `python tools/tune.py [--out FILE]`.
+"""Measures fp4gemm/sm90_table.json again, on this machine's GPU: `python tools/tune.py [--out FILE] [--sizes M...]`.
 
-Takes a few minutes with kernels in the cache, and those of CUTLASS's layers most of a minute each without.
-`--grouped` prints what each grouped kernel takes instead, from which the rule of `select.grouped_spec` was made.
+Takes a few minutes with kernels in the cache, and those of CUTLASS's layers most of a minute each without. With
+`--sizes` only these rows are new. `--grouped` prints what each grouped kernel takes instead, of which the rule of
+`select.grouped_spec` was made; sizes are then mean tokens of an expert.
 """
 
 from __future__ import annotations
@@ -30,25 +31,28 @@ GROUPED = (
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, default=table.PACKAGED)
+    parser.add_argument("--sizes", type=int, nargs="+", metavar="M", help="tokens; default: all of the table")
     parser.add_argument("--commit", default="", help="of the sources, where they come without git history")
     parser.add_argument("--grouped", action="store_true")
     args = parser.parse_args()
     if args.grouped:
-        return grouped()
+        return grouped(args.sizes)
     start, measured = time.monotonic(), []
-    for us in tune.tune(tune.SHAPES, tune.SIZES):
+    others = table.read(table.PACKAGED) if args.sizes else ()
+    for us in tune.tune(tune.SHAPES, args.sizes or tune.SIZES):
         measured.append(us)
         print(tune.described(us), flush=True)
         about = {"gpu": torch.cuda.get_device_name(), "commit": args.commit}
-        table.write(args.out, tune.fewest(measured), **about, date=datetime.date.today().isoformat())
+        rows = tune.merge(others, tune.fewest(measured))
+        table.write(args.out, rows, **about, date=datetime.date.today().isoformat())
     print(f"{len(measured)} products, {time.monotonic() - start:.0f} s: {args.out}")
     return 0
 
 
-def grouped() -> int:
+def grouped(chosen: list[int] | None) -> int:
     for (experts, n, k), sizes in GROUPED:
         for name in ("balanced", "zipf"):
-            for tokens, us in tune.tune_grouped(experts, n, k, sizes, partial(_counts, name, experts)):
+            for tokens, us in tune.tune_grouped(experts, n, k, chosen or sizes, partial(_counts, name, experts)):
                 times = sorted(us.items(), key=lambda item: item[1])
                 fastest = "; ".join(f"{'x'.join(map(str, config))} {t:.1f}" for config, t in times)
                 print(f"{experts} x {n} x {k}, {tokens} tokens {name}, us: {fastest}", flush=True)
