@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import random
-from dataclasses import replace
 from functools import lru_cache
 from itertools import pairwise
 
@@ -12,13 +11,11 @@ import pytest
 import torch
 
 import fp4gemm
-from fp4gemm import FP4Tensor, GroupedWeight, engine, launch, reference, select
+from fp4gemm import FP4Tensor, GroupedWeight, launch, reference, select
 from fp4gemm.division import divide
-from fp4gemm.engine import Activations, GroupedWeights, Output
-from fp4gemm.spec import PackedWgmmaSpec, check
 
 DTYPES = {name: dtype for dtype, name in select.DTYPE_NAMES.items()}
-VARIANTS = (("bf16", "bf16", None, False), ("fp16", "fp32", "fp16", True), ("bf16", "fp16", "fp32", False))
+PLAIN = cases.GROUPED_VARIANTS[0]
 NS, KS = (1, 8, 65, 200, 1000), (16, 17, 72, 328, 1032)
 
 
@@ -54,36 +51,13 @@ def draw_counts(rng: random.Random, experts: int, tile: int) -> tuple[int, ...]:
     return tuple(rng.choice(few) for _ in range(experts))
 
 
-def force(
-    spec: PackedWgmmaSpec, x: torch.Tensor, w: GroupedWeight, offsets: torch.Tensor, bias: torch.Tensor | None,
-    c: torch.Tensor | None, d: torch.Tensor, outer_a: torch.Tensor | None = None,
-) -> None:  # fmt: skip
-    """`gemm_grouped` into d by the kernel given."""
-    grouped = GroupedWeights(w.data, w.outer_scale, offsets, *w.shape, 1)
-    engine.launch_grouped(spec, Activations(engine.tokens(x), outer_a), grouped, bias, Output(d, c, 0.37))
-
-
-def grouped_spec(config: tuple[int, ...], variant: cases.Variant) -> PackedWgmmaSpec:
-    spec = select.packed_of("wgmma", config, *variant)
-    assert isinstance(spec, PackedWgmmaSpec)
-    return replace(spec, grouped=True)
-
-
-KERNELS = [
-    (config, variant)
-    for config in select.grouped_configs()
-    for variant in VARIANTS
-    if check(grouped_spec(config, variant)) is None
-]
-
-
 # --- every kernel, forced ---------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("config, variant", KERNELS, ids=str)
+@pytest.mark.parametrize("config, variant", cases.grouped_kernels(), ids=str)
 def test_every_kernel(config: tuple[int, ...], variant: cases.Variant, cuda: torch.device) -> None:
     """Against the one right answer, bit for bit; rows in front of the first expert and behind the last stay NaN."""
-    spec, rng = grouped_spec(config, variant), random.Random(str(config))
+    spec, rng = cases.grouped_spec(config, variant), random.Random(str(config))
     a_dtype, out_dtype, bias_name, source = variant
     device = torch.device("cuda", torch.cuda.current_device())
     for n in NS:
@@ -105,7 +79,7 @@ def test_every_kernel(config: tuple[int, ...], variant: cases.Variant, cuda: tor
                 d.copy_(normal(m, n, dtype=DTYPES[out_dtype], device=device, seed=k))
             c = d.clone() if source else None
             want = d.clone()
-            force(spec, x, w, offsets, bias, d if source else None, d)
+            cases.force_grouped(spec, x, w, offsets, bias, d if source else None, 0.37, d)
             for e, rows in enumerate(rows_of(offsets)):
                 bias_e, c_e = None if bias is None else bias[e], None if c is None else c[rows]
                 want[rows] = reference.gemm(x[rows], plain[e], bias_e, d.dtype, c=c_e, beta=0.37)
@@ -122,8 +96,8 @@ def test_each_expert_gets_the_bits_of_the_dense_kernel(config: tuple[int, ...], 
     x = normal(sum(counts), k, dtype=torch.bfloat16, device=device, seed=1)
     offsets = offsets_of(counts, device)
     d = x.new_full((sum(counts), n), float("nan"))
-    force(grouped_spec(config, VARIANTS[0]), x, w, offsets, None, None, d)
-    dense = select.packed_of("wgmma", config, *VARIANTS[0])
+    cases.force_grouped(cases.grouped_spec(config, PLAIN), x, w, offsets, None, None, 0.0, d)
+    dense = select.packed_of("wgmma", config, *PLAIN)
     for e, rows in enumerate(rows_of(offsets)):
         if counts[e] == 0:
             continue
@@ -140,11 +114,11 @@ def test_many_rounds_give_the_same_bits_every_time(config: tuple[int, ...], cuda
     counts = tuple(random.Random(1).choices((0, 1, 40, 3 * config[0] + 5), k=24))
     _, w = weights(len(counts), 2056, 1032, True, device)
     x = cases.exact_activations(sum(counts), 1032, torch.bfloat16, 1).to(device)
-    offsets, spec = offsets_of(counts, device), grouped_spec(config, VARIANTS[0])
+    offsets, spec = offsets_of(counts, device), cases.grouped_spec(config, PLAIN)
     want = reference.gemm_grouped(x, w, offsets)
     for _ in range(20):
         d = torch.full_like(want, float("nan"))
-        force(spec, x, w, offsets, None, None, d)
+        cases.force_grouped(spec, x, w, offsets, None, None, 0.0, d)
         cases.assert_same_bits(d + 0.0, want + 0.0, f"{config}")
 
 
