@@ -1,7 +1,7 @@
 """NVFP4 matrix multiplication from PyTorch."""
 
 from fp4gemm import nn
-from fp4gemm.batch import bmm, quantize_batch
+from fp4gemm.batch import bmm, bmm_fp4, quantize_batch
 from fp4gemm.formats import CONVENTIONS, SCALINGS, SF_LAYOUTS
 from fp4gemm.nn import autocast, convert
 from fp4gemm.ops import amax, dequantize, gemm, gemm_fp4, quantize, quantize_both, quantize_gemm, quantize_rmsnorm
@@ -18,6 +18,7 @@ __all__ = [
     "amax",
     "autocast",
     "bmm",
+    "bmm_fp4",
     "convert",
     "dequantize",
     "gemm",

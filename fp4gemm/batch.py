@@ -1,18 +1,21 @@
-"""Batches: quantize_batch and bmm, built as the operators of ``ops`` are."""
+"""Batches: quantize_batch, bmm and bmm_fp4, built as the operators of ``ops`` are."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-from fp4gemm import calls, reference
-from fp4gemm.dispatch import direct, on_its_device
+from fp4gemm import blockscaled, calls, reference
+from fp4gemm.dispatch import direct, on_its_device, on_kernels
 from fp4gemm.engine import Output
 from fp4gemm.formats import padded_k, scale_layout
 from fp4gemm.quantize_ops import quantize
 from fp4gemm.reference.activation import check_activation
-from fp4gemm.reference.arguments import check_bmm, check_quantize_batch
+from fp4gemm.reference.arguments import check_batch_scale, check_bmm, check_quantize_batch
+from fp4gemm.spec.gemm import FP4_LAYOUTS
 from fp4gemm.tensor import FP4Batch
+
+_Flat = tuple[Tensor, Tensor, Tensor, str, Tensor, Tensor, Tensor, str, str | None, int, int]
 
 
 def quantize_batch(
@@ -83,13 +86,47 @@ def bmm(
         d = _empty(a.data, b.rows, dtype, column_major) if out is None else out
         _multiply(a, b, bias, c, beta, activation, d)
         return d
-    of_a, of_b = ((t.data, t.block_scale, t.outer_scale, t.sf_layout) for t in (a, b))
-    operands = (*of_a, *of_b, b.prepacked, b.rows, b.k, bias, c, 0.0 if c is None else beta, activation)
+    operands = (*_flat(a, b), bias, c, 0.0 if c is None else beta, activation)
     if out is None:
         result: Tensor = torch.ops.fp4gemm.bmm(*operands, dtype, column_major)
         return result
     torch.ops.fp4gemm.bmm_out(out, *operands)
     return out
+
+
+def bmm_fp4(
+    a: FP4Batch,
+    b: FP4Batch,
+    bias: Tensor | None = None,
+    *,
+    outer_scale: Tensor,
+    activation: str | None = None,
+    sf_layout: str = "128x4",
+) -> FP4Batch:
+    """The NVFP4 of a batch, of which member i is ``gemm_fp4(a[i], b[i], ...)``: one launch on Blackwell.
+
+    Args:
+        bias: [N] for all members, or [L, N].
+        outer_scale: float32 decode multipliers of D, [L] or [L, M].
+
+    The other arguments, and what is raised, are those of ``gemm_fp4`` and of :func:`bmm`.
+    """
+    check_bmm(a, b, bias, None, None, None)
+    check_activation(activation)
+    if sf_layout not in FP4_LAYOUTS:
+        raise ValueError(f"sf_layout: expected one of {', '.join(FP4_LAYOUTS)}, got {sf_layout!r}")
+    outer_scale = check_batch_scale(outer_scale, a.shape[:2], a.device)
+    a = a.unpack()
+    at_once = direct(a.data, a.outer_scale, b.outer_scale, bias, outer_scale)
+    implementation = _bmm_fp4 if at_once else torch.ops.fp4gemm.bmm_fp4
+    data, block_scale, outer = implementation(*_flat(a, b), bias, outer_scale, sf_layout, activation)
+    return FP4Batch(data, block_scale, outer, (len(a), a.rows, b.rows), sf_layout)
+
+
+def _flat(a: FP4Batch, b: FP4Batch) -> _Flat:
+    """Operands as a custom op passes them; ``a`` is not prepacked."""
+    of_a, of_b = ((t.data, t.block_scale, t.outer_scale, t.sf_layout) for t in (a, b))
+    return *of_a, *of_b, b.prepacked, b.rows, b.k
 
 
 def _empty(a: Tensor, n: int, dtype: torch.dtype, column_major: bool) -> Tensor:
@@ -133,6 +170,25 @@ def _bmm_out(
     _multiply(left, right, bias, c, beta, activation, out)
 
 
+def _bmm_fp4(
+    a: Tensor, a_block_scale: Tensor, a_outer_scale: Tensor, a_layout: str,
+    b: Tensor, b_block_scale: Tensor, b_outer_scale: Tensor, b_layout: str, b_prepacked: str | None,
+    n: int, k: int, bias: Tensor | None, outer_scale: Tensor, sf_layout: str, activation: str | None,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    members, m, _ = a.shape
+    if on_kernels(a) and n > 0 and not calls.on_hopper(a.device.index):
+        left = FP4Batch(a, a_block_scale, a_outer_scale, (members, m, k), a_layout)
+        right = FP4Batch(b, b_block_scale, b_outer_scale, (members, n, k), b_layout, b_prepacked)
+        own_bias = None if bias is None else bias.contiguous()
+        parts = on_its_device(a, blockscaled.gemm_fp4, left, right, own_bias, outer_scale, sf_layout, activation)
+        return *parts, outer_scale.clone()
+    d = a.new_empty((members, m, n), dtype=torch.float32)
+    right_parts = (b, b_block_scale, b_outer_scale, b_layout, b_prepacked)
+    _bmm_out(d, a, a_block_scale, a_outer_scale, a_layout, *right_parts, n, k, bias, None, 0.0, activation)
+    made = quantize_batch(d, sf_layout=sf_layout, convention="te_per_token", outer_scale=outer_scale)
+    return made.data, made.block_scale, made.outer_scale
+
+
 def _fake_bmm(
     a: Tensor, a_block_scale: Tensor, a_outer_scale: Tensor, a_layout: str,
     b: Tensor, b_block_scale: Tensor, b_outer_scale: Tensor, b_layout: str, b_prepacked: str | None,
@@ -142,5 +198,19 @@ def _fake_bmm(
     return _empty(a, n, out_dtype, column_major)
 
 
+def _fake_bmm_fp4(
+    a: Tensor, a_block_scale: Tensor, a_outer_scale: Tensor, a_layout: str,
+    b: Tensor, b_block_scale: Tensor, b_outer_scale: Tensor, b_layout: str, b_prepacked: str | None,
+    n: int, k: int, bias: Tensor | None, outer_scale: Tensor, sf_layout: str, activation: str | None,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    members, m, _ = a.shape
+    return (
+        a.new_empty((members, m, padded_k(n) // 2)),
+        a.new_empty((members, *scale_layout(sf_layout).shape(m, n)), dtype=torch.float8_e4m3fn),
+        torch.empty_like(outer_scale),
+    )
+
+
+torch.library.custom_op("fp4gemm::bmm_fp4", _bmm_fp4, mutates_args=()).register_fake(_fake_bmm_fp4)
 torch.library.custom_op("fp4gemm::bmm", _bmm, mutates_args=()).register_fake(_fake_bmm)
 torch.library.custom_op("fp4gemm::bmm_out", _bmm_out, mutates_args=("out",))  # returns nothing: needs no fake

@@ -53,20 +53,23 @@ def gemm(
     column_major = not is_row_major(d)
     spec = _spec(
         d.device.index, left.rows, right.rows, left.k, d.dtype, bias_dtype, out.c is not None, activation, column_major,
-        members=d.shape[0] if d.dim() == 3 else 1,
+        members=_members(left),
     )  # fmt: skip
     launch_spec(spec, left, right, bias, out)
 
 
 def gemm_fp4(
-    a: FP4Tensor | Tensor, b: FP4Tensor, bias: Tensor | None, outer_scale: Tensor, sf_layout: str,
+    a: FP4Tensor | FP4Batch | Tensor, b: FP4Tensor | FP4Batch, bias: Tensor | None, outer_scale: Tensor, sf_layout: str,
     activation: str | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """Codes and block scales of D in NVFP4 under ``outer_scale`` ([] or [M]), in one launch; see ``ops.gemm_fp4``."""
+    """Codes and block scales of D in NVFP4 under ``outer_scale`` ([] or [M], of a batch [L] or [L, M]), in one launch;
+    see ``ops.gemm_fp4``."""
     left, right = _readable("a", a), _readable("b", b)
     bias_dtype = None if bias is None else bias.dtype
-    device = left.data.device.index
-    spec = _spec(device, left.rows, right.rows, left.k, None, bias_dtype, False, activation, False, sf_layout)
+    spec = _spec(
+        left.data.device.index, left.rows, right.rows, left.k, None, bias_dtype, False, activation, False, sf_layout,
+        _members(left),
+    )  # fmt: skip
     return launch_fp4_spec(spec, left, right, bias, outer_scale)
 
 
@@ -102,7 +105,7 @@ def launch_spec(
 def launch_fp4_spec(
     spec: GemmSpec, a: FP4Tensor | FP4Batch, b: FP4Tensor | FP4Batch, bias: Tensor | None, outer_scale: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """``gemm_fp4`` by this kernel; outer scales of a batch are [L] or [L, M]."""
+    """``gemm_fp4`` by this kernel."""
     assert spec.sf_layout is not None
     m, n, layout, members = a.rows, b.rows, scale_layout(spec.sf_layout), a.data.shape[:-2]
     padded_n = _round_up(n, _ROW_VALUES)
@@ -135,6 +138,10 @@ def _readable(name: str, t: FP4Tensor | FP4Batch | Tensor) -> FP4Tensor | FP4Bat
             f"{name}: prepacked for {t.prepacked}, which Blackwell's kernels do not read: unpack it"
         )
     return t
+
+
+def _members(t: FP4Tensor | FP4Batch) -> int:
+    return len(t) if isinstance(t, FP4Batch) else 1
 
 
 def _operand(t: FP4Tensor | FP4Batch) -> _Operand:

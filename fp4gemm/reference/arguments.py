@@ -5,6 +5,7 @@ Nothing here reads tensor data (fake tensors pass), except :func:`check_finite_v
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -249,13 +250,25 @@ def check_quantize_batch(x: Tensor, scaling: str, outer_scale: Tensor | None) ->
     check_name("scaling", scaling, SCALINGS[:2])
     if outer_scale is None:
         return None
-    if not isinstance(outer_scale, Tensor):
-        raise TypeError(f"outer_scale: expected a torch.Tensor or None, got {type(outer_scale).__name__}")
-    shapes = [list(x.shape[:1])] + ([list(x.shape[:2])] if scaling == "per_row" else [])
-    if list(outer_scale.shape) not in shapes:
-        expected = " or ".join(map(str, shapes))
-        raise ValueError(f"outer_scale: expected shape {expected} for {scaling=}, got {list(outer_scale.shape)}")
-    return outer_scale.contiguous()
+    return check_batch_scale(outer_scale, x.shape[: 2 if scaling == "per_row" else 1], x.device)
+
+
+def check_batch_scale(outer: Tensor, shape: Sequence[int], device: torch.device) -> Tensor:
+    """The ``outer_scale`` that results of a batch are given: [L] or of ``shape`` ([L] or [L, M]).
+
+    Raises TypeError or ValueError.
+    """
+    if not isinstance(outer, Tensor):
+        raise TypeError(f"outer_scale: expected a torch.Tensor, got {type(outer).__name__}")
+    if outer.dtype != torch.float32:
+        raise TypeError(f"outer_scale: expected dtype torch.float32, got {outer.dtype}")
+    if outer.device != device:
+        raise ValueError(f"outer_scale: expected device {device}, got {outer.device}")
+    got = tuple(outer.shape)
+    if got != tuple(shape) and got != tuple(shape[:1]):  # torch.compile takes no "in" for sizes
+        expected = " or ".join(f"{[*shape[:count]]}" for count in range(1, len(shape) + 1))
+        raise ValueError(f"outer_scale: expected shape {expected}, got {list(outer.shape)}")
+    return outer.contiguous()
 
 
 def _check_terms(
@@ -425,7 +438,8 @@ def _check_bias(bias: Tensor, columns: int, device: torch.device, members: tuple
     if not isinstance(bias, Tensor):
         raise TypeError(f"bias: expected a torch.Tensor or None, got {type(bias).__name__}")
     check_float("bias.dtype", bias.dtype)
-    if tuple(bias.shape) not in ((columns,), (*members, columns)):
+    shape = tuple(bias.shape)
+    if shape != (columns,) and shape != (*members, columns):
         own = f" or {[*members, columns]}" if members else ""
         raise ValueError(f"bias: expected shape [{columns}]{own} (rows of b), got {list(bias.shape)}")
     if bias.device != device:

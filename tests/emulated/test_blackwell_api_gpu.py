@@ -84,6 +84,9 @@ def test_the_kernels_are_those_that_prebuild_makes(arch: str) -> None:
     for shape, bias, activation, sf_layout in FP4[arch]:
         name = None if bias is None else select.DTYPE_NAMES[bias]
         wanted.add(select.gemm_spec(arch, emulation.SMS, *shape, "fp4", name, False, activation, False, sf_layout))
+    for shape, _, activation, sf_layout in FP4[arch][:4]:
+        fp4 = ("fp4", None, False, activation, False, sf_layout, MEMBERS)
+        wanted.add(select.gemm_spec(arch, emulation.SMS, *shape, *fp4))
     assert wanted <= {*SPECS, *API}
     assert {spec for spec in API if spec.arch == arch} <= wanted
     largest = max((spec.tile for spec in wanted), key=lambda tile: tile[0] * tile[1])
@@ -368,6 +371,28 @@ def test_bmm(arch: str, shape: tuple[int, int, int], one_for_all: bool, terms: T
     assert (got.mT if terms.column_major else got).is_contiguous()
     want = reference.bmm(a, b, bias, terms.out_dtype, c=c, beta=BETA, activation=terms.activation)
     cases.assert_same_bits(got.cpu() + 0.0, want + 0.0, f"{shape}")
+
+
+@on_gpu
+def test_bmm_fp4(arch: str) -> None:
+    """The bytes of the quantizer for each member, but for the sign of zero."""
+    for (m, n, k), bias_dtype, activation, sf_layout in FP4[arch][:4]:
+        a = FP4Batch.stack(cases.exact_operand(m, k, "128x4", "per_row", i) for i in range(MEMBERS))
+        b = FP4Batch.stack(cases.exact_operand(n, k, "128x4", "per_row", 9 + i) for i in range(MEMBERS))
+        assert bias_dtype is None
+        for outer in (torch.linspace(0.5, 2, MEMBERS * m).view(MEMBERS, m), torch.tensor([0.5, 1, 3])):
+            with cases.filled_with_nan():
+                got = fp4gemm.bmm_fp4(
+                    a.to(DEVICE), b.to(DEVICE), outer_scale=outer.to(DEVICE), activation=activation, sf_layout=sf_layout
+                )
+            for i, d in enumerate(got.to("cpu")):
+                values = reference.gemm(a[i], b[i], None, torch.float32, activation=activation)
+                want = reference.quantize(
+                    values, outer_scale=outer[i], sf_layout=sf_layout, convention="te_per_token"
+                )  # fmt: skip
+                what = f"{(m, n, k)} {sf_layout}, member {i}"
+                cases.assert_same_bits(d.block_scale, want.block_scale, f"{what}: block scales")
+                cases.assert_same_bits(d.dequantize() + 0.0, want.dequantize() + 0.0, f"{what}: values")
 
 
 @on_gpu

@@ -76,6 +76,19 @@ def test_bmm_into_a_part(device: torch.device) -> None:
     assert bool((whole == 7).all())
 
 
+@pytest.mark.parametrize("sf_layout", ["128x4", "linear"])
+def test_bmm_fp4(device: torch.device, sf_layout: str) -> None:
+    a, b = (FP4Batch.stack(cases.exact_operand(n, K, "8x4", "per_row", n + i) for i in range(L)) for n in (40, N))
+    outer = torch.linspace(0.01, 1, L * 40).view(L, 40)
+    for given in (outer, outer[:, 0]):
+        with cases.filled_with_nan():
+            got = fp4gemm.bmm_fp4(a.to(device), b.to(device), outer_scale=given.to(device), sf_layout=sf_layout)
+        for i, member in enumerate(got.to("cpu")):
+            want = fp4gemm.gemm_fp4(a[i], b[i], outer_scale=given[i], sf_layout=sf_layout)
+            cases.assert_same_bits(member.block_scale, want.block_scale, f"block scales of member {i}")
+            cases.assert_same_bits(member.dequantize() + 0.0, want.dequantize() + 0.0, f"values of member {i}")
+
+
 def test_bmm_in_a_graph(cuda: torch.device) -> None:
     x, w = values(L, 128, K).to(cuda), fp4gemm.quantize_batch(values(L, N, K).to(cuda)).prepack()
     fp4gemm.bmm(fp4gemm.quantize_batch(x), w)

@@ -159,12 +159,14 @@ def test_quantize_batch_in_one_call_where_it_can(monkeypatch):
         (None, {}, "x: expected a torch.Tensor, got NoneType"),
         (values(L, M, K).double(), {}, "x.dtype: expected one of"),
         (values(L, M, K), {"scaling": "per_column"}, "scaling: expected one of per_row, per_tensor, got 'per_column'"),
-        (values(L, M, K), {"outer_scale": 1.0}, "outer_scale: expected a torch.Tensor or None, got float"),
-        (values(L, M, K), {"outer_scale": torch.ones(M)}, r"expected shape \[3\] or \[3, 5\] for .*, got \[5\]"),
+        (values(L, M, K), {"outer_scale": 1.0}, "outer_scale: expected a torch.Tensor, got float"),
+        (values(L, M, K), {"outer_scale": torch.ones(L).half()}, "outer_scale: expected dtype torch.float32"),
+        (values(L, M, K), {"outer_scale": torch.ones(L, device="meta")}, "outer_scale: expected device cpu, got meta"),
+        (values(L, M, K), {"outer_scale": torch.ones(M)}, r"expected shape \[3\] or \[3, 5\], got \[5\]"),
         (
             values(L, M, K),
             {"outer_scale": torch.ones(L, M), "scaling": "per_tensor"},
-            r"outer_scale: expected shape \[3\] for scaling='per_tensor', got \[3, 5\]",
+            r"outer_scale: expected shape \[3\], got \[3, 5\]",
         ),
     ],
 )
@@ -205,6 +207,28 @@ def test_bmm_is_gemm_of_members(scaling, column_major, bias_shape):
     assert torch.equal(reference.bmm(a, b, bias, torch.float16, c=c, beta=0.5, activation="silu"), want)
 
 
+@pytest.mark.parametrize("sf_layout", ["128x4", "linear"])
+@pytest.mark.parametrize("per_row", [False, True])
+@pytest.mark.parametrize("columns", [N, 0])
+def test_bmm_fp4_is_gemm_fp4_of_members(columns, per_row, sf_layout):
+    a, b = batch(M), batch(columns, scaling="per_tensor")
+    bias, outer = values(L, columns), torch.linspace(0.1, 1, L * M).view(L, M)[:, : M if per_row else 1].squeeze(-1)
+    options = {"activation": "relu", "sf_layout": sf_layout}
+    for own_bias in (bias, bias[0], None):
+        got = fp4gemm.bmm_fp4(a, b.prepack(), own_bias, outer_scale=outer, **options)
+        for i in range(L):
+            member_bias = own_bias if own_bias is None or own_bias.dim() == 1 else own_bias[i]
+            assert_same(got[i], fp4gemm.gemm_fp4(a[i], b[i], member_bias, outer_scale=outer[i], **options))
+
+
+def test_bmm_fp4_refuses():
+    a, b = batch(M), batch(N)
+    with pytest.raises(ValueError, match="sf_layout: expected one of 128x4, linear, got '8x4'"):
+        fp4gemm.bmm_fp4(a, b, outer_scale=torch.ones(L), sf_layout="8x4")
+    with pytest.raises(ValueError, match=r"outer_scale: expected shape \[3\] or \[3, 5\], got \[\]"):
+        fp4gemm.bmm_fp4(a, b, outer_scale=torch.ones(()))
+
+
 def test_bmm_into_a_part_of_something():
     a, b = batch(M), batch(N)
     whole = torch.full((L, M + 2, N + 3), -1.0)
@@ -226,11 +250,13 @@ def test_bmm_of_nothing():
 
 @pytest.mark.parametrize("dynamic", [False, True])
 def test_compiles(dynamic):
-    x, w, bias = values(L, M, K), batch(N), values(L, N)
+    x, w, bias, w_next = values(L, M, K), batch(N), values(L, N), batch(6, N)
 
     def both(x, w, bias, out):
         a = fp4gemm.quantize_batch(x)
-        return fp4gemm.bmm(a, w, bias, column_major=True), fp4gemm.bmm(a, w, c=out, out=out).clone()
+        made = fp4gemm.bmm_fp4(a, w, bias, outer_scale=torch.ones(L), sf_layout="linear")
+        d = fp4gemm.bmm(made, w_next, column_major=True)
+        return d, fp4gemm.bmm(a, w, bias[0], c=out, out=out).clone()
 
     torch._dynamo.reset()
     compiled = torch.compile(both, fullgraph=True, dynamic=dynamic, backend="aot_eager")
@@ -245,6 +271,8 @@ def test_opcheck():
     rest = ("sm90", N, K, values(L, N), None, 0.0, "relu")
     checks = ("test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")  # as in test_ops.py
     torch.library.opcheck(torch.ops.fp4gemm.bmm.default, (*flat, *rest, torch.float32, True), test_utils=checks)
+    fp4 = (*flat, "sm90", N, K, None, torch.ones(L, M), "linear", "gelu")
+    torch.library.opcheck(torch.ops.fp4gemm.bmm_fp4.default, fp4, test_utils=checks)
     torch.library.opcheck(torch.ops.fp4gemm.bmm_out.default, (values(L, M, N), *flat, *rest), test_utils=checks)
 
 
