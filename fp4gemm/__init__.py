@@ -1,6 +1,7 @@
 """NVFP4 matrix multiplication from PyTorch."""
 
 from fp4gemm import nn
+from fp4gemm.batch import bmm, bmm_fp4, quantize_batch
 from fp4gemm.formats import CONVENTIONS, SCALINGS, SF_LAYOUTS
 from fp4gemm.grouped import GroupedWeight, stack_weights
 from fp4gemm.nn import autocast, convert
@@ -17,17 +18,20 @@ from fp4gemm.ops import (
     quantize_rmsnorm,
 )
 from fp4gemm.search import search_scales
-from fp4gemm.tensor import FP4Tensor
+from fp4gemm.tensor import FP4Batch, FP4Tensor
 
 __version__ = "0.1.0"
 __all__ = [
     "CONVENTIONS",
     "SCALINGS",
     "SF_LAYOUTS",
+    "FP4Batch",
     "FP4Tensor",
     "GroupedWeight",
     "amax",
     "autocast",
+    "bmm",
+    "bmm_fp4",
     "convert",
     "dequantize",
     "gemm",
@@ -35,6 +39,7 @@ __all__ = [
     "gemm_grouped",
     "nn",
     "quantize",
+    "quantize_batch",
     "quantize_both",
     "quantize_gemm",
     "quantize_gemm_grouped",

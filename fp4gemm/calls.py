@@ -32,7 +32,7 @@ from fp4gemm.launch import (
 )
 from fp4gemm.reference.activation import activate
 from fp4gemm.spec import check
-from fp4gemm.tensor import FP4Tensor
+from fp4gemm.tensor import FP4Batch, FP4Tensor
 
 _UNITS = 2**32  # half blocks that a dequantizer counts
 
@@ -425,6 +425,16 @@ def quantize_gemm_grouped(
     values, outer = quantize_values(x, per_tensor, _FUSED_CONVENTION, outer_scale, options)
     bias = None if bias is None else bias.contiguous()
     engine.gemm_grouped(Activations(values, outer), weights, bias, Output(d, None, 0.0), True)
+
+
+def bmm(a: FP4Batch, b: FP4Batch, bias: Tensor | None, out: Output, activation: str | None) -> None:
+    """A . B^T of the non-empty members of two batches into ``out``; see ``batch.bmm``."""
+    if not on_hopper(out.d.device.index):
+        blockscaled.gemm(a, b, None if bias is None else bias.contiguous(), out, activation)
+        return
+    for i, (left, right) in enumerate(zip(a, b, strict=True)):
+        own_bias = bias if bias is None or bias.dim() == 1 else bias[i]
+        gemm(left, right, own_bias, Output(out.d[i], None if out.c is None else out.c[i], out.beta), activation)
 
 
 def gemm_fp4(

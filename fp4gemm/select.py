@@ -345,9 +345,9 @@ _SM100_CHOICES = (
 
 def gemm_spec(
     arch: str, sms: int, m: int, n: int, k: int, out_dtype: str, bias: str | None, source: bool,
-    activation: str | None, column_major: bool, sf_layout: str | None = None,
+    activation: str | None, column_major: bool, sf_layout: str | None = None, members: int = 1,
 ) -> GemmSpec:  # fmt: skip
-    """The block-scaled GEMM of a problem on Blackwell. Unmeasured: no such GPU was at hand.
+    """The block-scaled GEMM of a problem on Blackwell, or of a batch of them. Unmeasured: no such GPU was at hand.
 
     On sm_100a that with the least estimated time, waves of CTAs times the cost of a tile; on sm_120a tiles of 256 rows
     where there are more than 256. Scheduling is static, and on sm_120a cooperative: CUTLASS 4.2's pingpong kernel has a
@@ -363,7 +363,7 @@ def gemm_spec(
         return spec((256 if rows > 256 else 128, 128, 128), (1, 1), "cooperative")
     choices = ((cost, spec(tile, cluster, "static")) for tile, cluster, cost in _SM100_CHOICES)
     possible = [(cost, chosen) for cost, chosen in choices if check(chosen) is None]
-    return min(possible, key=lambda choice: _estimate(choice[1].tile, choice[0], rows, columns, sms))[1]
+    return min(possible, key=lambda choice: _estimate(choice[1].tile, choice[0], rows, columns, sms, members))[1]
 
 
 def _plain_gemms(arch: str) -> list[KernelSpec]:
@@ -375,6 +375,6 @@ def _plain_gemms(arch: str) -> list[KernelSpec]:
     return [GemmSpec(arch, "bf16", None, *each) for each in chosen]
 
 
-def _estimate(tile: tuple[int, int, int], cost: int, rows: int, columns: int, sms: int) -> int:
+def _estimate(tile: tuple[int, int, int], cost: int, rows: int, columns: int, sms: int, members: int) -> int:
     pairs = tile[0] // 128
-    return -(-(-(-rows // tile[0]) * pairs * -(-columns // tile[1])) // sms) * cost
+    return -(-(-(-rows // tile[0]) * pairs * -(-columns // tile[1]) * members) // sms) * cost
