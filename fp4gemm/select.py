@@ -199,7 +199,8 @@ def bf16_specs(arch: str, k: int) -> list[KernelSpec]:
     packers = [pack_spec(arch, sf_layout, way) for sf_layout in SF_LAYOUTS for way in ("pack", "unpack")]
     chosen = dict.fromkeys((c.kernel, c.config) for c in table.read(table.PACKAGED))
     gemms = [packed_of(kernel, config, "bf16", "bf16", None, False) for kernel, config in chosen]
-    return [*small, *values, *packers, *gemms]
+    grouped = [_grouped_of(config, "bf16", "bf16", None, False) for config in grouped_configs()]
+    return [*small, *values, *packers, *gemms, *grouped]
 
 
 def pack_spec(arch: str, sf_layout: str, direction: str) -> PackSpec:
@@ -301,6 +302,51 @@ def packed_spec(
     raise AssertionError("the fallback serves everything")
 
 
+# Grouped kernels, WGMMA configurations by the mean number of tokens of an expert: where all experts have row tiles for
+# every SM, and where they have not: smaller ones, which share K.
+_GROUPED = (
+    (8, (8, 2, 1, 4, 1, 1, 28), (8, 1, 1, 4, 1, 1, 40)),
+    (16, (16, 2, 1, 4, 1, 1, 24), (16, 1, 1, 4, 1, 2, 16)),
+    (32, (32, 2, 2, 2, 1, 1, 16), (32, 1, 1, 4, 1, 2, 16)),
+    (64, (64, 2, 2, 2, 1, 1, 12), (64, 1, 1, 2, 1, 2, 14)),
+    (192, (128, 2, 2, 1, 1, 1, 8), (128, 1, 1, 1, 1, 2, 8)),
+)
+_GROUPED_MANY = (256, 2, 2, 1, 1, 1, 5)
+
+
+def grouped_configs() -> list[tuple[int, ...]]:
+    """Every configuration that ``grouped_spec`` may choose."""
+    return sorted({config for _, *pair in _GROUPED for config in pair} | {_GROUPED_MANY, FALLBACK[1]})
+
+
+def _grouped_of(
+    config: tuple[int, ...], a_dtype: str, out_dtype: str, bias: str | None, source: bool
+) -> PackedWgmmaSpec:
+    spec = packed_of("wgmma", config, a_dtype, out_dtype, bias, source)
+    assert isinstance(spec, PackedWgmmaSpec)
+    return replace(spec, grouped=True)
+
+
+def grouped_spec(
+    sms: int, experts: int, tokens: int, n: int, k: int, a_dtype: str, out_dtype: str, bias: str | None, source: bool
+) -> PackedWgmmaSpec:
+    """The GEMM of ``experts`` prepacked weights [n, k] with about so many ``tokens`` each, on a GPU of ``sms`` SMs.
+
+    The sizes of experts are on the device, so their mean decides.
+    """
+    for most, large, small in _GROUPED:
+        if tokens <= most:
+            config = large if experts * -(-n // (64 * large[1])) >= sms else small
+            break
+    else:
+        config = _GROUPED_MANY
+    for chosen in (config, FALLBACK[1]):
+        spec = _grouped_of(chosen, a_dtype, out_dtype, bias, source)
+        if check(spec) is None and divide(spec, experts * tokens, n, k, sms, experts):
+            return spec
+    raise AssertionError("the fallback serves everything")
+
+
 # Tiles of one MMA on sm_100a with the cluster each takes, and what a tile costs in a CTA: its columns, and some for A,
 # fewer where two SMs share B. Tiles and clusters are those that CUTLASS's examples and its users choose among. The
 # costs are a guess: none of it has been measured on a Blackwell GPU.
@@ -316,9 +362,9 @@ _SM100_CHOICES = (
 
 def gemm_spec(
     arch: str, sms: int, m: int, n: int, k: int, out_dtype: str, bias: str | None, source: bool,
-    activation: str | None, column_major: bool, sf_layout: str | None = None,
+    activation: str | None, column_major: bool, sf_layout: str | None = None, members: int = 1,
 ) -> GemmSpec:  # fmt: skip
-    """The block-scaled GEMM of a problem on Blackwell. Unmeasured: no such GPU was at hand.
+    """The block-scaled GEMM of a problem on Blackwell, or of a batch of them. Unmeasured: no such GPU was at hand.
 
     On sm_100a that with the least estimated time, waves of CTAs times the cost of a tile; on sm_120a tiles of 256 rows
     where there are more than 256. Scheduling is static, and on sm_120a cooperative: CUTLASS 4.2's pingpong kernel has a
@@ -334,7 +380,7 @@ def gemm_spec(
         return spec((256 if rows > 256 else 128, 128, 128), (1, 1), "cooperative")
     choices = ((cost, spec(tile, cluster, "static")) for tile, cluster, cost in _SM100_CHOICES)
     possible = [(cost, chosen) for cost, chosen in choices if check(chosen) is None]
-    return min(possible, key=lambda choice: _estimate(choice[1].tile, choice[0], rows, columns, sms))[1]
+    return min(possible, key=lambda choice: _estimate(choice[1].tile, choice[0], rows, columns, sms, members))[1]
 
 
 def _plain_gemms(arch: str) -> list[KernelSpec]:
@@ -346,6 +392,6 @@ def _plain_gemms(arch: str) -> list[KernelSpec]:
     return [GemmSpec(arch, "bf16", None, *each) for each in chosen]
 
 
-def _estimate(tile: tuple[int, int, int], cost: int, rows: int, columns: int, sms: int) -> int:
+def _estimate(tile: tuple[int, int, int], cost: int, rows: int, columns: int, sms: int, members: int) -> int:
     pairs = tile[0] // 128
-    return -(-(-(-rows // tile[0]) * pairs * -(-columns // tile[1])) // sms) * cost
+    return -(-(-(-rows // tile[0]) * pairs * -(-columns // tile[1]) * members) // sms) * cost
