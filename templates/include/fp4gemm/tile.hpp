@@ -16,6 +16,10 @@ __device__ __forceinline__ uint32_t keep(uint32_t v) {
   return v;
 }
 
+struct TilePlace {
+  int row, column;  // in tiles
+};
+
 // x [rows, columns], as kernels' arguments hold it.
 struct TileSource {
   void const* x;
@@ -26,8 +30,9 @@ struct TileSource {
   uint32_t magic;  // t / column_tiles for 0 <= t < 2^31 is (t * magic >> 32) >> shift; 0: column_tiles is 1
   int shift;
 
-  __device__ int row_tile(uint32_t tile) const {
-    return static_cast<int>(magic == 0 ? tile : __umulhi(tile, magic) >> shift);
+  __device__ TilePlace place(uint32_t tile) const {
+    int const row = static_cast<int>(magic == 0 ? tile : __umulhi(tile, magic) >> shift);
+    return {row, static_cast<int>(tile - row * column_tiles)};
   }
 };
 
