@@ -2,6 +2,8 @@
 
 from fp4gemm import nn
 from fp4gemm.formats import CONVENTIONS, SCALINGS, SF_LAYOUTS
+from fp4gemm.grouped.ops import quantize_grouped
+from fp4gemm.grouped.tensor import GroupedFP4Tensor
 from fp4gemm.nn import autocast, convert
 from fp4gemm.ops import amax, dequantize, gemm, gemm_fp4, quantize, quantize_both, quantize_gemm, quantize_rmsnorm
 from fp4gemm.search import search_scales
@@ -13,6 +15,7 @@ __all__ = [
     "SCALINGS",
     "SF_LAYOUTS",
     "FP4Tensor",
+    "GroupedFP4Tensor",
     "amax",
     "autocast",
     "convert",
@@ -23,6 +26,7 @@ __all__ = [
     "quantize",
     "quantize_both",
     "quantize_gemm",
+    "quantize_grouped",
     "quantize_rmsnorm",
     "search_scales",
 ]

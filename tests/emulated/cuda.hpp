@@ -126,6 +126,15 @@ template <class T> T shuffle(T v, int from) {
   __syncwarp();
   return v;
 }
+// Of a lane so much below, of 4 or 8 bytes; the lowest lanes keep theirs.
+template <class T> T __shfl_up_sync(unsigned, T v, int distance) {
+  auto& words = warp().words;
+  std::memcpy(words[lane()], &v, sizeof(T));
+  __syncwarp();
+  if (lane() >= distance) std::memcpy(&v, words[lane() - distance], sizeof(T));
+  __syncwarp();
+  return v;
+}
 template <class T> T __shfl_sync(unsigned, T v, int from) { return shuffle(v, from); }
 template <class T> T __shfl_xor_sync(unsigned, T v, int mask) { return shuffle(v, lane() ^ mask); }
 
