@@ -10,6 +10,8 @@ from fp4gemm.spec import (
     AmaxSpec,
     DequantizeSpec,
     GemmSpec,
+    GroupSpec,
+    GroupSumsSpec,
     KernelSpec,
     PackedCollectiveSpec,
     PackedMmaSpec,
@@ -44,6 +46,20 @@ def _tiles(arch: str) -> list[KernelSpec]:
         TileAmaxSpec(arch, "bf16", True, True, ctas=ctas),
         TileAmaxSpec(arch, "bf16", True, True, True, ctas=ctas),
         TileAmaxSpec(arch, "bf16", True, True, True, ctas=ctas, sums=True),
+    ]
+
+
+def _groups(arch: str) -> list[KernelSpec]:
+    """Members of K = 8192 by rows, of any K by rows and both ways as in training, their amaxes, and sums of columns."""
+    per_token = (arch, "bf16", "amax", "te_per_token")
+    per_row = (arch, "bf16", "per_row", "te_per_token", "128x4")
+    ctas = 2 if arch == "sm_120a" else 4
+    return [
+        GroupSpec(QuantizeSpec(*per_row, 128, 4, 4)),
+        GroupSpec(QuantizeSpec(*per_row, 128, 2, 4, resident=False)),
+        GroupSpec(TileQuantizeSpec(*per_token, "128x4", "128x4", hadamard=True, stochastic=True, ctas=ctas)),
+        GroupSpec(TileAmaxSpec(arch, "bf16", True, True, True, ctas=ctas, sums=True)),
+        GroupSumsSpec(arch, 8),
     ]
 
 
@@ -127,6 +143,7 @@ def default_variants(archs: Iterable[str] = ARCHS) -> list[KernelSpec]:
         specs += _with_options(arch)
         specs.append(AmaxSpec(arch, "bf16"))
         specs += _tiles(arch)
+        specs += _groups(arch)
         specs += [SearchSpec(arch, "bf16", "amax", metric, "128x4") for metric in METRICS]
         specs += [DequantizeSpec(arch, "bf16", layout, False) for layout in SF_LAYOUTS]
         if arch == "sm_90a":

@@ -20,7 +20,7 @@ from fp4gemm.tile_calls import signs
 # The structs of templates/include/fp4gemm/{group,quantize_group}.hpp: keep both alike.
 GROUP = "4Q5qi4x"
 GROUP_OUTPUT = "5Q2i"
-GROUP_ROWS_ARGUMENTS = struct.Struct(f"<{GROUP}{GROUP_OUTPUT}2Qi4x")
+GROUP_ROWS_ARGUMENTS = struct.Struct(f"<{GROUP}{GROUP_OUTPUT}2Q")
 GROUP_TILE_ARGUMENTS = struct.Struct(f"<{GROUP}{GROUP_OUTPUT * 2}3Q8I2iI4x")
 GROUP_AMAX_ARGUMENTS = struct.Struct(f"<{GROUP}5Q8Ii4x")
 GROUP_SUMS_ARGUMENTS = struct.Struct(f"<{GROUP}2Q")
@@ -87,13 +87,12 @@ class _Kernel:
 def _rows_kernel(
     device: int, dtype: torch.dtype, k: int | None, scaling: str, convention: str, sf_layout: str, vectorized: bool,
     stochastic: bool,
-) -> tuple[_Kernel, int, int]:  # fmt: skip
-    """The kernel, the rows of an item, and how many items ahead it fetches."""
+) -> tuple[_Kernel, int]:  # fmt: skip
+    """The kernel, and the rows of an item."""
     arch, name = select.arch_of(device), select.INPUT_NAMES[dtype]
     spec = select.group_rows_spec(arch, name, k, scaling, convention, sf_layout, vectorized, stochastic)
     assert isinstance(spec.kernel, QuantizeSpec)
-    ahead = 0 if k is None else select.prefetch_ctas(spec.kernel, k, device)
-    return _Kernel(device, spec, GROUP_ROWS_ARGUMENTS), spec.kernel.rows, ahead
+    return _Kernel(device, spec, GROUP_ROWS_ARGUMENTS), spec.kernel.rows
 
 
 @lru_cache(maxsize=1024)
@@ -202,8 +201,8 @@ def _quantize_rows(args: GroupedArguments, out: GroupedFP4Tensor, scale_in: Tens
     k = None if k is None else max(1, k)
     vectorized = group.alignment > 1 and (k is None or k % BLOCK == 0)
     key = (group.x.device.index, group.x.dtype, k, scaling, args.convention, out.sf_layout, vectorized, stochastic)
-    kernel, rows, ahead = _rows_kernel(*key)
-    values = (*group_values(group), *output_values(out, scale_in), *seed_values(args.seed), ahead)
+    kernel, rows = _rows_kernel(*key)
+    values = (*group_values(group), *output_values(out, scale_in), *seed_values(args.seed))
     kernel(_row_items(group, out.sf_layout, rows), stream, *values)
 
 

@@ -18,6 +18,7 @@ from fp4gemm.grouped.arguments import GroupedArguments
 from fp4gemm.grouped.tensor import GroupedFP4Tensor
 
 KINDS = ("same", "rows", "columns", "both")
+KERNELS = 24  # combinations of dtypes and options of each kind: each is a second or two to build
 _GUARD = 4096  # bytes before and behind each tensor
 _POISON = 0x7F  # NaN in every float type, and a byte that no test expects
 
@@ -38,13 +39,17 @@ class GroupCase:
     options: dict[str, Any] = field(hash=False)
 
     @classmethod
-    def draw(cls, seed: int, kind: str, members: int | None = None, largest: int = 300, **fixed: Any) -> GroupCase:
-        """`fixed`: a dtype, or options of quantize_grouped, that are not left to chance."""
+    def draw(
+        cls, seed: int, kind: str, members: int | None = None, largest: int = 300, dtype: torch.dtype | None = None,
+        options: dict[str, Any] | None = None,
+    ) -> GroupCase:  # fmt: skip
+        """`dtype` and `options` of quantize_grouped: None leaves them to chance."""
         rng = random.Random(f"{seed} {kind}")
+        kernel = random.Random(f"{seed % KERNELS} {kind}")
         count = members or rng.choice((1, 2, 3, 4, 5, 9, 33, 64, 65, 128))
         if count > 16:
             largest = max(4, largest // 8)
-        dtype = fixed.pop("dtype", None) or rng.choice((*cases.DTYPES, torch.bfloat16, torch.float8_e4m3fn))
+        drawn = kernel.choice((*cases.DTYPES, torch.bfloat16, torch.float8_e4m3fn))
         varies = kind in ("columns", "both")
         width = 16 * rng.randrange(1, largest // 16 + 2) if varies or rng.random() < 0.6 else rng.randrange(1, largest)
         height = _height(rng, largest) or 1
@@ -55,13 +60,14 @@ class GroupCase:
             )
             for _ in range(count)
         )
-        gapped = kind != "same" and rng.random() < 0.4
+        by_offsets = kind == "rows" and rng.random() < 0.2
+        gapped = kind != "same" and not by_offsets and rng.random() < 0.4
         unit = 16 if varies else width * (16 if width % 16 else 1)
         gaps = tuple(unit * rng.randrange(3) if gapped else 0 for _ in range(count))
         spare = 0 if kind == "same" else (16 if varies else width) * rng.randrange(4)
         return cls(
-            seed, kind, dtype, sizes, gaps, spare, gapped and kind == "rows" and not any(gaps) and rng.random() < 0.5,
-            rng.choice(("normal", "grid", "special")), {**_options(rng, seed), **fixed},
+            seed, kind, dtype or drawn, sizes, gaps, spare, by_offsets,
+            rng.choice(("normal", "grid", "special")), _options(kernel, rng) if options is None else options,
         )  # fmt: skip
 
     @property
@@ -106,21 +112,25 @@ def _height(rng: random.Random, largest: int) -> int:
     return rng.choice((0, 0, 1, rng.randrange(largest), rng.randrange(largest), 16 * rng.randrange(largest // 16 + 1)))
 
 
-def _options(rng: random.Random, seed: int) -> dict[str, Any]:
-    both = rng.random() < 0.5
-    transposed = both or rng.random() < 0.3
-    per_tensor = rng.random() < 0.4
-    return {
+def _options(kernel: random.Random, rng: random.Random) -> dict[str, Any]:
+    both = kernel.random() < 0.5
+    transposed = both or kernel.random() < 0.3
+    per_tensor = kernel.random() < 0.4
+    options = {
         "both": both,
         "transposed": transposed and not both,
         "scaling": "per_tensor" if per_tensor else "per_row",
-        "shared": per_tensor and rng.random() < 0.4,
-        "sf_layout": rng.choice(tuple(SF_LAYOUTS)),
-        "convention": rng.choice((None, *CONVENTIONS)),
-        "hadamard": rng.choice((None, 0, 0xACE1)) if transposed else None,
-        "seed": rng.choice((None, None, seed, rng.getrandbits(63))),
-        "dbias": rng.random() < 0.3,
+        "sf_layout": kernel.choice(tuple(SF_LAYOUTS)),
+        "convention": kernel.choice((None, *CONVENTIONS)),
+        "dbias": kernel.random() < 0.3,
     }
+    if kernel.random() < 0.4:
+        options["seed"] = rng.getrandbits(63)
+    if transposed and kernel.random() < 0.5:
+        options["hadamard"] = rng.choice((0, 0xACE1))
+    if per_tensor:
+        options["shared"] = rng.random() < 0.4
+    return options
 
 
 def _member(values: str, m: int, k: int, generator: torch.Generator) -> Tensor:

@@ -165,7 +165,10 @@ template <class RowScales, class ColumnScales, int kAlignment, class Items> clas
       rows = columns == 0 ? 0 : size / columns;
       valid = rows * columns == size;
     }
-    valid = valid && rows >= 0 && rows <= group_.row_bound && (columns == 0 || rows <= group_.elements / columns);
+    valid = valid && rows >= 0 && rows <= group_.row_bound;
+    // In float64 first: the product may need more than 64 bits.
+    valid =
+        valid && static_cast<double>(rows) * static_cast<double>(columns) < 0x1p62 && rows * columns <= group_.elements;
     return valid ? Dims{rows, columns, true} : Dims{0, 0, false};
   }
 

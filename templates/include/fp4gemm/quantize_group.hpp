@@ -41,8 +41,24 @@ template <class Element> __device__ TileSource source_of(Group const& group, Mem
 
 __device__ inline TilePlace place_of(Member const& member, int64_t item) {
   int const columns = max(1, ceil_div(member.columns, kTile));
-  int64_t const tile = item - member.before.of[kItems];
-  return {static_cast<int>(tile / columns), static_cast<int>(tile % columns)};
+  int const tile = static_cast<int>(item - member.before.of[kItems]);
+  return {tile / columns, tile % columns};
+}
+
+// The work items of a CTA. describe(item, which) says what an item is; one thread does that, an item ahead, while the others
+// begin with work(which).
+template <class Index, class Describe, class Work>
+__device__ void for_items(Index const& index, Describe const& describe, Work const& work) {
+  int64_t const items = index.items();
+  bool const describes = threadIdx.x == 0;
+  int which = 0;
+  if (describes && blockIdx.x < items) describe(blockIdx.x, which);
+  __syncthreads();
+  for (int64_t item = blockIdx.x; item < items; item += gridDim.x, which ^= 1) {
+    if (describes && item + gridDim.x < items) describe(item + gridDim.x, which ^ 1);
+    work(which);
+    __syncthreads();
+  }
 }
 
 // --- row by row -------------------------------------------------------------------------------------------------------
@@ -53,7 +69,6 @@ struct GroupRowsArguments {
   GroupOutput rows;
   uint64_t const* seed_at;  // null, or where the seed is
   uint64_t seed;
-  int prefetch;  // how many items ahead to fetch rows into L2; 0: do not
 };
 
 template <class Config> class GroupRowQuantizer {
@@ -71,22 +86,28 @@ template <class Config> class GroupRowQuantizer {
 
   __device__ void run() const {
     __shared__ typename Index::Storage storage;
-    __shared__ Work work;
+    __shared__ Work work[2];
     Index const index(args_.group, storage, {});
     index.prepare();
     if (blockIdx.x == 0) index.template write<false>(args_.rows.index);
-    for (int64_t item = blockIdx.x; item < index.items(); item += gridDim.x) {
-      if (threadIdx.x == 0) {
-        Member const member = index.find(item);
-        work = {arguments_of(member), static_cast<int>(item - member.before.of[kItems])};
-      }
-      __syncthreads();
-      RowQuantizer<Config>(work.args, work.cta).run();
-      __syncthreads();
-    }
+    for_items(
+        index, [&](int64_t item, int which) { describe(index, item, work[which]); },
+        [&](int which) { RowQuantizer<Config>(work[which].args, work[which].cta).run(); });
   }
 
  private:
+  __device__ void describe(Index const& index, int64_t item, Work& work) const {
+    Member const member = index.find(item);
+    work = {arguments_of(member), static_cast<int>(item - member.before.of[kItems])};
+    if constexpr (Config::kVectorized) {
+      int const bytes = member.columns * Config::Element::kBytes;
+      for (int i = 0; i < Config::kRows && bytes > 0; ++i) {
+        int64_t const row = Scales::template row<Config::kRows>(work.cta, i);
+        if (row < member.rows) prefetch_l2(static_cast<char const*>(work.args.x) + row * bytes, bytes);
+      }
+    }
+  }
+
   __device__ QuantizeArguments arguments_of(Member const& member) const {
     GroupOutput const& out = args_.rows;
     TileOutput const at =
@@ -105,7 +126,7 @@ template <class Config> class GroupRowQuantizer {
             member.columns,
             columns,
             out.line_stride,
-            args_.prefetch,
+            0,
             nullptr,
             member_seed(seed, member.number),
             nullptr,
@@ -127,45 +148,50 @@ struct GroupTileArguments {
 template <class Config> class GroupTileQuantizer {
   using Index =
       GroupIndex<typename Config::RowScales, typename Config::ColumnScales, member_alignment<Config>(), TileItems>;
-  // Behind what a tile needs: the sums, and the member that the CTA works on.
   struct Work {
-    typename Index::Storage sums;
     TileView view;
     TilePlace place;
     int member;
+  };
+  struct Shared {  // behind what a tile needs
+    typename Index::Storage sums;
+    Work work[2];
   };
 
   GroupTileArguments const& args_;
   uint8_t* const shared_;
 
  public:
-  static constexpr int kSharedBytes = Config::kSharedBytes + sizeof(Work);
-  static_assert(Config::kSharedBytes % alignof(Work) == 0, "aligned behind the tile");
+  static constexpr int kSharedBytes = Config::kSharedBytes + sizeof(Shared);
+  static_assert(Config::kSharedBytes % alignof(Shared) == 0, "aligned behind the tile");
 
   __device__ GroupTileQuantizer(GroupTileArguments const& args, uint8_t* shared) : args_(args), shared_(shared) {}
 
   __device__ void run() const {
-    auto& work = *reinterpret_cast<Work*>(shared_ + Config::kSharedBytes);
-    Index const index(args_.group, work.sums, {});
+    auto& shared = *reinterpret_cast<Shared*>(shared_ + Config::kSharedBytes);
+    Index const index(args_.group, shared.sums, {});
     index.prepare();
     if (blockIdx.x == 0) {
       index.template write<false>(args_.rows.index);
       index.template write<true>(args_.columns.index, Config::kHadamard ? kBlock : 1);
     }
-    for (int64_t item = blockIdx.x; item < index.items(); item += gridDim.x) {
-      if (threadIdx.x == 0) {
-        Member const member = index.find(item);
-        auto const& before = member.before.of;
-        work.view = {source_of<typename Config::Element>(args_.group, member),
-                     output_of(args_.rows, member, before[kRows], before[kRowBlocks], before[kRowScales]),
-                     output_of(args_.columns, member, before[kColumns], before[kColumnBlocks], before[kColumnScales])};
-        work.place = place_of(member, item);
-        work.member = member.number;
-      }
-      __syncthreads();
-      TileQuantizer<Config>(work.view, args_.options, shared_, work.place, work.member).run();
-      __syncthreads();
-    }
+    for_items(
+        index, [&](int64_t item, int which) { describe(index, item, shared.work[which]); },
+        [&](int which) {
+          Work const& work = shared.work[which];
+          TileQuantizer<Config>(work.view, args_.options, shared_, work.place, work.member).run();
+        });
+  }
+
+ private:
+  __device__ void describe(Index const& index, int64_t item, Work& work) const {
+    Member const member = index.find(item);
+    auto const& before = member.before.of;
+    work.view = {source_of<typename Config::Element>(args_.group, member),
+                 output_of(args_.rows, member, before[kRows], before[kRowBlocks], before[kRowScales]),
+                 output_of(args_.columns, member, before[kColumns], before[kColumnBlocks], before[kColumnScales])};
+    work.place = place_of(member, item);
+    work.member = member.number;
   }
 };
 
@@ -184,44 +210,48 @@ struct GroupAmaxArguments {
 template <class Config> class GroupAmax {
   using Index = GroupIndex<LinearScales, LinearScales, member_alignment<Config>(), TileItems>;
   struct Work {
-    typename Index::Storage sums;
     TileAmaxView view;
     TilePlace place;
+  };
+  struct Shared {  // behind what a tile needs
+    typename Index::Storage sums;
+    Work work[2];
   };
 
   GroupAmaxArguments const& args_;
   uint8_t* const shared_;
 
  public:
-  static constexpr int kSharedBytes = Config::kSharedBytes + sizeof(Work);
-  static_assert(Config::kSharedBytes % alignof(Work) == 0, "aligned behind the tile");
+  static constexpr int kSharedBytes = Config::kSharedBytes + sizeof(Shared);
+  static_assert(Config::kSharedBytes % alignof(Shared) == 0, "aligned behind the tile");
 
   __device__ GroupAmax(GroupAmaxArguments const& args, uint8_t* shared) : args_(args), shared_(shared) {}
 
   __device__ void run() const {
-    auto& work = *reinterpret_cast<Work*>(shared_ + Config::kSharedBytes);
-    Index const index(args_.group, work.sums, {});
+    auto& shared = *reinterpret_cast<Shared*>(shared_ + Config::kSharedBytes);
+    Index const index(args_.group, shared.sums, {});
     index.prepare();
-    for (int64_t item = blockIdx.x; item < index.items(); item += gridDim.x) {
-      if (threadIdx.x == 0) {
-        Member const member = index.find(item);
-        auto const& before = member.before.of;
-        int64_t const one = static_cast<int64_t>(member.number) * args_.member_stride;
-        work.view = {source_of<typename Config::Element>(args_.group, member),
-                     at(args_.rows, before[kRows]),
-                     at(args_.columns, before[kColumns]),
-                     at(args_.tensor, one),
-                     at(args_.transformed, one),
-                     at(args_.sums, before[kPartials])};
-        work.place = place_of(member, item);
-      }
-      __syncthreads();
-      TileAmax<Config>(work.view, args_.hadamard, shared_, work.place).run();
-      __syncthreads();
-    }
+    for_items(
+        index, [&](int64_t item, int which) { describe(index, item, shared.work[which]); },
+        [&](int which) {
+          Work const& work = shared.work[which];
+          TileAmax<Config>(work.view, args_.hadamard, shared_, work.place).run();
+        });
   }
 
  private:
+  __device__ void describe(Index const& index, int64_t item, Work& work) const {
+    Member const member = index.find(item);
+    auto const& before = member.before.of;
+    int64_t const one = static_cast<int64_t>(member.number) * args_.member_stride;
+    work.view = {source_of<typename Config::Element>(args_.group, member),
+                 at(args_.rows, before[kRows]),
+                 at(args_.columns, before[kColumns]),
+                 at(args_.tensor, one),
+                 at(args_.transformed, one),
+                 at(args_.sums, before[kPartials])};
+    work.place = place_of(member, item);
+  }
   __device__ static float* at(float* p, int64_t i) { return p == nullptr ? nullptr : p + i; }
 };
 
