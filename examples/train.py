@@ -5,16 +5,19 @@
     python examples/train.py --recipe bf16 --recipe per_token --seeds 1
     python examples/train.py --render                         no training: docs/training.md and its plot from the JSON
 
-The text is `pydoc_data.topics`, the language reference that `help()` shows, read byte by byte; `--text stdlib` is the
-standard library's own sources, some ten times as much. Every recipe sees the same initial weights and the same
-batches for a seed. The model is converted by `fp4gemm.convert`: attention and MLP projections are NVFP4, the embedding
-and the head are not, and everything else runs under torch.autocast in bf16 as it does without fp4gemm.
+The text is `pydoc_data.topics`, the language reference that `help()` shows, read byte by byte. `--text stdlib` is the
+standard library's own sources, some ten times as much, and `--text torch` those of torch, another ten times: 1000 steps
+see no byte of it twice. Every recipe sees the same initial weights and the same batches for a seed. The model is
+converted by `fp4gemm.convert`: attention and MLP projections are NVFP4, the embedding and the head are not, and
+everything else runs under torch.autocast in bf16 as it does without fp4gemm. `--finish 0.2` runs every recipe once more
+with the last fifth of the steps in plain bf16.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import itertools
 import math
 import statistics
 import sys
@@ -24,6 +27,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from zlib import crc32
 
 import torch
 import torch.nn.functional as F
@@ -44,6 +48,7 @@ RECIPES: dict[str, Recipe | None] = {
     "w4a16": w4a16(),
 }
 BASELINE = "bf16"
+TORCH = Path(torch.__file__).parent
 BEGIN, END = "<!-- training:begin -->", "<!-- training:end -->"
 _TAIL = 0.1  # of the steps: what the last training loss is the mean of
 _POINTS = 100  # of a curve
@@ -66,13 +71,17 @@ class Size:
 
 
 def text(name: str) -> bytes:
-    """`topics`: about half a megabyte of English; `stdlib`: the modules of the standard library, in order of names."""
+    """`topics`: half a megabyte of English; `stdlib`: the standard library's, 5 MB; `torch`: its sources, 46 MB.
+
+    Files are in an order that has nothing to do with their names, so that the end is a sample of all.
+    """
     if name == "topics":
         from pydoc_data.topics import topics
 
         return "\n\n".join(topics[key] for key in sorted(topics)).encode()
-    folder = Path(sysconfig.get_paths()["stdlib"])
-    return b"\n".join(path.read_bytes() for path in sorted(folder.glob("*.py")))
+    folder, files = (TORCH, "**/*.py") if name == "torch" else (Path(sysconfig.get_paths()["stdlib"]), "*.py")
+    names = {path.relative_to(folder).as_posix(): path for path in folder.glob(files)}
+    return b"\n".join(names[each].read_bytes() for each in sorted(names, key=lambda each: (crc32(each.encode()), each)))
 
 
 @dataclass(frozen=True)
@@ -90,13 +99,18 @@ class Data:
 
 
 def batches(values: Tensor, size: Size, seed: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """Endless random windows, inputs and targets [batch, context]."""
+    """Inputs and targets [batch, context] without end: windows in random order, all of them before one comes again."""
     generator = torch.Generator().manual_seed(seed)
     offsets = torch.arange(size.context + 1)
+    count = (len(values) - 1) // size.context
+    if count < size.batch:
+        raise ValueError(f"text: expected at least {size.batch} windows of {size.context} bytes, got {count}")
     while True:
-        starts = torch.randint(len(values) - size.context, (size.batch, 1), generator=generator)
-        windows = values[(starts + offsets).to(values.device)].long()
-        yield windows[:, :-1], windows[:, 1:]
+        for chosen in torch.randperm(count, generator=generator).split(size.batch):
+            if len(chosen) < size.batch:
+                break
+            windows = values[(size.context * chosen[:, None] + offsets).to(values.device)].long()
+            yield windows[:, :-1], windows[:, 1:]
 
 
 # --- model ------------------------------------------------------------------------------------------------------------
@@ -153,10 +167,10 @@ class Transformer(nn.Module):
 
 
 def build(size: Size, recipe: Recipe | None, seed: int, device: torch.device) -> Transformer:
-    """The same initial weights for every recipe."""
+    """The same initial weights for every recipe; it is called under ``fp4gemm.autocast(recipe)``."""
     torch.manual_seed(seed)
     model = Transformer(size).to(device)
-    return model if recipe is None else fp4gemm.convert(model, recipe, lambda name, _: name != "head")
+    return model if recipe is None else fp4gemm.convert(model, None, lambda name, _: name != "head")
 
 
 # --- training ---------------------------------------------------------------------------------------------------------
@@ -184,10 +198,13 @@ def validate(model: nn.Module, data: Data, size: Size, count: int = 10) -> float
     return statistics.fmean(losses)
 
 
-def train(name: str, seed: int, data: Data, size: Size, compiled: bool = False) -> dict[str, Any]:
-    """One run, as a row of a measurement document; losses are in nats a byte."""
-    device = data.train.device
-    model = build(size, RECIPES[name], seed, device)
+def train(name: str, seed: int, data: Data, size: Size, compiled: bool = False, finish: float = 0.0) -> dict[str, Any]:
+    """One run, as a row of a measurement document; losses are in nats a byte.
+
+    ``finish``: the last steps, so much of all, and the validation, are in bf16.
+    """
+    device, recipe = data.train.device, RECIPES[name]
+    model = build(size, recipe, seed, device)
     step_model: nn.Module = torch.compile(model, fullgraph=True) if compiled else model  # type: ignore[assignment]
     optimizer = torch.optim.AdamW(model.parameters(), lr=size.rate, betas=(0.9, 0.95), weight_decay=0.1)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: rate(step, size))
@@ -196,7 +213,8 @@ def train(name: str, seed: int, data: Data, size: Size, compiled: bool = False) 
     started = time.perf_counter()
     for step in range(size.steps):
         optimizer.zero_grad()
-        loss = loss_of(step_model, *next(source))
+        with fp4gemm.autocast(recipe if step < round((1 - finish) * size.steps) else None):
+            loss = loss_of(step_model, *next(source))
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
@@ -205,17 +223,19 @@ def train(name: str, seed: int, data: Data, size: Size, compiled: bool = False) 
     values = losses.tolist()
     seconds = time.perf_counter() - started
     every = max(1, size.steps // _POINTS)
-    recipe = RECIPES[name]
+    with fp4gemm.autocast(None if finish else recipe):
+        validation = validate(model, data, size)
     return {
         "bench": "training",
-        "recipe": name,
+        "recipe": f"{name}, then bf16" if finish else name,
+        "finish": finish,
         "options": {} if recipe is None else recipe.as_dict(),
         "seed": seed,
         "steps": size.steps,
         "parameters": sum(p.numel() for p in model.parameters()),
         "compiled": compiled,
         "train_loss": statistics.fmean(values[-max(1, int(_TAIL * size.steps)) :]),
-        "val_loss": validate(model, data, size),
+        "val_loss": validation,
         "seconds": seconds,
         "curve": [statistics.fmean(values[at : at + every]) for at in range(0, size.steps, every)],
         "curve_steps": every,
@@ -320,7 +340,10 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--recipe", action="append", choices=RECIPES, help="repeatable; default: all")
     parser.add_argument("--seeds", type=int, default=3, help="how many, counted from 0 (default 3)")
-    parser.add_argument("--text", choices=("topics", "stdlib"), default="topics")
+    parser.add_argument("--text", choices=("topics", "stdlib", "torch"), default="topics")
+    parser.add_argument(
+        "--finish", type=float, help="run each recipe also with this share of the steps, the last, in bf16"
+    )
     parser.add_argument("--compile", action="store_true", help="torch.compile(fullgraph=True)")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     for name, value in vars(Size()).items():
@@ -339,12 +362,14 @@ def run(options: argparse.Namespace, words: Sequence[str]) -> Path:
     print(f"{len(data.train)} bytes to train on, {len(data.validation)} to validate", flush=True)
     environment = report.environment(options.commit)
     rows = []
-    for seed in range(options.seeds):
-        for name in options.recipe or RECIPES:
-            rows.append({"text": options.text, **train(name, seed, data, size, options.compile)})
-            row = rows[-1]
-            print(f"{name:20} seed {seed}: {row['train_loss']:.4f}, validation {row['val_loss']:.4f}, "
-                  f"{row['seconds']:.1f} s", flush=True)  # fmt: skip
+    runs = [(name, 0.0) for name in options.recipe or RECIPES]
+    if options.finish:
+        runs += [(name, options.finish) for name, _ in runs if RECIPES[name] is not None]
+    for seed, (name, finish) in itertools.product(range(options.seeds), runs):
+        row = train(name, seed, data, size, options.compile, finish)
+        rows.append({"text": options.text, **row})
+        print(f"{row['recipe']:32} seed {seed}: {row['train_loss']:.4f}, validation {row['val_loss']:.4f}, "
+              f"{row['seconds']:.1f} s", flush=True)  # fmt: skip
     document = report.Report("training", " ".join(["examples/train.py", *words]), environment, 0.0, rows).document()
     path = report.write(document, report.free_path(options.folder, report.file_name(document)))
     print(f"\n{table(rows)}\n\n{path}")

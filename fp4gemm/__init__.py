@@ -1,29 +1,34 @@
 """NVFP4 matrix multiplication from PyTorch."""
 
 from fp4gemm import nn
+from fp4gemm.batch import bmm, bmm_fp4, quantize_batch
 from fp4gemm.formats import CONVENTIONS, SCALINGS, SF_LAYOUTS
 from fp4gemm.grouped.ops import quantize_grouped
 from fp4gemm.grouped.tensor import GroupedFP4Tensor
 from fp4gemm.nn import autocast, convert
 from fp4gemm.ops import amax, dequantize, gemm, gemm_fp4, quantize, quantize_both, quantize_gemm, quantize_rmsnorm
 from fp4gemm.search import search_scales
-from fp4gemm.tensor import FP4Tensor
+from fp4gemm.tensor import FP4Batch, FP4Tensor
 
 __version__ = "0.1.0"
 __all__ = [
     "CONVENTIONS",
     "SCALINGS",
     "SF_LAYOUTS",
+    "FP4Batch",
     "FP4Tensor",
     "GroupedFP4Tensor",
     "amax",
     "autocast",
+    "bmm",
+    "bmm_fp4",
     "convert",
     "dequantize",
     "gemm",
     "gemm_fp4",
     "nn",
     "quantize",
+    "quantize_batch",
     "quantize_both",
     "quantize_gemm",
     "quantize_grouped",

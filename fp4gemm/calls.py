@@ -31,7 +31,7 @@ from fp4gemm.launch import (
 )
 from fp4gemm.reference.activation import activate
 from fp4gemm.spec import check
-from fp4gemm.tensor import FP4Tensor
+from fp4gemm.tensor import FP4Batch, FP4Tensor
 
 _UNITS = 2**32  # half blocks that a dequantizer counts
 
@@ -69,11 +69,11 @@ class _Quantizer:
 
     def __init__(
         self, device: int, dtype: torch.dtype, k: int, scaling: str, convention: str, sf_layout: str, vectorized: bool,
-        options: QuantizeOptions = PLAIN, gathered: bool = False, noop: bool = False,
+        few: bool, options: QuantizeOptions = PLAIN, gathered: bool = False, noop: bool = False,
     ) -> None:  # fmt: skip
         arch, name = select.arch_of(device), select.INPUT_NAMES[dtype]
         spec = select.quantize_spec(
-            arch, name, k, scaling, convention, sf_layout, vectorized, options, gathered=gathered, noop=noop
+            arch, name, k, scaling, convention, sf_layout, vectorized, options, gathered=gathered, noop=noop, few=few
         )
         norm = options.producer in NORMS
         self.launch = Launcher(spec, NORM_ARGUMENTS if norm else QUANTIZE_ARGUMENTS)
@@ -189,12 +189,23 @@ def quantize(
         tail = _norm_tail(operands, norm)
     scaling, scale_in = _scaling(x, per_tensor, outer_scale, amax, options, vectorized, stream)
     order = _order(channel_order)
+    few = m <= select.FEW_ROWS
     if options is PLAIN and noop is None:
-        quantizer = _quantizer(device, x.dtype, k, scaling, convention, sf_layout, vectorized)
+        quantizer = _quantizer(device, x.dtype, k, scaling, convention, sf_layout, vectorized, few)
         extras = _NO_EXTRAS
     else:
         quantizer = _quantizer(
-            device, x.dtype, k, scaling, convention, sf_layout, vectorized, options, order is not None, noop is not None
+            device,
+            x.dtype,
+            k,
+            scaling,
+            convention,
+            sf_layout,
+            vectorized,
+            few,
+            options,
+            order is not None,
+            noop is not None,
         )
         extras = _extras(seed, noop, order, out_columns)
     row_tile = scale_layout(sf_layout).row_tile
@@ -385,6 +396,16 @@ def gemm(a: FP4Tensor | Tensor, b: FP4Tensor, bias: Tensor | None, out: Output, 
         return
     weight = _weight(b)
     engine.gemm(_activations(a), weight, bias, out, None if b.prepacked else False)
+
+
+def bmm(a: FP4Batch, b: FP4Batch, bias: Tensor | None, out: Output, activation: str | None) -> None:
+    """A . B^T of the non-empty members of two batches into ``out``; see ``batch.bmm``."""
+    if not on_hopper(out.d.device.index):
+        blockscaled.gemm(a, b, None if bias is None else bias.contiguous(), out, activation)
+        return
+    for i, (left, right) in enumerate(zip(a, b, strict=True)):
+        own_bias = bias if bias is None or bias.dim() == 1 else bias[i]
+        gemm(left, right, own_bias, Output(out.d[i], None if out.c is None else out.c[i], out.beta), activation)
 
 
 def gemm_fp4(

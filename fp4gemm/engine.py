@@ -31,7 +31,7 @@ class Weight(NamedTuple):
 
 
 class Output(NamedTuple):
-    """D [M, N], row- or column-major, and the matrix C of the same strides (or None) that beta * C adds."""
+    """D [M, N], or [L, M, N] of a batch, row- or column-major, and C (or None), whose multiple beta * C is added."""
 
     d: Tensor
     c: Tensor | None
@@ -64,18 +64,23 @@ def tokens(x: Tensor) -> Tensor:
 
 
 def is_row_major(d: Tensor) -> bool:
-    """Whether rows are contiguous; a matrix of one column counts, whatever its strides say."""
-    return d.stride(1) == 1 or d.shape[1] == 1
+    """Whether rows of d [..., M, N] are contiguous; a matrix of one column counts, whatever its strides say."""
+    return d.stride(-1) == 1 or d.shape[-1] == 1
 
 
 def has_tma_rows(d: Tensor) -> bool:
-    """Whether TMA can store ``d`` and nothing else: row-major, and rows begin and end on 16 bytes.
+    """Whether TMA can store ``d`` [..., M, N] and nothing else: row-major, and rows begin and end on 16 bytes.
 
     A store that ends inside of 16 bytes of a row writes zeros to the rest of them.
     """
-    step = 16 // d.element_size()
-    aligned = d.data_ptr() % 16 == 0 and (d.shape[0] == 1 or d.stride(0) % step == 0)
-    return is_row_major(d) and aligned and d.shape[1] % step == 0
+    return begins_on_16_bytes(d) and d.shape[-1] % (16 // d.element_size()) == 0
+
+
+def begins_on_16_bytes(t: Tensor) -> bool:
+    """Whether TMA can load ``t`` [..., M, N]: row-major, and rows begin on 16 bytes."""
+    step = 16 // t.element_size()
+    apart = t.shape[-2] == 1 or t.stride(-2) % step == 0
+    return is_row_major(t) and t.data_ptr() % 16 == 0 and apart and (t.dim() == 2 or t.stride(0) % step == 0)
 
 
 def gemm(a: Activations, w: Weight, bias: Tensor | None, out: Output, dependent: bool | None = None) -> None:

@@ -35,10 +35,11 @@ class Accumulator:
 
 @dataclass(frozen=True)
 class Vector:
-    """A vector along M or N; ``per_element`` is a C++ condition that is false where it is one value for all."""
+    """A vector along M or N, a field of GemmArguments; ``per_element`` is a C++ condition that is false where it is one
+    value for all elements."""
 
     axis: str
-    pointer: str
+    field: str
     element: str
     per_element: str = "true"
 
@@ -47,8 +48,9 @@ class Vector:
         return f"{node}<0, CtaTile, {self.element}, float, fp4gemm::{stride}>"
 
     def arguments(self) -> str:
-        stride = {"m": f"{{{self.per_element}, {{}}, 0}}", "n": f"{{{{}}, {self.per_element}, 0}}"}[self.axis]
-        return f"{{static_cast<{self.element} const*>({self.pointer}), {self.element}(0), {stride}}}"
+        along = {"m": f"{self.per_element}, {{}}", "n": f"{{}}, {self.per_element}"}[self.axis]
+        pointer = f"static_cast<{self.element} const*>(args.{self.field})"
+        return f"{{{pointer}, {self.element}(0), {{{along}, args.batch_{self.field}}}}}"
 
 
 @dataclass(frozen=True)
@@ -122,7 +124,8 @@ class Quantize:
         return f"Sm90EVT<fp4gemm::{rows}<fp4gemm::{scales}>, {self.operand.type('float')}>"
 
     def arguments(self) -> str:
-        return f"{{{self.operand.arguments()}, {{args.sfd, args.outer_d, args.outer_d_per_row}}}}"
+        fields = "args.sfd, args.outer_d, args.batch_sfd, args.batch_outer_d, args.outer_d_per_row"
+        return f"{{{self.operand.arguments()}, {{{fields}}}}}"
 
 
 @dataclass(frozen=True)
@@ -145,11 +148,11 @@ def _rescaled(accumulator: Node, axis_a: str, bias: str | None, source: bool) ->
     The one place where outer scales become epilogue factors.
     """
     axis_b = {"m": "n", "n": "m"}[axis_a]
-    outer_b = Vector(axis_b, "args.outer_b", "float", "args.outer_b_per_row != 0")
-    outer_a = Vector(axis_a, "args.outer_a", "float", "args.outer_a_per_row != 0")
+    outer_b = Vector(axis_b, "outer_b", "float", "args.outer_b_per_row != 0")
+    outer_a = Vector(axis_a, "outer_a", "float", "args.outer_a_per_row != 0")
     tree: Node = Compute("multiplies", outer_a, Compute("multiplies", outer_b, accumulator))
     if bias is not None:
-        tree = Compute("plus", tree, Vector(axis_b, "args.bias", CUTLASS_ELEMENT[bias]))
+        tree = Compute("plus", tree, Vector(axis_b, "bias", CUTLASS_ELEMENT[bias]))
     return Compute("plus", tree, Compute("multiplies", _BETA, Source())) if source else tree
 
 

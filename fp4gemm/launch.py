@@ -8,7 +8,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import astuple, dataclass
+from dataclasses import dataclass
 from functools import cache, lru_cache
 from typing import Any, NamedTuple
 
@@ -24,7 +24,7 @@ NORM_ARGUMENTS = struct.Struct(QUANTIZE_ARGUMENTS.format + "3Qqf4x")
 AMAX_ARGUMENTS = struct.Struct("<2Q2q2i")
 DEQUANTIZE_ARGUMENTS = struct.Struct("<4QI2i4x")
 PACK_ARGUMENTS = struct.Struct("<3Q2q2i")
-GEMM_ARGUMENTS = struct.Struct("<12Q4q7i4x")
+GEMM_ARGUMENTS = struct.Struct("<12Q13q8i")
 
 
 @cache
@@ -123,9 +123,30 @@ class Launcher:
             self._dispatch(grid, stream)
 
 
+class Batch(NamedTuple):
+    """How many problems of one shape a launch has, and how far it is from one to the next, in elements.
+
+    Operands and D lie apart; of the others 0 means that all share one. Block scales of operands are contiguous.
+    """
+
+    members: int = 1
+    a: int = 0
+    b: int = 0
+    c: int = 0
+    d: int = 0
+    sfd: int = 0
+    outer_a: int = 0
+    outer_b: int = 0
+    outer_d: int = 0
+    bias: int = 0
+
+
+NO_BATCH = Batch()
+
+
 @dataclass(frozen=True)
 class GemmProblem:
-    """What a plan depends on: shape, leading dimensions in elements, and which outer scales are vectors."""
+    """What a plan depends on: shape, leading dimensions in elements, which outer scales are vectors, and the batch."""
 
     m: int
     n: int
@@ -137,6 +158,7 @@ class GemmProblem:
     outer_a_per_row: bool
     outer_b_per_row: bool
     outer_d_per_row: bool = False
+    batch: Batch = NO_BATCH
 
 
 class Operands(NamedTuple):
@@ -223,11 +245,13 @@ class _ParamsMaker:
         driver, size = _driver(), kernel.meta["launch_bytes"]
         if size > self._BUFFER_BYTES:
             raise DriverError(f"{kernel.spec.name}: Params of {size} bytes, expected at most {self._BUFFER_BYTES}")
-        m, n, k, *strides, per_row_a, per_row_b, per_row_d = astuple(problem)
+        p, (members, *batch) = problem, problem.batch
         addresses = [_stand_in(i) for i in range(len(OPERANDS))]
         arguments, host = ctypes.create_string_buffer(GEMM_ARGUMENTS.size), ctypes.create_string_buffer(size)
-        flags = (per_row_a, per_row_b, per_row_d)
-        GEMM_ARGUMENTS.pack_into(arguments, 0, *addresses, *strides, m, n, k, self._sms, *flags)
+        strides, flags = (p.lda, p.ldb, p.ldc, p.ldd), (p.outer_a_per_row, p.outer_b_per_row, p.outer_d_per_row)
+        GEMM_ARGUMENTS.pack_into(
+            arguments, 0, *addresses, *strides, *batch, p.m, p.n, p.k, members, self._sms, *flags
+        )  # fmt: skip
         pointer = ctypes.c_uint64(int(self._buffer))
         pointers = (ctypes.c_void_p * 2)(ctypes.addressof(arguments), ctypes.addressof(pointer))
         with self._lock:

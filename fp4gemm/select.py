@@ -50,17 +50,35 @@ def arch_of(device: int) -> str:
     raise NotImplementedError(f"{here}: fp4gemm has CUDA kernels for {known}; use CPU tensors")
 
 
+FEW_ROWS = 256  # about two for each SM
+
+
 def quantize_spec(
     arch: str, dtype: str, k: int, scaling: str, convention: str, sf_layout: str, vectorized: bool,
-    options: QuantizeOptions = PLAIN, *, gathered: bool = False, noop: bool = False,
+    options: QuantizeOptions = PLAIN, *, gathered: bool = False, noop: bool = False, few: bool = False,
 ) -> QuantizeSpec:  # fmt: skip
     """Whole rows on chip where they fit, as many rows to a CTA as give it 256 threads.
 
     A tiled layout wants four rows at least (layout.hpp), for which four blocks a thread leave room; fp32 takes twice
-    the registers: two blocks. The figures are in docs/performance.md.
+    the registers: two blocks. ``few``: of rows, which leave most SMs idle; each has a CTA of its own then, with more
+    threads, where it is long enough to need them. The figures are in docs/performance.md.
     """
     columns = (scale_columns(k) + 3) // 4 * 4  # with the padding a tiled layout has
-    tiled = sf_layout != "linear"
+    threads, blocks, rows, resident = (few and _few_rows_shape(columns, dtype, options)) or _rows_shape(
+        columns, dtype, sf_layout != "linear", scaling == "per_row", options
+    )
+    return QuantizeSpec(
+        arch, dtype, scaling, convention, sf_layout, threads, blocks, rows, vectorized, resident,
+        stochastic=options.stochastic, adaptive=options.adaptive,
+        residual=options.residual_side if options.residual else None, gathered=gathered, noop=noop,
+        producer=options.producer,
+    )  # fmt: skip
+
+
+_Shape = tuple[int, int, int, bool]  # threads of a row, blocks of a thread, rows of a CTA, and whether that is a row
+
+
+def _rows_shape(columns: int, dtype: str, tiled: bool, per_row: bool, options: QuantizeOptions) -> _Shape:
     # Noise and companions cost instructions, and more blocks share what a thread does once.
     most = 4 if (tiled or options.stochastic or options.residual) and dtype != "fp32" else 2
     blocks = min(most, max(1, columns // 32))
@@ -71,15 +89,19 @@ def quantize_spec(
     # Companions take registers: a CTA of 512 threads would have too few.
     staged = tiled and threads <= 128 and not options.residual
     rows = max(4 if staged else 1, 1 << (256 // threads).bit_length() >> 1)
-    reduced = scaling == "per_row" or options.producer in NORMS
+    reduced = per_row or options.producer in NORMS
     if options.stochastic and not options.residual and not reduced and threads * rows == 512:
         threads //= 2  # without a row to reduce; a CTA of 512 threads has too few registers
-    return QuantizeSpec(
-        arch, dtype, scaling, convention, sf_layout, threads, blocks, rows, vectorized, resident,
-        stochastic=options.stochastic, adaptive=options.adaptive,
-        residual=options.residual_side if options.residual else None, gathered=gathered, noop=noop,
-        producer=options.producer,
-    )  # fmt: skip
+    return threads, blocks, rows, resident
+
+
+def _few_rows_shape(columns: int, dtype: str, options: QuantizeOptions) -> _Shape | None:
+    """None where a row is too short to need more threads, or too long for one CTA of them."""
+    long = options.producer in ("silu_mul", "gelu_tanh") and columns <= 512
+    blocks = 1 if long or dtype == "fp32" else 2
+    threads = _threads(columns, blocks)
+    most = 256 if options.residual else 512  # companions take registers
+    return (threads, blocks, 1, True) if columns >= 128 and threads <= most else None
 
 
 def group_rows_spec(
@@ -104,7 +126,7 @@ def _threads(columns: int, blocks: int) -> int:
     return -(-columns // (32 * blocks)) * 32
 
 
-_FEW_ROWS = 64
+_FEW_VALUES_ROWS = 64
 
 
 def values_spec(
@@ -120,10 +142,10 @@ def values_spec(
     spec = replace(spec, output="values")
     columns = scale_columns(k)
     if scaling != "per_row":
-        if m <= _FEW_ROWS:
+        if m <= _FEW_VALUES_ROWS:
             spec = replace(spec, threads=128, blocks=1, rows=1, resident=True)  # without an amax any row is read once
         return spec, -(-columns // (spec.threads * spec.blocks))
-    if m > _FEW_ROWS:
+    if m > _FEW_VALUES_ROWS:
         return spec, 1
     blocks = 4 if columns >= 512 else 2 if columns >= 256 else 1
     threads = _threads(columns, blocks)
@@ -148,9 +170,10 @@ def bf16_specs(arch: str, k: int) -> list[KernelSpec]:
     """Every kernel that bf16 tensors of ``k`` columns ask for, without options of ``quantize`` and bias: what to build
     before serving."""
     quantizers = [
-        quantize_spec(arch, "bf16", k, scaling, convention, sf_layout, vectorized=k % BLOCK == 0)
+        quantize_spec(arch, "bf16", k, scaling, convention, sf_layout, vectorized=k % BLOCK == 0, few=few)
         for scaling, convention in (("per_row", "te_per_token"), ("per_tensor", "te"), ("given", "te_per_token"))
         for sf_layout in SF_LAYOUTS
+        for few in (False, True)
     ]
     dequantizers = [
         dequantize_spec(arch, "bf16", sf_layout, outer) for sf_layout in SF_LAYOUTS for outer in (True, False)
@@ -161,14 +184,19 @@ def bf16_specs(arch: str, k: int) -> list[KernelSpec]:
         for scaling in ("amax", "given")
         for sf_layout in SF_LAYOUTS
     ]
-    small: list[KernelSpec] = [*quantizers, amax_spec(arch, "bf16", k % BLOCK == 0), *dequantizers, *turned]
+    small: list[KernelSpec] = [
+        *dict.fromkeys(quantizers),
+        amax_spec(arch, "bf16", k % BLOCK == 0),
+        *dequantizers,
+        *turned,
+    ]
     small.append(tile_amax_spec(arch, "bf16", False, True, False, aligned))
     if arch != "sm_90a":
         return [*small, *_plain_gemms(arch)]
     values = [
         values_spec(arch, "bf16", m, k, scaling, "te_per_token", vectorized=k % BLOCK == 0)[0]
         for scaling in ("per_row", "given")
-        for m in (1, _FEW_ROWS + 1)
+        for m in (1, _FEW_VALUES_ROWS + 1)
     ]
     packers = [pack_spec(arch, sf_layout, way) for sf_layout in SF_LAYOUTS for way in ("pack", "unpack")]
     chosen = dict.fromkeys((c.kernel, c.config) for c in table.read(table.PACKAGED))
@@ -313,9 +341,9 @@ _SM100_CHOICES = (
 
 def gemm_spec(
     arch: str, sms: int, m: int, n: int, k: int, out_dtype: str, bias: str | None, source: bool,
-    activation: str | None, column_major: bool, sf_layout: str | None = None,
+    activation: str | None, column_major: bool, sf_layout: str | None = None, members: int = 1,
 ) -> GemmSpec:  # fmt: skip
-    """The block-scaled GEMM of a problem on Blackwell. Unmeasured: no such GPU was at hand.
+    """The block-scaled GEMM of a problem on Blackwell, or of a batch of them. Unmeasured: no such GPU was at hand.
 
     On sm_100a that with the least estimated time, waves of CTAs times the cost of a tile; on sm_120a tiles of 256 rows
     where there are more than 256. Scheduling is static, and on sm_120a cooperative: CUTLASS 4.2's pingpong kernel has a
@@ -331,7 +359,7 @@ def gemm_spec(
         return spec((256 if rows > 256 else 128, 128, 128), (1, 1), "cooperative")
     choices = ((cost, spec(tile, cluster, "static")) for tile, cluster, cost in _SM100_CHOICES)
     possible = [(cost, chosen) for cost, chosen in choices if check(chosen) is None]
-    return min(possible, key=lambda choice: _estimate(choice[1].tile, choice[0], rows, columns, sms))[1]
+    return min(possible, key=lambda choice: _estimate(choice[1].tile, choice[0], rows, columns, sms, members))[1]
 
 
 def _plain_gemms(arch: str) -> list[KernelSpec]:
@@ -343,6 +371,6 @@ def _plain_gemms(arch: str) -> list[KernelSpec]:
     return [GemmSpec(arch, "bf16", None, *each) for each in chosen]
 
 
-def _estimate(tile: tuple[int, int, int], cost: int, rows: int, columns: int, sms: int) -> int:
+def _estimate(tile: tuple[int, int, int], cost: int, rows: int, columns: int, sms: int, members: int) -> int:
     pairs = tile[0] // 128
-    return -(-(-(-rows // tile[0]) * pairs * -(-columns // tile[1])) // sms) * cost
+    return -(-(-(-rows // tile[0]) * pairs * -(-columns // tile[1]) * members) // sms) * cost

@@ -1,9 +1,9 @@
-"""FP4Tensor: the container that quantize returns and gemm reads."""
+"""FP4Tensor: the container that quantize returns and gemm reads; FP4Batch: several of one shape, which bmm reads."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -12,7 +12,7 @@ from torch.utils import _pytree as pytree
 from fp4gemm.formats import PREPACKED_FORMS, ScaleLayout, packed_shape, padded_k, scale_layout
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable, Iterable, Iterator, Mapping
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -49,19 +49,7 @@ class FP4Tensor:
     def __post_init__(self) -> None:
         if len(self.shape) != 2 or min(self.shape) < 0:
             raise ValueError(f"shape: expected (M, K) with M, K >= 0, got {tuple(self.shape)}")
-        m, k = self.shape
-        scales = scale_layout(self.sf_layout).shape(m, k)
-        data: tuple[int, ...] = (m, padded_k(k) // 2)
-        if self.prepacked is not None:
-            _check_form(self.prepacked)
-            data, scales = packed_shape(m, k), (0,)
-        outer = () if isinstance(self.outer_scale, Tensor) and self.outer_scale.dim() == 0 else (m,)
-        _check_field("data", self.data, torch.uint8, data)
-        _check_field("block_scale", self.block_scale, torch.float8_e4m3fn, scales)
-        _check_field("outer_scale", self.outer_scale, torch.float32, outer)
-        for name, field in (("block_scale", self.block_scale), ("outer_scale", self.outer_scale)):
-            if field.device != self.data.device:
-                raise ValueError(f"{name}: expected device {self.data.device} (that of data), got {field.device}")
+        _check_parts(self, ())
 
     @property
     def rows(self) -> int:
@@ -172,10 +160,7 @@ class FP4Tensor:
         return FP4Tensor(data, block_scale, outer_scale, self.shape, self.sf_layout, self.prepacked)
 
     def __reduce__(self) -> tuple[Callable[..., FP4Tensor], tuple[Any, ...]]:
-        # As bytes, because plain pickle (not torch.save) cannot read a float8 tensor back.
-        scale_bytes = self.block_scale.view(torch.uint8)
-        form = () if self.prepacked is None else (self.prepacked,)
-        return _rebuild, (self.data, scale_bytes, self.outer_scale, tuple(self.shape), self.sf_layout, *form)
+        return _rebuild, _reduced(self)
 
     def __repr__(self) -> str:
         form = "" if self.prepacked is None else f"prepacked={self.prepacked!r}, "
@@ -183,6 +168,136 @@ class FP4Tensor:
             f"FP4Tensor(shape={tuple(self.shape)}, scaling={self.scaling}, sf_layout={self.sf_layout!r}, {form}"
             f"device={self.device}, {_megabytes(self.nbytes)})"
         )
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class FP4Batch:
+    """L >= 1 matrices [M, K] in NVFP4 for ``bmm``: the tensors of L FP4Tensors of one shape, layout and form, stacked.
+
+    ``batch[i]`` is a member, whose tensors are views, ``list(batch)`` are all of them, and :meth:`stack` is the inverse
+    of that. As an FP4Tensor, it is a frozen container and a pytree.
+
+    Attributes:
+        data: uint8 [L, M, ceil16(K) / 2].
+        block_scale: float8_e4m3fn [L, M, ceil(K/16)] for ``linear``, else [L, bytes of a member].
+        outer_scale: float32, [L] (per tensor) or [L, M] (per row).
+        shape: logical (L, M, K).
+        sf_layout, prepacked: those of every member; see :class:`FP4Tensor`.
+
+    Raises what :class:`FP4Tensor` raises.
+    """
+
+    data: Tensor
+    block_scale: Tensor
+    outer_scale: Tensor
+    shape: tuple[int, int, int]
+    sf_layout: str = "128x4"
+    prepacked: str | None = None
+
+    def __post_init__(self) -> None:
+        if len(self.shape) != 3 or min(self.shape) < 0 or self.shape[0] < 1:
+            raise ValueError(f"shape: expected (L, M, K) with L >= 1 and M, K >= 0, got {tuple(self.shape)}")
+        _check_parts(self, self.shape[:1])
+
+    @classmethod
+    def stack(cls, members: Iterable[FP4Tensor]) -> FP4Batch:
+        """The batch of one or more FP4Tensors that are alike, copied. Raises TypeError or ValueError for others."""
+        members = list(members)
+        if not members:
+            raise ValueError("members: expected at least one FP4Tensor, got none")
+        for i, member in enumerate(members):
+            if not isinstance(member, FP4Tensor):
+                raise TypeError(f"members[{i}]: expected an FP4Tensor, got {type(member).__name__}")
+            for name in ("shape", "scaling", "sf_layout", "prepacked", "device"):
+                want, got = getattr(members[0], name), getattr(member, name)
+                if got != want:
+                    raise ValueError(f"members[{i}]: expected {name} {want!r} (that of members[0]), got {got!r}")
+        first = members[0]
+        data, block_scale, outer_scale = (
+            torch.stack([getattr(member, name) for member in members]) for name in _LEAVES
+        )
+        shape = len(members), *first.shape
+        return cls(data, block_scale, outer_scale, shape, first.sf_layout, first.prepacked)
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    def __getitem__(self, i: int) -> FP4Tensor:
+        parts = self.data[i], self.block_scale[i], self.outer_scale[i]
+        return FP4Tensor(*parts, self.shape[1:], self.sf_layout, self.prepacked)
+
+    def __iter__(self) -> Iterator[FP4Tensor]:
+        return (self[i] for i in range(len(self)))
+
+    @property
+    def rows(self) -> int:
+        """M."""
+        return self.shape[1]
+
+    @property
+    def k(self) -> int:
+        """Logical K."""
+        return self.shape[2]
+
+    @property
+    def device(self) -> torch.device:
+        return self.data.device
+
+    def to(self, device: torch.device | str | int, *, non_blocking: bool = False) -> FP4Batch:
+        """This batch on ``device``; tensors that are already there are shared, not copied."""
+        data, block_scale, outer_scale = (getattr(self, name).to(device, non_blocking=non_blocking) for name in _LEAVES)
+        return FP4Batch(data, block_scale, outer_scale, self.shape, self.sf_layout, self.prepacked)
+
+    def prepack(self, form: str = "sm90") -> FP4Batch:
+        """Every member as :meth:`FP4Tensor.prepack` makes it."""
+        return self if self.prepacked == form else self._each(lambda member: member.prepack(form))
+
+    def unpack(self) -> FP4Batch:
+        """Every member as :meth:`FP4Tensor.unpack` makes it."""
+        return self if self.prepacked is None else self._each(FP4Tensor.unpack)
+
+    def with_layout(self, sf_layout: str) -> FP4Batch:
+        """Every member as :meth:`FP4Tensor.with_layout` makes it."""
+        if self.prepacked is None and sf_layout == self.sf_layout:
+            return self
+        return self._each(lambda member: member.with_layout(sf_layout))
+
+    def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        """Values as a dense [L, M, K] tensor: those of every member."""
+        return torch.stack([member.dequantize(dtype) for member in self])
+
+    def _each(self, function: Callable[[FP4Tensor], FP4Tensor]) -> FP4Batch:
+        return FP4Batch.stack([function(member) for member in self])
+
+    def __reduce__(self) -> tuple[Callable[..., FP4Batch], tuple[Any, ...]]:
+        return _rebuild_batch, _reduced(self)
+
+    def __repr__(self) -> str:
+        form = "" if self.prepacked is None else f"prepacked={self.prepacked!r}, "
+        return f"FP4Batch(shape={tuple(self.shape)}, sf_layout={self.sf_layout!r}, {form}device={self.device})"
+
+
+def _check_parts(t: FP4Tensor | FP4Batch, batch: tuple[int, ...]) -> None:
+    """Checks the tensors of a container: those of an [M, K] matrix behind the dimensions ``batch``."""
+    m, k = t.shape[-2:]
+    scales = scale_layout(t.sf_layout).shape(m, k)
+    data: tuple[int, ...] = (m, padded_k(k) // 2)
+    if t.prepacked is not None:
+        _check_form(t.prepacked)
+        data, scales = packed_shape(m, k), (0,)
+    outer = () if isinstance(t.outer_scale, Tensor) and t.outer_scale.dim() == len(batch) else (m,)
+    _check_field("data", t.data, torch.uint8, batch + data)
+    _check_field("block_scale", t.block_scale, torch.float8_e4m3fn, batch + scales)
+    _check_field("outer_scale", t.outer_scale, torch.float32, batch + outer)
+    for name, field in (("block_scale", t.block_scale), ("outer_scale", t.outer_scale)):
+        if field.device != t.data.device:
+            raise ValueError(f"{name}: expected device {t.data.device} (that of data), got {field.device}")
+
+
+def _reduced(t: FP4Tensor | FP4Batch) -> tuple[Any, ...]:
+    """What copy and pickle keep; scales as bytes, because plain pickle (not torch.save) cannot read float8 back."""
+    form = () if t.prepacked is None else (t.prepacked,)
+    return t.data, t.block_scale.view(torch.uint8), t.outer_scale, tuple(t.shape), t.sf_layout, *form
 
 
 def _rebuild(
@@ -195,6 +310,18 @@ def _rebuild(
 ) -> FP4Tensor:
     """What copy and pickle call: through the constructor, so what a file holds is validated."""
     return FP4Tensor(data, scale_bytes.view(torch.float8_e4m3fn), outer_scale, shape, sf_layout, prepacked)
+
+
+def _rebuild_batch(
+    data: Tensor,
+    scale_bytes: Tensor,
+    outer_scale: Tensor,
+    shape: tuple[int, int, int],
+    sf_layout: str,
+    prepacked: str | None = None,
+) -> FP4Batch:
+    """The same for a batch."""
+    return FP4Batch(data, scale_bytes.view(torch.float8_e4m3fn), outer_scale, shape, sf_layout, prepacked)
 
 
 def _from_text(name: str) -> Tensor:
@@ -229,35 +356,36 @@ def _megabytes(count: int) -> str:
 
 
 _LEAVES = ("data", "block_scale", "outer_scale")
-_Context = tuple[tuple[int, int], str, str | None]
+_Container = TypeVar("_Container", FP4Tensor, FP4Batch)
+_Context = tuple[tuple[int, ...], str, str | None]
 
 
-def _flatten(tensor: FP4Tensor) -> tuple[list[Tensor], _Context]:
-    return [tensor.data, tensor.block_scale, tensor.outer_scale], (
-        tensor.shape,
-        tensor.sf_layout,
-        tensor.prepacked,
+def _register(container: type[_Container]) -> None:
+    """Makes a container a pytree whose leaves are its three tensors."""
+
+    def flatten(t: _Container) -> tuple[list[Tensor], _Context]:
+        return [t.data, t.block_scale, t.outer_scale], (t.shape, t.sf_layout, t.prepacked)
+
+    def flatten_with_keys(t: _Container) -> tuple[list[tuple[pytree.KeyEntry, Any]], _Context]:
+        leaves, context = flatten(t)
+        return [(pytree.GetAttrKey(name), leaf) for name, leaf in zip(_LEAVES, leaves, strict=True)], context
+
+    def unflatten(leaves: Any, context: _Context) -> _Container:
+        # tree_map may put anything in the leaves (shapes, None, another device): build without validation.
+        t = object.__new__(container)
+        for name, value in zip((*_LEAVES, "shape", "sf_layout", "prepacked"), (*leaves, *context), strict=True):
+            object.__setattr__(t, name, value)
+        return t
+
+    pytree.register_pytree_node(
+        container,
+        flatten,
+        unflatten,
+        serialized_type_name=f"fp4gemm.{container.__name__}",
+        flatten_with_keys_fn=flatten_with_keys,
     )
 
 
-def _flatten_with_keys(tensor: FP4Tensor) -> tuple[list[tuple[pytree.KeyEntry, Any]], _Context]:
-    leaves, context = _flatten(tensor)
-    return [(pytree.GetAttrKey(name), leaf) for name, leaf in zip(_LEAVES, leaves, strict=True)], context
-
-
-def _unflatten(leaves: Any, context: _Context) -> FP4Tensor:
-    # tree_map may put anything in the leaves (shapes, None, another device): build without validation.
-    tensor = object.__new__(FP4Tensor)
-    for name, value in zip((*_LEAVES, "shape", "sf_layout", "prepacked"), (*leaves, *context), strict=True):
-        object.__setattr__(tensor, name, value)
-    return tensor
-
-
-pytree.register_pytree_node(
-    FP4Tensor,
-    _flatten,
-    _unflatten,
-    serialized_type_name="fp4gemm.FP4Tensor",
-    flatten_with_keys_fn=_flatten_with_keys,
-)
-torch.serialization.add_safe_globals([_rebuild])
+_register(FP4Tensor)
+_register(FP4Batch)
+torch.serialization.add_safe_globals([_rebuild, _rebuild_batch])

@@ -34,7 +34,7 @@ using Kernel = cutlass::gemm::kernel::GemmUniversal<Shape<int, int, int, int>, M
 FP4GEMM_META(Kernel, 2, 1)
 
 extern "C" __global__ void make_params(fp4gemm::GemmArguments args, fp4gemm::Launch<Kernel>* out) {
-  *out = fp4gemm::make_packed_launch<Kernel>(args, {{static_cast<float const*>(args.outer_a), float(0), {{}, args.outer_a_per_row != 0, 0}}, {{static_cast<float const*>(args.outer_b), float(0), {args.outer_b_per_row != 0, {}, 0}}, {{{fp4gemm::kPackedUnit}}, {}, {}}, {}}, {}});
+  *out = fp4gemm::make_packed_launch<Kernel>(args, {{static_cast<float const*>(args.outer_a), float(0), {{}, args.outer_a_per_row != 0, args.batch_outer_a}}, {{static_cast<float const*>(args.outer_b), float(0), {args.outer_b_per_row != 0, {}, args.batch_outer_b}}, {{{fp4gemm::kPackedUnit}}, {}, {}}, {}}, {}});
 }
 
 extern "C" __global__ void __cluster_dims__(2, 1, 1)

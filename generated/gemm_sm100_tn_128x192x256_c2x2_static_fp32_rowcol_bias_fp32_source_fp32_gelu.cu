@@ -21,7 +21,7 @@ using Kernel = fp4gemm::BlockScaledGemm<Schedule, TileShape, ClusterShape, Eleme
 FP4GEMM_META(Kernel, 2, 2)
 
 extern "C" __global__ void make_params(fp4gemm::GemmArguments args, fp4gemm::Launch<Kernel>* out) {
-  *out = fp4gemm::make_block_scaled_launch<Kernel>(args, {{{{{static_cast<float const*>(args.outer_a), float(0), {args.outer_a_per_row != 0, {}, 0}}, {{static_cast<float const*>(args.outer_b), float(0), {{}, args.outer_b_per_row != 0, 0}}, {}, {}}, {}}, {static_cast<float const*>(args.bias), float(0), {{}, true, 0}}, {}}, {{{args.beta}}, {}, {}}, {}}, {}});
+  *out = fp4gemm::make_block_scaled_launch<Kernel>(args, {{{{{static_cast<float const*>(args.outer_a), float(0), {args.outer_a_per_row != 0, {}, args.batch_outer_a}}, {{static_cast<float const*>(args.outer_b), float(0), {{}, args.outer_b_per_row != 0, args.batch_outer_b}}, {}, {}}, {}}, {static_cast<float const*>(args.bias), float(0), {{}, true, args.batch_bias}}, {}}, {{{args.beta}}, {}, {}}, {}}, {}});
 }
 
 extern "C" __global__ void __cluster_dims__(2, 2, 1)

@@ -5,6 +5,7 @@ Nothing here reads tensor data (fake tensors pass), except :func:`check_finite_v
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -21,7 +22,7 @@ from fp4gemm.reference.options import (
     check_scalar,
     check_seed,
 )
-from fp4gemm.tensor import FP4Tensor
+from fp4gemm.tensor import FP4Batch, FP4Tensor
 
 FLOATS = (torch.bfloat16, torch.float16, torch.float32)
 QUANTIZABLE = (*FLOATS, torch.float8_e4m3fn)
@@ -211,22 +212,86 @@ def check_gemm(
         raise ValueError(f"a: expected shape [M, K] with K = {b.k} (that of b, shape {b.shape}), got {tuple(a.shape)}")
     if a.device != b.device:
         raise ValueError(f"b: expected device {a.device} (that of a), got {b.device}")
+    dtype = torch.bfloat16 if isinstance(a, FP4Tensor) else a.dtype
+    return _check_terms((a.shape[0], b.rows), a.device, dtype, bias, out_dtype, c, out)
+
+
+def check_bmm(
+    a: FP4Batch,
+    b: FP4Batch,
+    bias: Tensor | None,
+    out_dtype: torch.dtype | None,
+    c: Tensor | None,
+    out: Tensor | None,
+) -> torch.dtype:
+    """Checks the operands a [L, M, K], b [L, N, K], bias [N] or [L, N], c and out [L, M, N] of ``bmm``; returns the
+    dtype of D.
+
+    Raises TypeError or ValueError.
+    """
+    for name, t in (("a", a), ("b", b)):
+        if not isinstance(t, FP4Batch):
+            raise TypeError(f"{name}: expected an FP4Batch, got {type(t).__name__}")
+    if (len(a), a.k) != (len(b), b.k):
+        raise ValueError(
+            f"a: expected shape [L, M, K] with L = {len(b)}, K = {b.k} (those of b, shape {b.shape}), got {a.shape}"
+        )
+    if a.device != b.device:
+        raise ValueError(f"b: expected device {a.device} (that of a), got {b.device}")
+    return _check_terms((len(a), a.rows, b.rows), a.device, torch.bfloat16, bias, out_dtype, c, out)
+
+
+def check_quantize_batch(x: Tensor, scaling: str, outer_scale: Tensor | None) -> Tensor | None:
+    """Checks what ``quantize_batch`` does not leave to ``quantize``; returns the outer scale, [L] or [L, M]."""
+    if not isinstance(x, Tensor):
+        raise TypeError(f"x: expected a torch.Tensor, got {type(x).__name__}")
+    if x.dim() != 3 or x.shape[0] < 1:
+        raise ValueError(f"x: expected 3 dimensions [L, M, K], L >= 1, got shape {tuple(x.shape)}")
+    check_name("scaling", scaling, SCALINGS[:2])
+    if outer_scale is None:
+        return None
+    return check_batch_scale(outer_scale, x.shape[: 2 if scaling == "per_row" else 1], x.device)
+
+
+def check_batch_scale(outer: Tensor, shape: Sequence[int], device: torch.device) -> Tensor:
+    """The ``outer_scale`` that results of a batch are given: [L] or of ``shape`` ([L] or [L, M]).
+
+    Raises TypeError or ValueError.
+    """
+    if not isinstance(outer, Tensor):
+        raise TypeError(f"outer_scale: expected a torch.Tensor, got {type(outer).__name__}")
+    if outer.dtype != torch.float32:
+        raise TypeError(f"outer_scale: expected dtype torch.float32, got {outer.dtype}")
+    if outer.device != device:
+        raise ValueError(f"outer_scale: expected device {device}, got {outer.device}")
+    got = tuple(outer.shape)
+    if got != tuple(shape) and got != tuple(shape[:1]):  # torch.compile takes no "in" for sizes
+        expected = " or ".join(f"{[*shape[:count]]}" for count in range(1, len(shape) + 1))
+        raise ValueError(f"outer_scale: expected shape {expected}, got {list(outer.shape)}")
+    return outer.contiguous()
+
+
+def _check_terms(
+    shape: tuple[int, ...], device: torch.device, default: torch.dtype, bias: Tensor | None,
+    out_dtype: torch.dtype | None, c: Tensor | None, out: Tensor | None,
+) -> torch.dtype:  # fmt: skip
+    """Checks what a GEMM of D [..., M, N] takes beside its operands; returns the dtype of D."""
     if out_dtype is not None:
         check_float("out_dtype", out_dtype)
-    dtype = out_dtype or (torch.bfloat16 if isinstance(a, FP4Tensor) else a.dtype)
+    dtype = out_dtype or default
     if out is not None:
         dtype = out_dtype or out.dtype if isinstance(out, Tensor) else dtype
-        _check_output("out", out, (a.shape[0], b.rows), dtype, a.device)
-        if 1 not in out.stride() and out.numel() > 1:
+        _check_output("out", out, shape, dtype, device)
+        if 1 not in out.stride()[-2:] and out.numel() > 1:
             raise ValueError(f"out: expected contiguous rows or columns, got strides {out.stride()}")
     if c is not None:
-        _check_output("c", c, (a.shape[0], b.rows), dtype, a.device)
+        _check_output("c", c, shape, dtype, device)
     if bias is not None:
-        _check_bias(bias, b.rows, a.device)
+        _check_bias(bias, shape[-1], device, shape[:-2])
     return dtype
 
 
-def _check_output(name: str, t: Tensor, shape: tuple[int, int], dtype: torch.dtype, device: torch.device) -> None:
+def _check_output(name: str, t: Tensor, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> None:
     if not isinstance(t, Tensor):
         raise TypeError(f"{name}: expected a torch.Tensor or None, got {type(t).__name__}")
     check_float(f"{name}.dtype", t.dtype)
@@ -369,11 +434,13 @@ def _pair(name: str, given: Tensor | tuple[Tensor, Tensor] | None) -> tuple[Tens
     raise TypeError(f"{name}: expected a torch.Tensor, a pair of them (rows, columns) or None, got {given!r}")
 
 
-def _check_bias(bias: Tensor, columns: int, device: torch.device) -> None:
+def _check_bias(bias: Tensor, columns: int, device: torch.device, members: tuple[int, ...] = ()) -> None:
     if not isinstance(bias, Tensor):
         raise TypeError(f"bias: expected a torch.Tensor or None, got {type(bias).__name__}")
     check_float("bias.dtype", bias.dtype)
-    if tuple(bias.shape) != (columns,):
-        raise ValueError(f"bias: expected shape [{columns}] (rows of b), got {list(bias.shape)}")
+    shape = tuple(bias.shape)
+    if shape != (columns,) and shape != (*members, columns):
+        own = f" or {[*members, columns]}" if members else ""
+        raise ValueError(f"bias: expected shape [{columns}]{own} (rows of b), got {list(bias.shape)}")
     if bias.device != device:
         raise ValueError(f"bias: expected device {device} (that of a), got {bias.device}")

@@ -8,13 +8,13 @@ from typing import TYPE_CHECKING
 import torch
 
 from fp4gemm.reference.activation import activate, check_activation
-from fp4gemm.reference.arguments import check_gemm
+from fp4gemm.reference.arguments import check_bmm, check_gemm
 from fp4gemm.reference.quantize import dequantize
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from fp4gemm.tensor import FP4Tensor
+    from fp4gemm.tensor import FP4Batch, FP4Tensor
 
 
 def _without_autocast(device_type: str) -> AbstractContextManager[object]:
@@ -58,3 +58,24 @@ def gemm(
     if c is not None:
         out = out + c.float() * beta
     return activate(activation, out).to(dtype)
+
+
+def bmm(
+    a: FP4Batch,
+    b: FP4Batch,
+    bias: Tensor | None = None,
+    out_dtype: torch.dtype | None = None,
+    *,
+    c: Tensor | None = None,
+    beta: float = 1.0,
+    activation: str | None = None,
+) -> Tensor:
+    """D [L, M, N] of a [L, M, K] and b [L, N, K]: :func:`gemm` of each pair of members, bias [N] or [L, N]; see
+    ``fp4gemm.bmm``. Raises what :func:`gemm` raises."""
+    dtype = check_bmm(a, b, bias, out_dtype, c, None)
+    out = a.data.new_empty((len(a), a.rows, b.rows), dtype=dtype)
+    for i, (left, right) in enumerate(zip(a, b, strict=True)):
+        own_bias = bias if bias is None or bias.dim() == 1 else bias[i]
+        own_c = None if c is None else c[i]
+        out[i] = gemm(left, right, own_bias, dtype, c=own_c, beta=beta, activation=activation)
+    return out

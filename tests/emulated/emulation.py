@@ -22,7 +22,7 @@ from fp4gemm.cache import Entry
 from fp4gemm.engine import Output
 from fp4gemm.select import DTYPE_NAMES
 from fp4gemm.spec import GemmSpec
-from fp4gemm.tensor import FP4Tensor
+from fp4gemm.tensor import FP4Batch, FP4Tensor
 
 DTYPES = {name: dtype for dtype, name in DTYPE_NAMES.items()}
 FAULTS = {int(code): name for name, code in re.findall(r"^  (k\w+) = (\d+),", overlay.EMULATOR.read_text(), re.M)}
@@ -185,35 +185,39 @@ ctas: dict[GemmSpec, int] = {}
 
 
 def run(
-    spec: GemmSpec, a: FP4Tensor, b: FP4Tensor, bias: torch.Tensor | None = None, c: torch.Tensor | None = None,
-    beta: float = 0.0, *, sms: int | None = None, clusters: int | None = None,
+    spec: GemmSpec, a: FP4Tensor | FP4Batch, b: FP4Tensor | FP4Batch, bias: torch.Tensor | None = None,
+    c: torch.Tensor | None = None, beta: float = 0.0, *, sms: int | None = None, clusters: int | None = None,
 ) -> torch.Tensor:  # fmt: skip
-    """D of a kernel, launched as the package does; all around D is checked to be left alone.
+    """D of a kernel, launched as the package does; all around D, between members of a batch too, is checked to be left
+    alone.
 
     ``sms``: make the plan for a GPU of so many, whose persistent CTAs then have several tiles each. ``clusters``:
     launch so many along x, and leave the others to cluster launch control.
     """
     rows, columns = (b.rows, a.rows) if spec.column_major else (a.rows, b.rows)
     leading = -(-columns // 16) * 16 + 16
-    guarded = torch.full((rows + 2, leading), float("nan"), dtype=DTYPES[spec.out_dtype], device=a.data.device)
-    d = guarded[1 : rows + 1, :columns]
-    d = d.t() if spec.column_major else d
+    shape = (*a.shape[:-2], rows + 2, leading)
+    guarded = torch.full(shape, float("nan"), dtype=DTYPES[spec.out_dtype], device=a.data.device)
+    d = guarded[..., 1 : rows + 1, :columns]
+    d = d.mT if spec.column_major else d
     with _launched_as(spec, sms, clusters):
         blockscaled.launch_spec(spec, a, b, bias, Output(d, c, beta))
     outside = guarded.clone()
-    outside[1 : rows + 1, :columns] = float("nan")
+    outside[..., 1 : rows + 1, :columns] = float("nan")
     assert bool(outside.isnan().all()), f"{spec.name} {a.shape} {b.shape}: wrote outside D"
     return d
 
 
 def run_fp4(
-    spec: GemmSpec, a: FP4Tensor, b: FP4Tensor, bias: torch.Tensor | None, outer_scale: torch.Tensor, *,
-    sms: int | None = None, clusters: int | None = None,
-) -> FP4Tensor:  # fmt: skip
+    spec: GemmSpec, a: FP4Tensor | FP4Batch, b: FP4Tensor | FP4Batch, bias: torch.Tensor | None,
+    outer_scale: torch.Tensor, *, sms: int | None = None, clusters: int | None = None,
+) -> FP4Tensor | FP4Batch:  # fmt: skip
     """The same for a D in NVFP4."""
     assert spec.sf_layout is not None
     with _launched_as(spec, sms, clusters):
         data, scales = blockscaled.launch_fp4_spec(spec, a, b, bias, outer_scale)
+    if isinstance(a, FP4Batch):
+        return FP4Batch(data, scales, outer_scale, (len(a), a.rows, b.rows), spec.sf_layout)
     return FP4Tensor(data, scales, outer_scale, (a.rows, b.rows), spec.sf_layout)
 
 

@@ -21,7 +21,7 @@ from fp4gemm import reference, select
 from fp4gemm.formats import SF_LAYOUTS
 from fp4gemm.reference.activation import activate
 from fp4gemm.spec import GemmSpec
-from fp4gemm.tensor import FP4Tensor
+from fp4gemm.tensor import FP4Batch, FP4Tensor
 
 ARCHS = ("sm_100a", "sm_120a")
 DEVICE = torch.device("cuda")
@@ -60,6 +60,8 @@ FP4 = {
     + [(shape, torch.bfloat16, None, "linear") for shape in FP4_SHAPES],
 }
 
+MEMBERS, BATCHED = 3, ((5, 19, 40), (136, 24, 96))
+
 each_arch = pytest.mark.parametrize("arch", ARCHS)
 NAMES = {terms: name for name, terms in TERMS.items()}
 each_shape = pytest.mark.parametrize("shape", SHAPES, ids=lambda shape: "x".join(map(str, shape)))
@@ -68,19 +70,23 @@ CASES = [(shape, terms) for shape in SHAPES for terms in TERMS.values() if shape
 each_terms = pytest.mark.parametrize("terms", TERMS.values(), ids=TERMS.keys())
 
 
-def chosen(arch: str, shape: tuple[int, int, int], terms: Terms) -> GemmSpec:
+def chosen(arch: str, shape: tuple[int, int, int], terms: Terms, members: int = 1) -> GemmSpec:
     out, bias = (None if dtype is None else select.DTYPE_NAMES[dtype] for dtype in (terms.out_dtype, terms.bias))
     assert out is not None
     flags = (terms.source, terms.activation, terms.column_major)
-    return select.gemm_spec(arch, emulation.SMS, *shape, out, bias, *flags)
+    return select.gemm_spec(arch, emulation.SMS, *shape, out, bias, *flags, members=members)
 
 
 @each_arch
 def test_the_kernels_are_those_that_prebuild_makes(arch: str) -> None:
     wanted = {chosen(arch, *case) for case in (*CASES, LARGE[arch])}
+    wanted |= {chosen(arch, shape, terms, MEMBERS) for shape, terms in product(BATCHED, TERMS.values())}
     for shape, bias, activation, sf_layout in FP4[arch]:
         name = None if bias is None else select.DTYPE_NAMES[bias]
         wanted.add(select.gemm_spec(arch, emulation.SMS, *shape, "fp4", name, False, activation, False, sf_layout))
+    for shape, _, activation, sf_layout in FP4[arch][:4]:
+        fp4 = ("fp4", None, False, activation, False, sf_layout, MEMBERS)
+        wanted.add(select.gemm_spec(arch, emulation.SMS, *shape, *fp4))
     assert wanted <= {*SPECS, *API}
     assert {spec for spec in API if spec.arch == arch} <= wanted
     largest = max((spec.tile for spec in wanted), key=lambda tile: tile[0] * tile[1])
@@ -336,6 +342,67 @@ def test_gemm_fp4(arch: str, per_row: bool) -> None:
         if n <= 256:
             w = reference.quantize(normal(24, n, 9))
             assert_near(run(d, w, None, None, PLAIN), *exact_and_bound(d, w, None, None, PLAIN), f"{what}: next")
+
+
+# --- batches ----------------------------------------------------------------------------------------------------------
+
+
+@on_gpu
+@each_terms
+@pytest.mark.parametrize("one_for_all", [False, True])
+@pytest.mark.parametrize("shape", BATCHED, ids=lambda shape: "x".join(map(str, shape)))
+def test_bmm(arch: str, shape: tuple[int, int, int], one_for_all: bool, terms: Terms) -> None:
+    """Different problems in a launch; bias and C are a member's own, or one for all."""
+    m, n, k = shape
+    a = FP4Batch.stack(cases.exact_operand(m, k, "linear", "per_row", i) for i in range(MEMBERS))
+    b = FP4Batch.stack(cases.exact_operand(n, k, "128x4", "per_tensor", 9 + i) for i in range(MEMBERS))
+    bias = None if terms.bias is None else normal(MEMBERS, n, 7, terms.bias)
+    c = normal(MEMBERS * n, m, 8, terms.out_dtype).view(MEMBERS, n, m).mT if terms.source else None
+    if one_for_all:
+        bias, c = None if bias is None else bias[0], None if c is None else c[:1]
+    on_device, source = (None if t is None else t.to(DEVICE) for t in (bias, c))
+    if source is not None and c is not None:
+        source, c = (t.expand(MEMBERS, m, n) for t in (source, c))
+    with cases.filled_with_nan():
+        got = fp4gemm.bmm(
+            a.to(DEVICE), b.to(DEVICE), on_device, c=source, beta=BETA, activation=terms.activation,
+            out_dtype=terms.out_dtype, column_major=terms.column_major,
+        )  # fmt: skip
+    assert (got.mT if terms.column_major else got).is_contiguous()
+    want = reference.bmm(a, b, bias, terms.out_dtype, c=c, beta=BETA, activation=terms.activation)
+    cases.assert_same_bits(got.cpu() + 0.0, want + 0.0, f"{shape}")
+
+
+@on_gpu
+def test_bmm_fp4(arch: str) -> None:
+    """The bytes of the quantizer for each member, but for the sign of zero."""
+    for (m, n, k), bias_dtype, activation, sf_layout in FP4[arch][:4]:
+        a = FP4Batch.stack(cases.exact_operand(m, k, "128x4", "per_row", i) for i in range(MEMBERS))
+        b = FP4Batch.stack(cases.exact_operand(n, k, "128x4", "per_row", 9 + i) for i in range(MEMBERS))
+        assert bias_dtype is None
+        for outer in (torch.linspace(0.5, 2, MEMBERS * m).view(MEMBERS, m), torch.tensor([0.5, 1, 3])):
+            with cases.filled_with_nan():
+                got = fp4gemm.bmm_fp4(
+                    a.to(DEVICE), b.to(DEVICE), outer_scale=outer.to(DEVICE), activation=activation, sf_layout=sf_layout
+                )
+            for i, d in enumerate(got.to("cpu")):
+                values = reference.gemm(a[i], b[i], None, torch.float32, activation=activation)
+                want = reference.quantize(
+                    values, outer_scale=outer[i], sf_layout=sf_layout, convention="te_per_token"
+                )  # fmt: skip
+                what = f"{(m, n, k)} {sf_layout}, member {i}"
+                cases.assert_same_bits(d.block_scale, want.block_scale, f"{what}: block scales")
+                cases.assert_same_bits(d.dequantize() + 0.0, want.dequantize() + 0.0, f"{what}: values")
+
+
+@on_gpu
+@pytest.mark.parametrize("rows", [33, 128])
+def test_quantize_batch(arch: str, rows: int) -> None:
+    x = normal(MEMBERS * rows, 72, 3, torch.bfloat16).view(MEMBERS, rows, 72)
+    with cases.filled_with_nan():
+        got = fp4gemm.quantize_batch(x.to(DEVICE))
+    for i, member in enumerate(got):
+        cases.assert_same(member.to("cpu"), reference.quantize(x[i]), f"member {i}")
 
 
 # --- what is not there ------------------------------------------------------------------------------------------------

@@ -6,6 +6,7 @@ beforehand, several at once.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import emulation
@@ -17,7 +18,7 @@ from specs import SPECS
 from fp4gemm import reference
 from fp4gemm.reference.activation import activate
 from fp4gemm.spec import GemmSpec
-from fp4gemm.tensor import FP4Tensor
+from fp4gemm.tensor import FP4Batch, FP4Tensor
 
 pytestmark = [
     pytest.mark.gpu,
@@ -27,6 +28,7 @@ pytestmark = [
 # K is less than a block of scales in memory has (64), and no multiple of it; M and N are less than a tile and more.
 SHAPES = ((256, 256, 256), (1, 8, 32), (1, 264, 96), (136, 8, 96), (129, 128, 32), (200, 264, 288), (512, 384, 1024))
 RAMPED = (256, 264, 288)
+BATCHED = ((136, 264, 288), (1, 8, 32))
 DEVICE = torch.device("cuda")
 BETA = -0.7  # no float32 number
 
@@ -37,10 +39,10 @@ shapes = pytest.mark.parametrize("shape", SHAPES, ids=lambda shape: "x".join(map
 
 @dataclass(frozen=True)
 class Operands:
-    """What a kernel reads, on the CPU; of its terms only those that it has."""
+    """What a kernel reads, on the CPU; of its terms only those that it has. Of a batch everything is stacked."""
 
-    a: FP4Tensor
-    b: FP4Tensor
+    a: FP4Tensor | FP4Batch
+    b: FP4Tensor | FP4Batch
     bias: torch.Tensor | None
     c: torch.Tensor | None
 
@@ -57,6 +59,18 @@ class Operands:
             a = replace(a, outer_scale=a.outer_scale * 2.0**-exponent)
         return cls(a, b, bias, c if c is None or not spec.column_major else c.t().contiguous().t())
 
+    @classmethod
+    def stacked(cls, members: Sequence[Operands]) -> Operands:
+        """A batch. A bias that is one for all stays one, C stays column-major."""
+        a, b = (FP4Batch.stack(getattr(member, name) for member in members) for name in ("a", "b"))
+        bias, c = members[0].bias, members[0].c
+        if any(member.bias is not bias for member in members):
+            bias = torch.stack([member.bias for member in members if member.bias is not None])
+        if c is not None:
+            row_major, c = c.is_contiguous(), torch.stack([member.c for member in members if member.c is not None])
+            c = c if row_major else c.mT.contiguous().mT
+        return cls(a, b, bias, c)
+
     def linear(self) -> torch.Tensor:
         """All but the activation and the cast."""
         c = None if self.c is None else self.c.float()
@@ -68,7 +82,7 @@ class Operands:
         beta = 0.0 if c is None else BETA
         return emulation.run(spec, self.a.to(DEVICE), self.b.to(DEVICE), bias, c, beta, **how).cpu()
 
-    def run_fp4(self, spec: GemmSpec, outer: torch.Tensor, **how: int) -> FP4Tensor:
+    def run_fp4(self, spec: GemmSpec, outer: torch.Tensor, **how: int) -> FP4Tensor | FP4Batch:
         bias = None if self.bias is None else self.bias.to(DEVICE)
         with cases.filled_with_nan():
             d = emulation.run_fp4(spec, self.a.to(DEVICE), self.b.to(DEVICE), bias, outer.to(DEVICE), **how)
@@ -89,11 +103,27 @@ def function_error(x: torch.Tensor) -> torch.Tensor:
 def check(spec: GemmSpec, a: FP4Tensor, b: FP4Tensor, what: str, **how: int) -> None:
     """Operands on the CPU whose float32 sums are exact in every order: all else has one answer but for erf and exp."""
     operands = Operands.of(spec, a, b)
-    linear = operands.linear()
-    if spec.sf_layout is not None:
-        check_fp4(spec, operands, activate(spec.activation, linear), what, **how)
+    if spec.sf_layout is None:
+        compare(spec, operands, operands.run(spec, **how), what)
+    else:
+        outer = fp4_scales(spec, operands)
+        compare_fp4(spec, operands, outer, operands.run_fp4(spec, outer, **how), what)
+
+
+def check_batch(spec: GemmSpec, members: Sequence[Operands], what: str, **how: int) -> None:
+    """The same for the members of a batch."""
+    batch = Operands.stacked(members)
+    if spec.sf_layout is None:
+        for i, (member, d) in enumerate(zip(members, batch.run(spec, **how), strict=True)):
+            compare(spec, member, d, f"{what}, member {i}")
         return
-    got, dtype = operands.run(spec, **how), emulation.DTYPES[spec.out_dtype]
+    outer = torch.stack([fp4_scales(spec, member) for member in members])
+    for i, (member, d) in enumerate(zip(members, batch.run_fp4(spec, outer, **how), strict=True)):
+        compare_fp4(spec, member, outer[i], d, f"{what}, member {i}")
+
+
+def compare(spec: GemmSpec, operands: Operands, got: torch.Tensor, what: str) -> None:
+    linear, dtype = operands.linear(), emulation.DTYPES[spec.out_dtype]
     if spec.activation in (None, "relu"):
         want = activate(spec.activation, linear).to(dtype)
         wrong = cases.bits(got + 0.0) != cases.bits(want + 0.0)  # a sum of zero may be +0 or -0
@@ -103,18 +133,23 @@ def check(spec: GemmSpec, a: FP4Tensor, b: FP4Tensor, what: str, **how: int) -> 
     assert not wrong.any(), f"{spec.name} {what}: {emulation.describe(got, want, wrong)}"
 
 
-def check_fp4(spec: GemmSpec, operands: Operands, values: torch.Tensor, what: str, **how: int) -> None:
-    """Codes, block scales and padding are those of the quantizer, to the byte."""
-    per_tensor = operands.a.outer_scale.dim() == 0
-    amax = (values.abs().amax() if per_tensor else values.abs().amax(1)).clamp_min(1e-20)
-    # Just right, and where each row has one: some that saturate, some that leave block scales small or zero.
+def fp4_scales(spec: GemmSpec, operands: Operands) -> torch.Tensor:
+    """Outer scales of an NVFP4 D: just right, and where each row has one also some that saturate, and some that leave
+    block scales small or zero."""
+    values = activate(spec.activation, operands.linear())
+    if operands.a.outer_scale.dim() == 0:
+        return values.abs().amax().clamp_min(1e-20) / 2688
     factors = torch.exp2(torch.arange(len(values)) % 24 - 3.0)
-    outer = amax / 2688 * (1.0 if per_tensor else factors)
+    return values.abs().amax(1).clamp_min(1e-20) / 2688 * factors
+
+
+def compare_fp4(spec: GemmSpec, operands: Operands, outer: torch.Tensor, got: FP4Tensor, what: str) -> None:
+    """Codes, block scales and padding are those of the quantizer, to the byte."""
     want = reference.quantize(
-        values, scaling="per_tensor" if per_tensor else "per_row", sf_layout=str(spec.sf_layout),
-        convention="te_per_token", outer_scale=outer,
+        activate(spec.activation, operands.linear()), scaling="per_row" if outer.dim() else "per_tensor",
+        sf_layout=str(spec.sf_layout), convention="te_per_token", outer_scale=outer,
     )  # fmt: skip
-    got, want = (replace(t, data=without_minus_zero(t.data)) for t in (operands.run_fp4(spec, outer, **how), want))
+    got, want = (replace(t, data=without_minus_zero(t.data)) for t in (got, want))
     if not torch.equal(got.data, want.data):
         x, y = (t.dequantize() for t in (got, want))
         raise AssertionError(f"{spec.name} {what}: {emulation.describe(x, y, x != y)}")
@@ -158,18 +193,51 @@ def test_ramps_of_scales(spec: GemmSpec) -> None:
     check(spec, ones(m, k), ramp(n, k, 5, 11), "block scales of B")
 
 
+def one_hot(rows: int, k: int) -> FP4Tensor:
+    """Each row has one value, each in another column, under block scales that differ."""
+    row = torch.arange(rows)
+    codes = torch.zeros(rows, k, dtype=torch.uint8)
+    codes[row, row * 37 % k] = 7
+    scales = (1 + row.reshape(-1, 1) * 5 + torch.arange(k // 16)) % 0x7F
+    return cases.packed(codes, scales.to(torch.uint8), torch.ones(()), "128x4")
+
+
 @variants
 def test_rows_of_one_value(spec: GemmSpec) -> None:
     """Each row of A picks a column of B: all codes and all scales, and any mix-up of rows or of K shows."""
     m, n, k = RAMPED
-    row = torch.arange(m)
-    codes = torch.zeros(m, k, dtype=torch.uint8)
-    codes[row, row * 37 % k] = 7
-    scales = (1 + row.reshape(-1, 1) * 5 + torch.arange(k // 16)) % 0x7F
-    a = cases.packed(codes, scales.to(torch.uint8), torch.ones(()), "128x4")
+    a = one_hot(m, k)
     for seed in range(2):
         b = cases.any_bytes(n, k, "128x4", "per_row", seed)
         check(spec, a, b, f"seed {seed}")
+
+
+@variants
+@pytest.mark.parametrize("scaling", ["per_row", "per_tensor"])
+@pytest.mark.parametrize("shape", BATCHED, ids=lambda shape: "x".join(map(str, shape)))
+def test_batches(spec: GemmSpec, shape: tuple[int, int, int], scaling: str) -> None:
+    """Three problems that differ in one launch, also with CTAs that take tiles of several; each has its own terms, and
+    then one bias is that of all."""
+    m, n, k = shape
+    pairs = [
+        (ramp(m, k, 7, 3), ones(n, k)),
+        (ones(m, k), ramp(n, k, 5, 11)),
+        (one_hot(m, k), cases.any_bytes(n, k, "128x4", "per_tensor", 1)),
+    ]
+    members = [
+        Operands.of(spec, scaled(a, scaling, 1 + i), scaled(b, scaling, 5 - i), seed=i)
+        for i, (a, b) in enumerate(pairs)
+    ]
+    check_batch(spec, members, f"{shape} {scaling}")
+    few = {"clusters": 1} if spec.schedule == "clc" else {"sms": spec.cluster[0] * spec.cluster[1]}
+    shared = [replace(member, bias=members[1].bias) for member in members]
+    check_batch(spec, shared, f"{shape} {scaling}, {few}", **few)
+
+
+def scaled(t: FP4Tensor, scaling: str, power: int) -> FP4Tensor:
+    """Values times powers of two, other ones from row to row where rows have a scale."""
+    exponents = torch.tensor(power) if scaling == "per_tensor" else power + torch.arange(t.rows) % 3
+    return replace(t, outer_scale=torch.exp2(exponents - 3.0))
 
 
 @unquantized

@@ -13,8 +13,8 @@ import pytest
 import torch
 
 import fp4gemm
-from fp4gemm import FP4Tensor, reference
-from fp4gemm.formats import PRODUCERS
+from fp4gemm import FP4Tensor, reference, select
+from fp4gemm.formats import PRODUCERS, SF_LAYOUTS
 
 Options = dict[str, Any]
 PROBLEMS, CHUNK = 500, 50
@@ -120,6 +120,31 @@ def test_bytes_equal_the_reference(make: Callable[[random.Random], Options], fir
         want = reference.quantize(x, **arguments)
         cases.poison_for(want, device)
         cases.assert_same(fp4gemm.quantize(x.to(device), **moved(arguments, device)), want, what)
+
+
+FEW_OPTIONS: tuple[Options, ...] = (
+    {},
+    {"scaling": "per_tensor"},
+    {"seed": 5},
+    {"seed": 6, "outer_scale": torch.tensor(1 / 512)},
+    {"adaptive": "mse"},
+    {"residual": 32, "seed": 7},
+    *({"producer": producer} for producer in PRODUCERS),
+)
+
+
+@pytest.mark.parametrize("options", FEW_OPTIONS, ids=str)
+@pytest.mark.parametrize("m", [1, 130, select.FEW_ROWS, select.FEW_ROWS + 1])
+def test_few_long_rows(m: int, options: Options, device: torch.device) -> None:
+    """Which have a CTA each, and more of them than that, which have not: the same bytes."""
+    for k, sf_layout in itertools.product((2048, 4112, 16384), SF_LAYOUTS):
+        generator = torch.Generator().manual_seed(m + k)
+        width = 2 * k if options.get("producer") == "silu_mul" else k
+        x = torch.randn(m, width, generator=generator).to(torch.float32 if k == 2048 else torch.bfloat16)
+        want = reference.quantize(x, sf_layout=sf_layout, **options)
+        cases.poison_for(want, device)
+        got = fp4gemm.quantize(x.to(device), sf_layout=sf_layout, **moved(options, device))
+        cases.assert_same(got, want, f"{m} x {k} {sf_layout} {options}")
 
 
 @pytest.mark.parametrize("first", range(0, PROBLEMS, CHUNK))

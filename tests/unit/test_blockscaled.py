@@ -7,12 +7,13 @@ import fp4gemm
 from fp4gemm import blockscaled, calls, reference, select
 from fp4gemm.engine import Output
 from fp4gemm.formats import scale_layout
-from fp4gemm.launch import GemmProblem, Operands, beta_bits
+from fp4gemm.launch import NO_BATCH, Batch, GemmProblem, Operands, beta_bits
 from fp4gemm.reference.activation import activate
 from fp4gemm.spec import GemmSpec
-from fp4gemm.tensor import FP4Tensor
+from fp4gemm.tensor import FP4Batch, FP4Tensor
 
 ARCHS = ("sm_100a", "sm_120a")
+FP4_TILES = {"sm_100a": ((128, 64, 256), (1, 1), "static"), "sm_120a": ((128, 128, 128), (1, 1), "cooperative")}
 SHAPES = [(1, 8, 32), (3, 1, 16), (200, 264, 288), (5, 33, 96), (129, 40, 100), (64, 128, 1), (2, 31, 48)]
 
 
@@ -28,6 +29,44 @@ def operand(t):
 
 def rows_on_16_bytes(t):
     return t.stride(1) == 1 and t.data_ptr() % 16 == 0 and (t.shape[0] == 1 or t.stride(0) * t.element_size() % 16 == 0)
+
+
+def at(t, i, stride, shape=None):
+    """What ``i`` strides behind the first member of a batch is, as the kernel addresses it."""
+    shape = t.shape[1:] if shape is None else shape
+    return t.as_strided(shape, t.stride()[t.dim() - len(shape) :], t.storage_offset() + i * stride)
+
+
+def batch_kernel(spec, problem, a, b, bias, *, d, c=None, beta=0.0, sfd=None, outer_d=None):
+    """The kernel on each member of a batch, or on what there is without one."""
+    if a.data.dim() == 2:
+        assert problem.batch is NO_BATCH
+        return kernel(spec, problem, a, b, bias, d=d, c=c, beta=beta, sfd=sfd, outer_d=outer_d)
+    strides = problem.batch
+    assert strides.members == len(a.data) == len(b.data) == len(d)
+    assert all(stride * t.element_size() % 16 == 0 for t, stride in ((d, strides.d), (c, strides.c)) if t is not None)
+    for i in range(strides.members):
+
+        def operand(t, stride, outer, i=i):
+            outer_scale = at(t.outer_scale, i, outer, (t.rows,) if t.per_row else ())
+            scales = at(t.block_scale, i, t.block_scale[0].numel())
+            return t._replace(data=at(t.data, i, stride // 2), block_scale=scales, outer_scale=outer_scale)
+
+        kernel(
+            spec,
+            problem,
+            operand(a, strides.a, strides.outer_a),
+            operand(b, strides.b, strides.outer_b),
+            None if bias is None else at(bias, i, strides.bias, (problem.n,)),
+            d=at(d, i, strides.d // (2 if spec.sf_layout else 1)),
+            c=None if c is None else at(c, i, strides.c),
+            beta=beta,
+            sfd=None if sfd is None else at(sfd, i, strides.sfd),
+            outer_d=None
+            if outer_d is None
+            else at(outer_d, i, strides.outer_d, (problem.m,) if problem.outer_d_per_row else ()),
+        )
+    return None
 
 
 def kernel(spec, problem, a, b, bias, *, d, c=None, beta=0.0, sfd=None, outer_d=None):
@@ -96,11 +135,28 @@ def test_a_launch_of_an_fp4_result_names_its_operands(plans):
     assert operands.c == operands.bias == 0
 
 
+def test_a_launch_of_a_batch_says_how_far_members_are_apart(plans):
+    spec = GemmSpec("sm_120a", "fp32", "fp32", (128, 128, 128), (1, 1), "cooperative", source="fp32")
+    a, b = batches(48, 64, 96)
+    whole = torch.empty(3, 50, 64)
+    blockscaled.launch_spec(spec, a, b, torch.ones(3, 64), Output(whole[:, 1:49], torch.ones(3, 48, 64), 1.0))
+    blockscaled.launch_spec(spec, a, b, torch.ones(64), Output(whole[:, :48], None, 0.0))
+    fp4 = GemmSpec("sm_100a", "fp4", None, (128, 64, 256), (1, 1), "static", sf_layout="linear")
+    blockscaled.launch_fp4_spec(fp4, a, b, None, torch.ones(3, 48))
+    blockscaled.launch_fp4_spec(fp4, a, b, None, torch.ones(3))
+    problems = [asked for _, asked, *_ in plans]
+    assert problems[0].batch == Batch(3, 48 * 96, 64 * 96, c=48 * 64, d=50 * 64, outer_a=48, outer_b=1, bias=64)
+    assert problems[1].batch == problems[0].batch._replace(c=0, bias=0)
+    assert problems[2].batch == Batch(3, 48 * 96, 64 * 96, d=48 * 64, sfd=48 * 4, outer_a=48, outer_b=1, outer_d=48)
+    assert problems[3].batch == problems[2].batch._replace(outer_d=1)
+    assert [p.outer_d_per_row for p in problems] == [False, False, True, False]
+
+
 @pytest.fixture(params=ARCHS)
 def arch(request, monkeypatch):
     monkeypatch.setattr(select, "arch_of", lambda device: request.param)
     monkeypatch.setattr(select, "gpu_of", lambda device: ("Made-Up", 148))
-    monkeypatch.setattr(blockscaled, "_launch", kernel)
+    monkeypatch.setattr(blockscaled, "_launch", batch_kernel)
     blockscaled._spec.cache_clear()
     yield request.param
     blockscaled._spec.cache_clear()
@@ -110,6 +166,17 @@ def problem(m, n, k, layouts=("128x4", "128x4")):
     generator = torch.Generator().manual_seed(m + n + k)
     a, b = (torch.randint(-4, 5, (rows, k), generator=generator).float() for rows in (m, n))
     return tuple(fp4gemm.quantize(x, sf_layout=layout) for x, layout in zip((a, b), layouts, strict=True))
+
+
+def batches(m, n, k, layouts=("128x4", "128x4")):
+    """Three problems that differ, a scaled per row and b per tensor."""
+    a, b = (
+        torch.randint(-4, 5, (3, rows, k), generator=torch.Generator().manual_seed(rows)).float() for rows in (m, n)
+    )
+    return tuple(
+        FP4Batch.stack([fp4gemm.quantize(x * 2**i, scaling=scaling, sf_layout=layout) for i, x in enumerate(each)])
+        for each, scaling, layout in zip((a, b), ("per_row", "per_tensor"), layouts, strict=True)
+    )
 
 
 def strided(m, n, dtype, layout):
@@ -130,6 +197,38 @@ def test_any_shape_and_strides(arch, m, n, k, dtype, layout):
     d, c = strided(m, n, dtype, layout), strided(m, n, dtype, "narrow").fill_(2)
     blockscaled.gemm(a, b, bias, Output(d, c, 0.5), "relu")
     assert torch.equal(d, reference.gemm(a, b, bias, dtype, c=c, beta=0.5, activation="relu"))
+
+
+@pytest.mark.parametrize("layout", ["row", "column", "narrow"])
+@pytest.mark.parametrize("own_bias", [False, True])
+@pytest.mark.parametrize("m, n, k", SHAPES)
+def test_batches(arch, m, n, k, own_bias, layout):
+    a, b = batches(m, n, k, ("linear", "8x4"))
+    bias = torch.arange(3 * n).float().view(3, n) if own_bias else torch.arange(n).float()
+    d = torch.full((3, m, n), torch.nan)
+    if layout == "column":
+        d = torch.full((3, n, m), torch.nan).mT
+    elif layout == "narrow":
+        d = torch.full((3, m + 1, n + 3), torch.nan)[:, :m, 1 : n + 1]
+    c = torch.arange(4.0 * m * n).view(4, m, n)[1:]
+    calls.bmm(a, b, bias, Output(d, c, 0.5), "relu")
+    assert torch.equal(d, reference.bmm(a, b, bias, torch.float32, c=c, beta=0.5, activation="relu"))
+
+
+@pytest.mark.parametrize("sf_layout", ["128x4", "linear"])
+@pytest.mark.parametrize("per_row", [False, True])
+@pytest.mark.parametrize("m, n, k", SHAPES)
+def test_fp4_batches(arch, m, n, k, per_row, sf_layout):
+    a, b = batches(m, n, k)
+    outer = torch.rand(3, m) / 8 + 0.01 if per_row else torch.tensor([0.05, 0.5, 5.0])
+    bias = torch.linspace(-1, 1, 3 * n).view(3, n)
+    out = GemmSpec(arch, "fp4", "fp32", *FP4_TILES[arch], activation="relu", sf_layout=sf_layout)
+    parts = blockscaled.launch_fp4_spec(out, a, b, bias, outer)
+    made = FP4Batch(*parts, outer, (3, m, n), sf_layout)
+    for i, values in enumerate(reference.bmm(a, b, bias, torch.float32, activation="relu")):
+        want = fp4gemm.quantize(values, outer_scale=outer[i], sf_layout=sf_layout, convention="te_per_token")
+        assert torch.equal(made[i].data, want.data)
+        assert torch.equal(made[i].block_scale.view(torch.uint8), want.block_scale.view(torch.uint8))
 
 
 def test_what_surrounds_a_view_stays(arch):

@@ -62,7 +62,7 @@ def test_stand_ins_are_distinct_aligned_and_no_allocation():
 
 def test_arguments_are_as_large_as_their_struct():
     """GemmArguments of gemm.hpp: 12 words, 4 strides, 7 ints, and the padding of a struct that holds words."""
-    assert launch.GEMM_ARGUMENTS.size == 8 * (len(OPERANDS) + 4) + 4 * 7 + 4
+    assert launch.GEMM_ARGUMENTS.size == 8 * (len(OPERANDS) + 4 + len(launch.NO_BATCH) - 1) + 4 * 8
 
 
 def test_beta_is_a_double_in_a_word():

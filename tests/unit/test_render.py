@@ -84,15 +84,16 @@ def nodes_of_type(text):
 
 
 def nodes_of_arguments(text):
-    """The same of the printed braces: an operation ends in its own {}, a vector casts and has {} for the other axis."""
+    """The same of the printed braces: an operation ends in its own {}; a vector casts, has {} for the other axis and
+    the batch stride of its own field."""
     vectors = [
         ("Row" if stride.startswith("{{}, ") else "Col", element)
-        for element, stride in re.findall(
-            r"{static_cast<([\w:]+) const\*>\([\w.]+\), \1\(0\), ({[^}]*{}[^}]*, 0})}", text
+        for element, _, stride in re.findall(
+            r"{static_cast<([\w:]+) const\*>\(args\.(\w+)\), \1\(0\), ({[^}]*{}[^}]*, args\.batch_\2})}", text
         )
     ]
     operations = text.count(", {}}")
-    quantizers = text.count("{args.sfd, args.outer_d, args.outer_d_per_row}")
+    quantizers = text.count("{args.sfd, args.outer_d, args.batch_sfd, args.batch_outer_d, args.outer_d_per_row}")
     return operations, vectors, text.count("{}") - operations - len(vectors), quantizers
 
 

@@ -51,6 +51,26 @@ def test_long_rows_are_streamed_and_short_ones_are_not():
     assert not quantize_spec(4 * 1024 * 16 + 1).resident
 
 
+@pytest.mark.parametrize("producer", [None, "gelu_tanh", "add_rmsnorm"])
+@pytest.mark.parametrize("sf_layout", sorted(SF_LAYOUTS))
+def test_few_long_rows_have_a_cta_each(sf_layout, producer):
+    for k in KS:
+        options = QuantizeOptions(producer=producer)
+        few, many = (
+            select.quantize_spec("sm_90a", "bf16", k, "per_row", "te", sf_layout, k % 16 == 0, options, few=few)
+            for few in (True, False)
+        )
+        assert check(few) is None or check(many) is not None
+        if not 1985 <= k <= 16384:
+            assert few == many
+            continue
+        columns = -(-scale_columns(k) // 4) * 4
+        assert few.rows == 1
+        assert few.threads <= 512
+        assert few.threads * few.blocks >= columns
+        assert few.blocks == (1 if producer == "gelu_tanh" and k <= 8192 else 2)
+
+
 OPTIONS = (
     {"options": QuantizeOptions(stochastic=True)},
     {"options": QuantizeOptions(adaptive="mse")},

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -45,6 +46,31 @@ def test_losses_fall_and_nvfp4_is_close_to_bf16(rows):
         assert abs(row["train_loss"] / bf16["train_loss"] - 1) < 0.02, row["recipe"]
         assert abs(row["val_loss"] / bf16["val_loss"] - 1) < 0.02, row["recipe"]
     assert len({row["train_loss"] for row in rows}) == 3
+
+
+def test_the_last_steps_may_be_bf16():
+    size = replace(TINY, steps=6)
+    data = example.Data.of(example.text("topics")[:100_000], torch.device("cpu"))
+    bf16, plain, half, all_of_it = (
+        example.train(name, 0, data, size, finish=finish)
+        for name, finish in (("bf16", 0.0), ("per_token", 0.0), ("per_token", 0.5), ("per_token", 1.0))
+    )
+    assert half["curve"][:3] == plain["curve"][:3]
+    assert half["curve"][3] != plain["curve"][3]
+    assert all_of_it["curve"] == bf16["curve"]
+    assert [row["recipe"] for row in (plain, half)] == ["per_token", "per_token, then bf16"]
+
+
+def test_batches_see_every_window_once():
+    values = torch.arange(8 * 10 * 64 + 1) % 251
+    size = replace(TINY, batch=10)
+    source = example.batches(values, size, seed=1)
+    seen = torch.cat([next(source)[0][:, 0] for _ in range(8)])
+    assert sorted(seen.tolist()) == sorted((64 * torch.arange(80) % 251).tolist())
+    inputs, targets = next(source)
+    assert torch.equal((inputs + 1) % 251, targets)
+    with pytest.raises(ValueError, match="text: expected at least 10 windows of 64 bytes, got 1"):
+        next(example.batches(values[:100], size, seed=1))
 
 
 def test_the_default_has_25_million_parameters():

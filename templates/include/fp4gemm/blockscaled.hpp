@@ -81,6 +81,7 @@ CUTLASS_DEVICE GemmArguments transposed(GemmArguments args) {
     x = y, y = z;
   };
   swap(args.a, args.b), swap(args.sfa, args.sfb), swap(args.lda, args.ldb), swap(args.m, args.n);
+  swap(args.batch_a, args.batch_b);
   return args;
 }
 
@@ -91,18 +92,21 @@ template <class Kernel> CUTLASS_DEVICE Launch<Kernel> make_block_scaled_launch(
   using Config = typename Mainloop::Sm1xxBlkScaledConfig;
   using Data = typename Mainloop::ArrayElementA;
   using Scale = typename Mainloop::ElementSF;
-  auto const shape = cute::make_shape(args.m, args.n, args.k, 1);
-  typename Epilogue::Arguments epilogue{
-      tree, {}, packed_stride(args.ldc), static_cast<typename Epilogue::ElementD*>(args.d), packed_stride(args.ldd)};
+  auto const shape = cute::make_shape(args.m, args.n, args.k, args.l);
+  typename Epilogue::Arguments epilogue{tree,
+                                        {},
+                                        packed_stride(args.ldc, args.batch_c),
+                                        static_cast<typename Epilogue::ElementD*>(args.d),
+                                        packed_stride(args.ldd, args.batch_d)};
   if constexpr (!cute::is_void_v<typename Epilogue::ElementC>) {
     epilogue.ptr_C = static_cast<typename Epilogue::ElementC const*>(args.c);
   }
-  return make_launch<Kernel>(
-      shape,
-      {static_cast<Data const*>(args.a), packed_stride(args.lda), static_cast<Data const*>(args.b),
-       packed_stride(args.ldb), static_cast<Scale const*>(args.sfa), Config::tile_atom_to_shape_SFA(shape),
-       static_cast<Scale const*>(args.sfb), Config::tile_atom_to_shape_SFB(shape)},
-      epilogue, args.sm_count);
+  return make_launch<Kernel>(shape,
+                             {static_cast<Data const*>(args.a), packed_stride(args.lda, args.batch_a),
+                              static_cast<Data const*>(args.b), packed_stride(args.ldb, args.batch_b),
+                              static_cast<Scale const*>(args.sfa), Config::tile_atom_to_shape_SFA(shape),
+                              static_cast<Scale const*>(args.sfb), Config::tile_atom_to_shape_SFB(shape)},
+                             epilogue, args.sm_count);
 }
 
 }  // namespace fp4gemm

@@ -18,12 +18,12 @@ namespace fp4gemm {
 
 // Packed by fp4gemm/launch.py (GEMM_ARGUMENTS): keep both alike. The host patches every word up to lda.
 struct GemmArguments {
-  void const* a;  // [m, k], row stride lda elements
-  void const* b;  // [n, k], row stride ldb elements
-  void const* sfa;  // block scales, 128x4 (block-scaled kernels only)
+  void const* a;  // [l, m, k], row stride lda elements
+  void const* b;  // [l, n, k], row stride ldb elements
+  void const* sfa;  // block scales, 128x4, those of a batch one after the other (block-scaled kernels only)
   void const* sfb;
-  void const* c;  // [m, n], row stride ldc elements
-  void* d;  // [m, n], row stride ldd elements
+  void const* c;  // [l, m, n], row stride ldc elements
+  void* d;  // [l, m, n], row stride ldd elements
   uint8_t* sfd;  // block scales of an NVFP4 D
   float const* outer_a;  // [m] or [1]
   float const* outer_b;  // [n] or [1]
@@ -31,7 +31,9 @@ struct GemmArguments {
   void const* bias;  // [n]
   double beta;
   int64_t lda, ldb, ldc, ldd;
-  int m, n, k;
+  // From one member of a batch to the next, in elements; 0 where it is the same for all.
+  int64_t batch_a, batch_b, batch_c, batch_d, batch_sfd, batch_outer_a, batch_outer_b, batch_outer_d, batch_bias;
+  int m, n, k, l;
   int sm_count;
   int outer_a_per_row;  // 1: outer_a[m]; 0: one value
   int outer_b_per_row;  // the same for outer_b[n]
@@ -39,7 +41,9 @@ struct GemmArguments {
 };
 
 using PackedStride = cute::Stride<int64_t, cute::_1, int64_t>;
-CUTLASS_HOST_DEVICE PackedStride packed_stride(int64_t ld) { return cute::make_stride(ld, cute::_1{}, int64_t(0)); }
+CUTLASS_HOST_DEVICE PackedStride packed_stride(int64_t ld, int64_t batch = 0) {
+  return cute::make_stride(ld, cute::_1{}, batch);
+}
 
 // A vector along M or N, or one value for all: the stride is a run-time flag, so both are one kernel.
 using AlongM = cute::Stride<bool, cute::_0, int64_t>;

@@ -57,6 +57,7 @@ struct QuantizeRowsNode {
   struct Arguments {
     uint8_t* scales = nullptr;
     float const* outer = nullptr;  // [m] or [1]
+    int64_t batch_scales = 0, batch_outer = 0;  // from one member of a batch to the next
     int outer_per_row = 0;
   };
   using Params = Arguments;
@@ -81,10 +82,11 @@ struct QuantizeRowsNode {
   }
 
   template <class Args> CUTLASS_DEVICE QuantizedRows rows_of(Args const& args) const {
-    auto const [m, n, k, l] = args.problem_shape_mnkl;
+    int const m = cute::get<0>(args.problem_shape_mnkl), n = cute::get<1>(args.problem_shape_mnkl);
+    int64_t const l = cute::get<3>(args.tile_coord_mnkl);
     // residue is the end of D seen from the thread's first element.
-    return {params->scales,
-            params->outer,
+    return {params->scales + l * params->batch_scales,
+            params->outer + l * params->batch_outer,
             m,
             n,
             m - static_cast<int>(cute::get<0>(args.residue_tCcD)),

@@ -1,9 +1,16 @@
-"""What each of two processes of test_nn_distributed.py runs: torchrun's environment, gloo on the CPU."""
+"""Layers under DDP and FSDP2: two processes train as one does, with gloo on the CPU or NCCL on two GPUs.
+
+`run` starts the processes, each of which runs this file: `distributed_cases.py DEVICE CASE...`.
+"""
 
 from __future__ import annotations
 
 import copy
+import os
+import socket
+import subprocess
 import sys
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -17,17 +24,46 @@ from fp4gemm.nn import convert, micro_batches, per_token
 
 RECIPE = per_token(rht=True, weight_2d=True)
 STEPS, MICRO_BATCHES, ROWS = 3, 2, 16
+DEVICE = torch.device("cpu")  # in a process that `run` started: its own
+
+
+def run(kind: str, *cases: str) -> None:
+    """Fails with the output of the rank that did; ``kind``: cpu or cuda."""
+    here = Path(__file__).resolve()
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    shared = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
+    if kind == "cpu":
+        shared["CUDA_VISIBLE_DEVICES"] = ""
+    path = os.pathsep.join(filter(None, (str(here.parents[1]), os.environ.get("PYTHONPATH"))))
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, str(here), kind, *cases],
+            env={**os.environ, **shared, "RANK": str(rank), "PYTHONPATH": path},
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        )
+        for rank in range(2)
+    ]  # fmt: skip
+    try:
+        outputs = [rank.communicate(timeout=240)[0] for rank in ranks]
+    finally:
+        for rank in ranks:
+            rank.kill()
+    for rank, output in zip(ranks, outputs, strict=True):
+        assert rank.returncode == 0, output
+        assert all(f"passed {case}" in output for case in cases), output
 
 
 def model() -> nn.Module:
     torch.manual_seed(0)
     layers = [nn.Sequential(nn.Linear(32, 64), nn.GELU(), nn.Linear(64, 32)) for _ in range(2)]
-    return convert(nn.Sequential(*layers), RECIPE)
+    return convert(nn.Sequential(*layers), RECIPE).to(DEVICE)
 
 
 def batch(step: int, micro_batch: int, rank: int) -> torch.Tensor:
     seed = 100 * step + 10 * micro_batch + rank
-    return torch.randn(ROWS, 32, generator=torch.Generator().manual_seed(seed))
+    return torch.randn(ROWS, 32, generator=torch.Generator().manual_seed(seed)).to(DEVICE)
 
 
 def loss(net: nn.Module, x: torch.Tensor) -> torch.Tensor:
@@ -123,9 +159,13 @@ CASES = {
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    dist.init_process_group("gloo")
+    kind, *names = sys.argv[1:]
+    if kind == "cuda":
+        DEVICE = torch.device("cuda", int(os.environ["RANK"]))
+        torch.cuda.set_device(DEVICE)
+    dist.init_process_group("gloo" if kind == "cpu" else "nccl")
     try:
-        for case in sys.argv[1:]:
+        for case in names:
             CASES[case]()
             print(f"passed {case}", flush=True)
     finally:
