@@ -238,20 +238,21 @@ def tile_amax_spec(
 
 def group_tile_spec(
     arch: str, dtype: str, scaling: str, convention: str, rows: str | None, columns: str | None, hadamard: bool,
-    stochastic: bool, vectorized: bool,
+    stochastic: bool, vectorized: bool, gradient: str | None = None,
 ) -> GroupSpec:  # fmt: skip
     spec = tile_quantize_spec(
         arch, dtype, scaling, convention, rows, columns, hadamard, stochastic, False, vectorized
     )  # fmt: skip
     if stochastic and not hadamard and spec.ctas > 1:  # would spill registers: what a member is takes some
         spec = replace(spec, ctas=spec.ctas - 1)
-    return GroupSpec(spec)
+    return GroupSpec(replace(spec, gradient=gradient))
 
 
 def group_amax_spec(
-    arch: str, dtype: str, rows: bool, columns: bool, hadamard: bool, vectorized: bool, sums: bool
+    arch: str, dtype: str, rows: bool, columns: bool, hadamard: bool, vectorized: bool, sums: bool,
+    gradient: str | None = None,
 ) -> GroupSpec:  # fmt: skip
-    return GroupSpec(tile_amax_spec(arch, dtype, rows, columns, hadamard, vectorized, sums))
+    return GroupSpec(replace(tile_amax_spec(arch, dtype, rows, columns, hadamard, vectorized, sums), gradient=gradient))
 
 
 def group_sums_spec(arch: str, alignment: int) -> GroupSumsSpec:

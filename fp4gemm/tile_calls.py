@@ -20,8 +20,8 @@ from fp4gemm.launch import Launcher
 from fp4gemm.spec import TILE
 
 # The structs of templates/include/fp4gemm/quantize_tile.hpp: keep both alike.
-TILE_QUANTIZE_ARGUMENTS = struct.Struct("<Q3q2iIi4Q4Q3Q8I2iI4x")
-TILE_AMAX_ARGUMENTS = struct.Struct("<Q3q2iIi5Q8I")
+TILE_QUANTIZE_ARGUMENTS = struct.Struct("<2Q3q2iIi4Q4Q3Q8I2iI4x")
+TILE_AMAX_ARGUMENTS = struct.Struct("<2Q3q2iIi5Q8I")
 
 _ALIGNMENT = 16  # of results, bytes
 _SEED = 2**64
@@ -105,7 +105,7 @@ def _division(divisor: int) -> tuple[int, int]:
 
 def _source(x: Tensor) -> tuple[int, ...]:
     columns = -(-x.shape[1] // TILE)
-    return (x.data_ptr(), *x.stride(), *x.shape, columns, *_division(columns))
+    return (x.data_ptr(), 0, *x.stride(), *x.shape, columns, *_division(columns))
 
 
 @lru_cache(maxsize=64)

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from fp4gemm.formats import BLOCK, CONVENTIONS, SCALINGS, scale_layout
+from fp4gemm.formats import BLOCK, CONVENTIONS, GRADIENTS, SCALINGS, scale_layout
 from fp4gemm.grouped.shape import GroupShape
-from fp4gemm.reference.arguments import QUANTIZABLE
+from fp4gemm.reference.arguments import QUANTIZABLE, check_float
 from fp4gemm.reference.options import check_mask, check_name, check_seed
 
 MOST = 2**31 - 1  # members, and columns of one
@@ -18,14 +18,18 @@ MOST = 2**31 - 1  # members, and columns of one
 
 @dataclass(frozen=True)
 class Group:
-    """A buffer and where its members are: ``x`` is contiguous; ``first_dims`` and ``last_dims`` int64 [E] where rows or
-    columns vary, ``offsets`` int64 [E + 1] elements, or None for members without gaps between them."""
+    """A buffer and where its members are.
+
+    ``x`` is contiguous; ``first_dims`` and ``last_dims`` are int64 [E] where rows or columns vary, ``offsets`` int64
+    [E + 1] elements, None for members without gaps. ``h``: an activation's input, of the size of x, or None.
+    """
 
     x: Tensor
     shape: GroupShape
     first_dims: Tensor | None
     last_dims: Tensor | None
     offsets: Tensor | None
+    h: Tensor | None = None
 
     def sizes(self) -> list[tuple[int, int, int]]:
         """(rows, columns, first element) of each member; waits for the device. Raises ValueError that names a member
@@ -59,7 +63,8 @@ class Group:
         varies = self.last_dims is not None
         row = BLOCK if varies else self.shape.columns or 0
         size = self.x.element_size()
-        return 16 // size if self.x.data_ptr() % 16 == 0 and row * size % 16 == 0 else 1
+        aligned = all(t is None or t.data_ptr() % 16 == 0 for t in (self.x, self.h))
+        return 16 // size if aligned and row * size % 16 == 0 else 1
 
 
 def _rows_between(i: int, begin: int, end: int, k: int) -> int:
@@ -95,6 +100,7 @@ class GroupedArguments(NamedTuple):
     hadamard: int | None
     seed: Tensor | int | None
     dbias: bool
+    gradient: str | None = None
 
     def shape(self, transposed: bool) -> GroupShape:
         """Of a result."""
@@ -131,6 +137,25 @@ def check_group(
         raise ValueError("bounds: expected None unless rows and columns both vary")
     shape = _shape(x, count, first_dims, last_dims, offsets, rows, bounds)
     return Group(x.reshape(-1), shape, first_dims, last_dims, offsets)
+
+
+def check_gradient(group: Group, gradient: str | None, h: Tensor | None, shape: torch.Size) -> Group:
+    """The group with ``h``, which an activation's gradient needs. Raises TypeError or ValueError that names one."""
+    if gradient is None:
+        if h is not None:
+            raise ValueError("h: expected None without a gradient, got a tensor")
+        return group
+    check_name("gradient", gradient, GRADIENTS)
+    check_float("x.dtype", group.x.dtype)
+    if not isinstance(h, Tensor):
+        raise TypeError(f"h: expected a torch.Tensor, the input of the activation, got {type(h).__name__}")
+    if h.dtype != group.x.dtype:
+        raise TypeError(f"h: expected dtype {group.x.dtype} (that of x), got {h.dtype}")
+    if h.shape != shape or not h.is_contiguous():
+        raise ValueError(f"h: expected contiguous {list(shape)} (as x), got {list(h.shape)}, strides {h.stride()}")
+    if h.device != group.x.device:
+        raise ValueError(f"h: expected device {group.x.device} (that of x), got {h.device}")
+    return replace(group, h=h.reshape(-1))
 
 
 def _count(x: Tensor, members: int | None, *dims: Tensor | None) -> int:
@@ -217,6 +242,7 @@ def check_quantize_grouped(
     group: Group, *, scaling: str, shared: bool, sf_layout: str, transposed_sf_layout: str | None,
     convention: str | None, transposed: bool, both: bool, hadamard: int | None, seed: Tensor | int | None,
     outer_scale: Tensor | tuple[Tensor, Tensor] | None, amax: Tensor | tuple[Tensor, Tensor] | None, dbias: bool,
+    gradient: str | None,
 ) -> GroupedArguments:  # fmt: skip
     """The other arguments. Raises TypeError or ValueError that names one."""
     check_name("scaling", scaling, SCALINGS[:2])
@@ -238,7 +264,7 @@ def check_quantize_grouped(
         raise ValueError("amax: expected None where outer_scale is given, which takes its place, got both")
     layouts = (None if transposed and not both else sf_layout, second if transposed or both else None)
     args = GroupedArguments(
-        group, layouts, per_tensor, shared, convention, (None, None), (None, None), hadamard, seed, dbias
+        group, layouts, per_tensor, shared, convention, (None, None), (None, None), hadamard, seed, dbias, gradient
     )
     return args._replace(
         outer_scales=_given("outer_scale", outer_scale, args), amaxes=_given("amax", amax, args)

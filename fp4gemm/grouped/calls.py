@@ -18,7 +18,7 @@ from fp4gemm.spec import TILE, GroupSpec, GroupSumsSpec, QuantizeSpec
 from fp4gemm.tile_calls import signs
 
 # The structs of templates/include/fp4gemm/{group,quantize_group}.hpp: keep both alike.
-GROUP = "4Q5qi4x"
+GROUP = "5Q5qi4x"
 GROUP_OUTPUT = "5Q2i"
 GROUP_ROWS_ARGUMENTS = struct.Struct(f"<{GROUP}{GROUP_OUTPUT}2Q")
 GROUP_TILE_ARGUMENTS = struct.Struct(f"<{GROUP}{GROUP_OUTPUT * 2}3Q8I2iI4x")
@@ -32,7 +32,7 @@ _NO_OUTPUT = (0,) * 7
 def group_values(group: Group) -> tuple[int, ...]:
     """The fields of a Group."""
     shape = group.shape
-    dims = (0 if t is None else t.data_ptr() for t in (group.first_dims, group.last_dims, group.offsets))
+    dims = (0 if t is None else t.data_ptr() for t in (group.h, group.first_dims, group.last_dims, group.offsets))
     return (
         group.x.data_ptr(), *dims, shape.elements, -1 if shape.rows is None else shape.rows,
         0 if shape.columns is None else shape.columns, shape.row_bound, shape.column_bound, shape.members,
@@ -98,20 +98,21 @@ def _rows_kernel(
 @lru_cache(maxsize=1024)
 def _tile_kernel(
     device: int, dtype: torch.dtype, scaling: str, convention: str, rows: str | None, columns: str | None,
-    hadamard: bool, stochastic: bool, vectorized: bool,
+    hadamard: bool, stochastic: bool, vectorized: bool, gradient: str | None,
 ) -> _Kernel:  # fmt: skip
     arch, name = select.arch_of(device), select.INPUT_NAMES[dtype]
-    flags = (hadamard, stochastic, vectorized)
+    flags = (hadamard, stochastic, vectorized, gradient)
     spec = select.group_tile_spec(arch, name, scaling, convention, rows, columns, *flags)
     return _Kernel(device, spec, GROUP_TILE_ARGUMENTS)
 
 
 @lru_cache(maxsize=64)
 def _amax_kernel(
-    device: int, dtype: torch.dtype, rows: bool, columns: bool, hadamard: bool, vectorized: bool, sums: bool
+    device: int, dtype: torch.dtype, rows: bool, columns: bool, hadamard: bool, vectorized: bool, sums: bool,
+    gradient: str | None,
 ) -> _Kernel:  # fmt: skip
     arch, name = select.arch_of(device), select.INPUT_NAMES[dtype]
-    spec = select.group_amax_spec(arch, name, rows, columns, hadamard, vectorized, sums)
+    spec = select.group_amax_spec(arch, name, rows, columns, hadamard, vectorized, sums, gradient)
     return _Kernel(device, spec, GROUP_AMAX_ARGUMENTS)
 
 
@@ -149,8 +150,9 @@ def _reduce(
     vectorized = group.alignment > 1
     by_column = bool(sizes[1] or sizes[3]) or args.dbias
     launch = _amax_kernel(
-        group.x.device.index, group.x.dtype, bool(sizes[0] or sizes[2]), by_column, transformed, vectorized, args.dbias
-    )
+        group.x.device.index, group.x.dtype, bool(sizes[0] or sizes[2]), by_column, transformed, vectorized, args.dbias,
+        args.gradient,
+    )  # fmt: skip
     addresses = (0 if t is None else t.data_ptr() for t in (*parts, partial))
     launch(_tiles(group), stream, *group_values(group), *addresses, *signs(hadamard or 0), not args.shared)
     by_member = parts[2] if not args.shared or parts[2] is None else parts[2].reshape(())
@@ -174,18 +176,19 @@ def quantize(args: GroupedArguments) -> GroupedResults:
     given = args.outer_scales if any(t is not None for t in args.outer_scales) else args.amaxes
     scales: list[Tensor | None] = list(given)
     dbias = None
-    # Rows alone take their own amaxes, in the kernel that encodes.
-    alone = rows and not columns and not args.per_tensor
+    # Rows alone take their own amaxes, in the kernel that encodes. It has no gradients.
+    by_row = not columns and args.gradient is None
+    alone = by_row and not args.per_tensor
     missing = [want and t is None for want, t in zip((rows, columns), given, strict=True)]
     if args.dbias or (any(missing) and not alone):
         found = _reduce(args, missing[0] and not alone, missing[1], stream)
         scales = [t if t is not None else amax for t, amax in zip(given, found[:2], strict=True)]
         dbias = found[2]
     out = allocate(args, False), allocate(args, True)
-    if columns:
-        _quantize_tiles(args, out, scales, stream)
-    elif out[0] is not None:
+    if by_row and out[0] is not None:
         _quantize_rows(args, out[0], scales[0], stream)
+    else:
+        _quantize_tiles(args, out, scales, stream)
     return GroupedResults(*out, dbias)
 
 
@@ -220,6 +223,7 @@ def _quantize_tiles(
     kernel = _tile_kernel(
         group.x.device.index, group.x.dtype, "given" if any(t is not None for t in args.outer_scales) else "amax",
         args.convention, *args.layouts, args.hadamard is not None, args.seed is not None, group.alignment > 1,
+        args.gradient,
     )  # fmt: skip
     outputs = [output_values(t, scale_in) for t, scale_in in zip(out, scales, strict=True)]
     by_line = [t is not None and t.scaling == "per_row" for t in out]

@@ -9,7 +9,13 @@ from torch import Tensor
 
 from fp4gemm.dispatch import direct, on_its_device
 from fp4gemm.grouped import calls
-from fp4gemm.grouped.arguments import Group, GroupedArguments, check_group, check_quantize_grouped
+from fp4gemm.grouped.arguments import (
+    Group,
+    GroupedArguments,
+    check_gradient,
+    check_group,
+    check_quantize_grouped,
+)
 from fp4gemm.grouped.shape import GroupShape
 from fp4gemm.grouped.tensor import GroupedFP4Tensor
 from fp4gemm.reference import grouped as reference
@@ -33,6 +39,8 @@ class _Options(TypedDict, total=False):
     seed: Tensor | int | None
     outer_scale: Tensor | tuple[Tensor, Tensor] | None
     amax: Tensor | tuple[Tensor, Tensor] | None
+    gradient: str | None
+    h: Tensor | None
     check_dims: bool
 
 
@@ -72,6 +80,8 @@ def quantize_grouped(
     seed: Tensor | int | None = None,
     outer_scale: Tensor | tuple[Tensor, Tensor] | None = None,
     amax: Tensor | tuple[Tensor, Tensor] | None = None,
+    gradient: str | None = None,
+    h: Tensor | None = None,
     dbias: bool = False,
     check_dims: bool = False,
 ) -> Any:
@@ -98,7 +108,10 @@ def quantize_grouped(
         seed: round stochastically; member i has the seed (seed + i * 0x9E3779B97F4A7C15) mod 2**63.
         outer_scale: float32 decode multipliers, in place of amaxes: [] or [E], or [lines] of all members for
             ``per_row``; for ``both`` a tensor for both results, or a pair. ``amax``: the same, of amaxes.
-        dbias: also return the sums over rows of each member, float32 [E, K], or [columns of all members].
+        gradient: ``relu``, ``relu2``, ``silu``, ``gelu_tanh`` or ``quick_gelu``: x is the gradient of what this
+            activation returned; x times its derivative at ``h``, rounded to the dtype of x, is quantized (not e4m3).
+        h: the input of that activation, of the shape and dtype of x.
+        dbias: also return the sums over rows of each member, of what is quantized: float32 [E, K], or [columns of all].
         check_dims: read sizes on the host, which waits for the device, and raise for what does not fit.
 
     sf_layout, transposed_sf_layout and convention are those of :func:`fp4gemm.quantize_both`.
@@ -112,14 +125,15 @@ def quantize_grouped(
         ValueError: a shape, a name or a device does not fit, rows do not divide, or, with check_dims, a member.
     """
     group = check_group(x, members, first_dims, last_dims, offsets, rows, bounds)
+    group = check_gradient(group, gradient, h, x.shape)
     args = check_quantize_grouped(
         group, scaling=scaling, shared=shared, sf_layout=sf_layout, transposed_sf_layout=transposed_sf_layout,
         convention=convention, transposed=transposed, both=both, hadamard=hadamard, seed=seed, outer_scale=outer_scale,
-        amax=amax, dbias=dbias,
+        amax=amax, dbias=dbias, gradient=gradient,
     )  # fmt: skip
     if check_dims:
         group.sizes()
-    if direct(x, *args.outer_scales, *args.amaxes):
+    if direct(x, h, *args.outer_scales, *args.amaxes):
         result = _run(args)
     else:
         result = _from_tensors(args, torch.ops.fp4gemm.quantize_grouped(*_flat(args)))
@@ -148,7 +162,7 @@ def _flat(args: GroupedArguments) -> tuple[Any, ...]:
     return (
         group.x, [shape.members, *sizes, shape.elements, shape.row_bound, shape.column_bound],
         group.first_dims, group.last_dims, group.offsets, *args.layouts, args.per_tensor, args.shared, args.convention,
-        *args.outer_scales, *args.amaxes, args.hadamard, *seeds, args.dbias,
+        *args.outer_scales, *args.amaxes, args.hadamard, *seeds, args.dbias, args.gradient, group.h,
     )  # fmt: skip
 
 
@@ -157,14 +171,15 @@ def _arguments(
     sf_layout: str | None, transposed_sf_layout: str | None, per_tensor: bool, shared: bool, convention: str,
     outer_scale: Tensor | None, transposed_outer_scale: Tensor | None, amax: Tensor | None,
     transposed_amax: Tensor | None, hadamard: int | None, seed: Tensor | None, seed_value: int | None, dbias: bool,
+    gradient: str | None, h: Tensor | None,
 ) -> GroupedArguments:  # fmt: skip
     """Inverse of ``_flat``."""
     members, rows, columns, *rest = sizes
     shape = GroupShape(members, None if rows < 0 else rows, None if columns < 0 else columns, *rest)
     return GroupedArguments(
-        Group(x, shape, first_dims, last_dims, offsets), (sf_layout, transposed_sf_layout), per_tensor, shared,
+        Group(x, shape, first_dims, last_dims, offsets, h), (sf_layout, transposed_sf_layout), per_tensor, shared,
         convention, (outer_scale, transposed_outer_scale), (amax, transposed_amax), hadamard,
-        seed_value if seed is None else seed, dbias,
+        seed_value if seed is None else seed, dbias, gradient,
     )  # fmt: skip
 
 
@@ -203,6 +218,6 @@ _op = torch.library.custom_op(
     schema="(Tensor x, SymInt[] sizes, Tensor? first_dims, Tensor? last_dims, Tensor? offsets, str? sf_layout, "
     "str? transposed_sf_layout, bool per_tensor, bool shared, str convention, Tensor? outer_scale, "
     "Tensor? transposed_outer_scale, Tensor? amax, Tensor? transposed_amax, SymInt? hadamard, Tensor? seed, "
-    "SymInt? seed_value, bool dbias) -> Tensor[]",
+    "SymInt? seed_value, bool dbias, str? gradient, Tensor? h) -> Tensor[]",
 )
 _op.register_fake(_fake_quantize_grouped)

@@ -1,7 +1,18 @@
 """The numerics of fp4gemm in plain torch, on any device: the definition of right (docs/numerics.md)."""
 
 from fp4gemm.reference.matmul import bmm, gemm
-from fp4gemm.reference.producers import produce, rmsnorm
+from fp4gemm.reference.producers import produce, produce_gradient, rmsnorm
 from fp4gemm.reference.quantize import amax, dequantize, quantize, quantize_both, quantize_rmsnorm
 
-__all__ = ["amax", "bmm", "dequantize", "gemm", "produce", "quantize", "quantize_both", "quantize_rmsnorm", "rmsnorm"]
+__all__ = [
+    "amax",
+    "bmm",
+    "dequantize",
+    "gemm",
+    "produce",
+    "produce_gradient",
+    "quantize",
+    "quantize_both",
+    "quantize_rmsnorm",
+    "rmsnorm",
+]

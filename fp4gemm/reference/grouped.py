@@ -13,6 +13,7 @@ from fp4gemm.grouped.arguments import GroupedArguments
 from fp4gemm.grouped.shape import PARTIAL_ROWS
 from fp4gemm.grouped.tensor import GroupedFP4Tensor
 from fp4gemm.reference.arguments import QuantizeArguments
+from fp4gemm.reference.producers import produce_gradient
 from fp4gemm.reference.quantize import amax, quantize_checked
 from fp4gemm.tensor import FP4Tensor
 
@@ -56,7 +57,7 @@ def column_sums(x: Tensor) -> Tensor:
 @torch.no_grad()
 def quantize_grouped(args: GroupedArguments) -> GroupedResults:
     """What the kernels make of checked arguments, byte for byte within members; zeros behind the last one."""
-    members = [args.group.x[at : at + m * k].view(m, k) for m, k, at in args.group.sizes()]
+    members = _values(args)
     results = [_result(args, members, transposed) for transposed in (False, True)]
     if not args.dbias:
         return GroupedResults(results[0], results[1], None)
@@ -64,6 +65,16 @@ def quantize_grouped(args: GroupedArguments) -> GroupedResults:
     for i, begin in enumerate(_offsets([x.shape[1] for x in members])[:-1]):
         dbias[begin : begin + members[i].shape[1]] = column_sums(members[i])
     return GroupedResults(results[0], results[1], dbias)
+
+
+def _values(args: GroupedArguments) -> list[Tensor]:
+    """What is quantized of each member."""
+    group, sizes = args.group, args.group.sizes()
+    members = [group.x[at : at + m * k].view(m, k) for m, k, at in sizes]
+    if group.h is None or args.gradient is None:
+        return members
+    inputs = [group.h[at : at + m * k].view(m, k) for m, k, at in sizes]
+    return [produce_gradient(g, h, args.gradient) for g, h in zip(members, inputs, strict=True)]
 
 
 def _result(args: GroupedArguments, members: list[Tensor], transposed: bool) -> GroupedFP4Tensor | None:

@@ -16,6 +16,7 @@ import torch
 
 import fp4gemm
 from fp4gemm import select
+from fp4gemm.formats import GRADIENTS
 from fp4gemm.grouped import calls, ops
 
 PROBLEMS = 6  # of each kind
@@ -91,3 +92,13 @@ def test_given_scales(given: str, both: bool, monkeypatch: pytest.MonkeyPatch) -
         generator = torch.Generator().manual_seed(1)
         scales = tuple(torch.rand(shape, generator=generator) * 0.01 + 1e-4 for shape in shapes)
         run(replace(case, options={"both": both, given: scales}), monkeypatch)
+
+
+@pytest.mark.usefixtures("launches")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+@pytest.mark.parametrize("gradient", GRADIENTS)
+def test_gradients_of_activations(gradient: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both results and the sums, where rows are whole 16 bytes; rows alone, where they are not."""
+    for seed, kind, options in ((1, "both", {"both": True, "dbias": True}), (2, "rows", {"scaling": "per_tensor"})):
+        case = cases.GroupCase.draw(seed, kind, 4, 150, dtype, {**options, "gradient": gradient})
+        run(replace(case, values="special"), monkeypatch)

@@ -12,7 +12,7 @@ import gpu_cases as cases
 import torch
 from torch import Tensor
 
-from fp4gemm.formats import CONVENTIONS, SF_LAYOUTS
+from fp4gemm.formats import CONVENTIONS, GRADIENTS, SF_LAYOUTS
 from fp4gemm.grouped import calls
 from fp4gemm.grouped.arguments import GroupedArguments
 from fp4gemm.grouped.tensor import GroupedFP4Tensor
@@ -49,7 +49,9 @@ class GroupCase:
         count = members or rng.choice((1, 2, 3, 4, 5, 9, 33, 64, 65, 128))
         if count > 16:
             largest = max(4, largest // 8)
-        drawn = kernel.choice((*cases.DTYPES, torch.bfloat16, torch.float8_e4m3fn))
+        gradient = kernel.choice(GRADIENTS) if kernel.random() < 0.2 else None
+        floats = (*cases.DTYPES, torch.bfloat16)
+        drawn = kernel.choice(floats if gradient else (*floats, torch.float8_e4m3fn))
         varies = kind in ("columns", "both")
         width = 16 * rng.randrange(1, largest // 16 + 2) if varies or rng.random() < 0.6 else rng.randrange(1, largest)
         height = _height(rng, largest) or 1
@@ -67,7 +69,7 @@ class GroupCase:
         spare = 0 if kind == "same" else (16 if varies else width) * rng.randrange(4)
         return cls(
             seed, kind, dtype or drawn, sizes, gaps, spare, by_offsets,
-            rng.choice(("normal", "grid", "special")), _options(kernel, rng) if options is None else options,
+            rng.choice(("normal", "grid", "special")), _options(kernel, rng, gradient) if options is None else options,
         )  # fmt: skip
 
     @property
@@ -91,6 +93,11 @@ class GroupCase:
         x = bytes_.to(device)[_GUARD:-_GUARD].view(self.dtype)
         sizes = torch.tensor(self.sizes, device=device)
         arguments = dict(self.options)
+        if "gradient" in arguments:
+            bytes_ = torch.full((size * self.dtype.itemsize + 2 * _GUARD,), _POISON, dtype=torch.uint8)
+            h = bytes_[_GUARD:-_GUARD].view(self.dtype)
+            h.copy_(_member(self.values, size, 1, generator).view(-1))
+            arguments["h"] = bytes_.to(device)[_GUARD:-_GUARD].view(self.dtype)
         if any(self.gaps) or self.rows_from_offsets:
             arguments["offsets"] = torch.tensor([*starts, end], device=device)
         if self.kind in ("rows", "both") and not self.rows_from_offsets:
@@ -105,6 +112,8 @@ class GroupCase:
             arguments["members"] = len(self.sizes)
         if self.kind in ("same", "rows"):
             x = x.view(-1, self.sizes[0][1])
+            if "h" in arguments:
+                arguments["h"] = arguments["h"].view(x.shape)
         return x, arguments
 
 
@@ -112,7 +121,7 @@ def _height(rng: random.Random, largest: int) -> int:
     return rng.choice((0, 0, 1, rng.randrange(largest), rng.randrange(largest), 16 * rng.randrange(largest // 16 + 1)))
 
 
-def _options(kernel: random.Random, rng: random.Random) -> dict[str, Any]:
+def _options(kernel: random.Random, rng: random.Random, gradient: str | None) -> dict[str, Any]:
     both = kernel.random() < 0.5
     transposed = both or kernel.random() < 0.3
     per_tensor = kernel.random() < 0.4
@@ -124,6 +133,8 @@ def _options(kernel: random.Random, rng: random.Random) -> dict[str, Any]:
         "convention": kernel.choice((None, *CONVENTIONS)),
         "dbias": kernel.random() < 0.3,
     }
+    if gradient is not None:
+        options["gradient"] = gradient
     if kernel.random() < 0.4:
         options["seed"] = rng.getrandbits(63)
     if transposed and kernel.random() < 0.5:

@@ -99,7 +99,13 @@ def group_cases(device: torch.device) -> Iterator[str]:
     """Every kind and way: members that end inside of a tile, empty ones, more of them than lanes that sum their sizes,
     with poison around what is read and written."""
     for kind, options in product(
-        groups.KINDS, ({}, {"scaling": "per_tensor"}, {"both": True, "hadamard": 0xACE1, "seed": 3, "dbias": True})
+        groups.KINDS,
+        (
+            {},
+            {"scaling": "per_tensor"},
+            {"both": True, "hadamard": 0xACE1, "seed": 3, "dbias": True},
+            {"gradient": "silu"},
+        ),
     ):
         for seed, members in ((0, 3), (1, 70)):
             case = groups.GroupCase.draw(seed, kind, members, 280, torch.bfloat16, options)

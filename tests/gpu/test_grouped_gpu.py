@@ -12,6 +12,7 @@ import torch
 
 import fp4gemm
 from fp4gemm import FP4Tensor
+from fp4gemm.formats import GRADIENTS
 from fp4gemm.grouped import calls
 from fp4gemm.reference.grouped import member_seed
 
@@ -68,6 +69,14 @@ def test_given_scales(shape: str, given: str, kind: str, device: torch.device) -
             moved = {given: tuple(t.to(device) for t in scales)}
             got = fp4gemm.quantize_grouped(x, **arguments, both=both, **moved)
         cases.assert_results(got, want, case.columns, f"{case}", guarded=device.type == "cuda")
+
+
+@pytest.mark.parametrize("dtype", gpu_cases.DTYPES, ids=str)
+@pytest.mark.parametrize("gradient", GRADIENTS)
+def test_gradients_of_activations(gradient: str, dtype: torch.dtype, device: torch.device) -> None:
+    for kind in cases.KINDS:
+        for options in ({"both": True, "dbias": True}, {"scaling": "per_tensor"}):
+            check(cases.GroupCase.draw(11, kind, None, 300, dtype, {**options, "gradient": gradient}), device)
 
 
 def same(got: FP4Tensor, want: FP4Tensor, what: str) -> None:

@@ -10,12 +10,21 @@ import pytest
 import torch
 
 import fp4gemm
-from fp4gemm import select
+from fp4gemm import reference, select
 from fp4gemm.formats import SF_LAYOUTS, scale_layout
 from fp4gemm.grouped.arguments import check_group
 from fp4gemm.grouped.shape import GroupShape
 from fp4gemm.reference.grouped import column_sums, member_seed
-from fp4gemm.spec import ARCHS, INPUT_DTYPES, GroupSpec, GroupSumsSpec, QuantizeSpec, TileQuantizeSpec, check
+from fp4gemm.spec import (
+    ARCHS,
+    INPUT_DTYPES,
+    GroupSpec,
+    GroupSumsSpec,
+    QuantizeSpec,
+    TileAmaxSpec,
+    TileQuantizeSpec,
+    check,
+)
 from fp4gemm.tensor import FP4Tensor
 from fp4gemm.variants import default_variants
 
@@ -55,6 +64,11 @@ def test_a_group_is_a_loop_over_quantize(kind, first):
         results = got if isinstance(got, tuple) else (got,)
         options = {name: arguments.get(name) for name in ("scaling", "sf_layout", "convention")}
         parts = list(members_of(case, x))
+        if "gradient" in arguments:
+            inputs = members_of(case, arguments["h"])
+            parts = [
+                reference.produce_gradient(g, h, arguments["gradient"]) for g, h in zip(parts, inputs, strict=True)
+            ]
         turned = (False, True) if arguments["both"] else (arguments["transposed"],)
         for t, transposed in zip(results, turned, strict=False):
             hadamard = arguments.get("hadamard") if transposed else None
@@ -189,6 +203,11 @@ DIMS = torch.tensor([3, 7])
         ({"members": 2, "convention": "x"}, ValueError, "convention: expected one of"),
         ({"members": 2, "seed": -1}, ValueError, "seed: expected 0"),
         ({"members": 2, "amax": torch.ones(3)}, ValueError, r"amax: expected shape \[\] or \[2\] or \[10\], got \[3\]"),
+        ({"members": 2, "h": X}, ValueError, "h: expected None without a gradient, got a tensor"),
+        ({"members": 2, "gradient": "tanh", "h": X}, ValueError, "gradient: expected one of relu, relu2"),
+        ({"members": 2, "gradient": "relu"}, TypeError, "h: expected a torch.Tensor, the input of the activation"),
+        ({"members": 2, "gradient": "relu", "h": X.half()}, TypeError, "h: expected dtype torch.float32"),
+        ({"members": 2, "gradient": "relu", "h": X[1:]}, ValueError, r"h: expected contiguous \[10, 32\] \(as x\)"),
         ({"members": 2, "amax": 1.0}, TypeError, "amax: expected a torch.Tensor, got float"),
         ({"members": 2, "amax": torch.ones(()), "outer_scale": torch.ones(())}, ValueError, "amax: expected None"),
     ],
@@ -276,6 +295,8 @@ def test_what_is_selected_is_possible_and_named_apart(arch):
         (GroupSpec(QuantizeSpec("sm_80", "bf16", "per_row", "te", "128x4", 128, 4, 4)), "arch: got 'sm_80'"),
         (GroupSpec(QuantizeSpec("sm_90a", "bf16", "per_row", "te", "128x4", 128, 4, 4, noop=True)), "kernel: expected"),
         (GroupSpec(TileQuantizeSpec("sm_90a", "bf16", "amax", "te", "linear", None, square=True)), "square: got True"),
+        (GroupSpec(TileAmaxSpec("sm_90a", "e4m3", True, True, gradient="relu")), "gradient: got one of e4m3"),
+        (GroupSpec(TileAmaxSpec("sm_90a", "bf16", True, True, gradient="tanh")), "gradient: got 'tanh'"),
         (GroupSumsSpec("sm_90a", 3), "alignment: got 3"),
         (GroupSumsSpec("sm_90a", 8, 33), "threads: got 33"),
     ],

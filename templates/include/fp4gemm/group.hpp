@@ -9,6 +9,7 @@ namespace fp4gemm {
 // Packed by fp4gemm/grouped/calls.py (GROUP): keep both alike. Rows of a member are contiguous.
 struct Group {
   void const* x;
+  void const* h;  // where x is a gradient: of the size of x (tile.hpp)
   int64_t const *first_dims, *last_dims;  // [members], rows and columns of each; null: those below
   int64_t const* offsets;  // [members + 1], elements of x where each begins; null: without gaps
   int64_t elements;  // of x

@@ -36,7 +36,8 @@ __device__ inline TileOutput output_of(GroupOutput const& out, Member const& mem
 
 template <class Element> __device__ TileSource source_of(Group const& group, Member const& member) {
   auto const* const x = static_cast<char const*>(group.x) + member.at * Element::kBytes;
-  return {x, member.columns, 1, member.rows, member.columns, ceil_div(member.columns, kTile), 0, 0};
+  auto const* const h = static_cast<char const*>(group.h) + member.at * Element::kBytes;
+  return {x, h, member.columns, 1, member.rows, member.columns, ceil_div(member.columns, kTile), 0, 0};
 }
 
 __device__ inline TilePlace place_of(Member const& member, int64_t item) {

@@ -47,7 +47,8 @@ struct TileQuantizeArguments {
 };
 
 template <class Element_, class Convention_, class RowScales_, class ColumnScales_, bool kGiven_, bool kRows_,
-          bool kColumns_, bool kHadamard_, bool kStochastic_, bool kSquare_, bool kVectorized_>
+          bool kColumns_, bool kHadamard_, bool kStochastic_, bool kSquare_, bool kVectorized_,
+          Producer kProducer_ = Producer::kNone>
 struct TileQuantizeConfig {
   using Element = Element_;
   using Convention = Convention_;
@@ -59,6 +60,7 @@ struct TileQuantizeConfig {
   static constexpr bool kStochastic = kStochastic_;
   static constexpr bool kSquare = kSquare_;  // one block scale for 16 x 16 values
   static constexpr bool kVectorized = kVectorized_;  // rows are 16-byte aligned
+  static constexpr Producer kProducer = kProducer_;  // kNone, or a gradient
   static constexpr int kThreads = kTileThreads;
   static constexpr int kSharedBytes = Tile<Element>::kBytes + 2 * kTile * kTileBlocks + 2 * kTile * 12 +
                                       (kSquare ? kTileBlocks * kTileBlocks * 4 : 0) +
@@ -241,7 +243,7 @@ template <class Config> class TileQuantizer {
 
   __device__ void run() const {
     if (options_.noop != nullptr && skips()) return;
-    tile_.template load<Config::kVectorized>(view_.source, row0_, column0_);
+    tile_.template load<Config::kVectorized, Config::kProducer>(view_.source, row0_, column0_);
     prepare_levels();
     tile_.wait();
     if constexpr (Config::kSquare) reduce_squares();
@@ -414,11 +416,13 @@ struct TileAmaxArguments {
   HadamardSigns hadamard;
 };
 
-template <class Element_, bool kRows_, bool kColumns_, bool kHadamard_, bool kVectorized_, bool kSums_ = false>
+template <class Element_, bool kRows_, bool kColumns_, bool kHadamard_, bool kVectorized_, bool kSums_ = false,
+          Producer kProducer_ = Producer::kNone>
 struct TileAmaxConfig {
   using Element = Element_;
   static constexpr bool kRows = kRows_, kColumns = kColumns_, kHadamard = kHadamard_, kVectorized = kVectorized_;
   static constexpr bool kSums = kSums_;
+  static constexpr Producer kProducer = kProducer_;
   static_assert(kColumns || !kSums, "sums are those of columns");
   static constexpr int kThreads = kTileThreads;
   static constexpr int kSharedBytes = Tile<Element>::kBytes + 2 * kTile * 4;
@@ -448,7 +452,7 @@ template <class Config> class TileAmax {
         column0_(place.column * kTile) {}
 
   __device__ void run() const {
-    tile_.template load<Config::kVectorized>(view_.source, row0_, column0_);
+    tile_.template load<Config::kVectorized, Config::kProducer>(view_.source, row0_, column0_);
     tile_.wait();
     if constexpr (Config::kRows) {
 #pragma unroll
