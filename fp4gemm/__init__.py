@@ -3,8 +3,8 @@
 from fp4gemm import nn
 from fp4gemm.batch import bmm, bmm_fp4, quantize_batch
 from fp4gemm.formats import CONVENTIONS, SCALINGS, SF_LAYOUTS
-from fp4gemm.grouped.ops import quantize_grouped
-from fp4gemm.grouped.tensor import GroupedFP4Tensor
+from fp4gemm.group.ops import quantize_grouped
+from fp4gemm.group.tensor import GroupedFP4Tensor
 from fp4gemm.nn import autocast, convert
 from fp4gemm.ops import amax, dequantize, gemm, gemm_fp4, quantize, quantize_both, quantize_gemm, quantize_rmsnorm
 from fp4gemm.search import search_scales

@@ -6,7 +6,7 @@ from __future__ import annotations
 from fp4gemm.formats import SF_LAYOUTS
 from fp4gemm.spec.common import ARCHS, DTYPES, INPUT_DTYPES, unknown
 from fp4gemm.spec.gemm import ACTIVATIONS, GemmSpec
-from fp4gemm.spec.grouped import GroupSpec, GroupSumsSpec
+from fp4gemm.spec.group import GroupSpec, GroupSumsSpec
 from fp4gemm.spec.packed import (
     SM90_SHARED_BYTES,
     WGMMA_TOKENS,

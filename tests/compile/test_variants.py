@@ -18,7 +18,7 @@ from fp4gemm import builder, cache
 from fp4gemm.compile import compile_source, read_ints
 from fp4gemm.division import mma_shared_bytes, wgmma_shared_bytes
 from fp4gemm.formats import NORMS
-from fp4gemm.grouped.calls import (
+from fp4gemm.group.calls import (
     GROUP_AMAX_ARGUMENTS,
     GROUP_ROWS_ARGUMENTS,
     GROUP_SUMS_ARGUMENTS,

@@ -17,7 +17,7 @@ import torch
 import fp4gemm
 from fp4gemm import select
 from fp4gemm.formats import GRADIENTS
-from fp4gemm.grouped import calls, ops
+from fp4gemm.group import calls, ops
 
 PROBLEMS = 6  # of each kind
 CPU = torch.device("cpu")

@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 
 from fp4gemm.formats import CONVENTIONS, GRADIENTS, SF_LAYOUTS
-from fp4gemm.grouped import calls
-from fp4gemm.grouped.arguments import GroupedArguments
-from fp4gemm.grouped.tensor import GroupedFP4Tensor
+from fp4gemm.group import calls
+from fp4gemm.group.arguments import GroupedArguments
+from fp4gemm.group.tensor import GroupedFP4Tensor
 
 KINDS = ("same", "rows", "columns", "both")
 KERNELS = 24  # combinations of dtypes and options of each kind: each is a second or two to build

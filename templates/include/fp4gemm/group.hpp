@@ -6,7 +6,7 @@
 
 namespace fp4gemm {
 
-// Packed by fp4gemm/grouped/calls.py (GROUP): keep both alike. Rows of a member are contiguous.
+// Packed by fp4gemm/group/calls.py (GROUP): keep both alike. Rows of a member are contiguous.
 struct Group {
   void const* x;
   void const* h;  // where x is a gradient: of the size of x (tile.hpp)

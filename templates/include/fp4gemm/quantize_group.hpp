@@ -64,7 +64,7 @@ __device__ void for_items(Index const& index, Describe const& describe, Work con
 
 // --- row by row -------------------------------------------------------------------------------------------------------
 
-// Packed by fp4gemm/grouped/calls.py (GROUP_ROWS_ARGUMENTS): keep both alike.
+// Packed by fp4gemm/group/calls.py (GROUP_ROWS_ARGUMENTS): keep both alike.
 struct GroupRowsArguments {
   Group group;
   GroupOutput rows;
@@ -139,7 +139,7 @@ template <class Config> class GroupRowQuantizer {
 
 // --- by tiles ---------------------------------------------------------------------------------------------------------
 
-// Packed by fp4gemm/grouped/calls.py (GROUP_TILE_ARGUMENTS): keep both alike.
+// Packed by fp4gemm/group/calls.py (GROUP_TILE_ARGUMENTS): keep both alike.
 struct GroupTileArguments {
   Group group;
   GroupOutput rows, columns;
@@ -198,7 +198,7 @@ template <class Config> class GroupTileQuantizer {
 
 // --- amaxes and sums --------------------------------------------------------------------------------------------------
 
-// Packed by fp4gemm/grouped/calls.py (GROUP_AMAX_ARGUMENTS): keep both alike. As TileAmaxView has them, of all members: each
+// Packed by fp4gemm/group/calls.py (GROUP_AMAX_ARGUMENTS): keep both alike. As TileAmaxView has them, of all members: each
 // line, each member (or one for all of them), and the sums of each 128 rows.
 struct GroupAmaxArguments {
   Group group;
@@ -256,7 +256,7 @@ template <class Config> class GroupAmax {
   __device__ static float* at(float* p, int64_t i) { return p == nullptr ? nullptr : p + i; }
 };
 
-// Packed by fp4gemm/grouped/calls.py (GROUP_SUMS_ARGUMENTS): keep both alike.
+// Packed by fp4gemm/group/calls.py (GROUP_SUMS_ARGUMENTS): keep both alike.
 struct GroupSumsArguments {
   Group group;
   float const* partial;  // of each 128 rows, as GroupAmax leaves them

@@ -13,8 +13,8 @@ import torch
 import fp4gemm
 from fp4gemm import FP4Tensor
 from fp4gemm.formats import GRADIENTS
-from fp4gemm.grouped import calls
-from fp4gemm.reference.grouped import member_seed
+from fp4gemm.group import calls
+from fp4gemm.reference.group import member_seed
 
 PROBLEMS, CHUNK = 200, 50
 CPU = torch.device("cpu")

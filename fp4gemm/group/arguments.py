@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fp4gemm.formats import BLOCK, CONVENTIONS, GRADIENTS, SCALINGS, scale_layout
-from fp4gemm.grouped.shape import GroupShape
+from fp4gemm.group.shape import GroupShape
 from fp4gemm.reference.arguments import QUANTIZABLE, check_float
 from fp4gemm.reference.options import check_mask, check_name, check_seed
 

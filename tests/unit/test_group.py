@@ -12,9 +12,9 @@ import torch
 import fp4gemm
 from fp4gemm import reference, select
 from fp4gemm.formats import SF_LAYOUTS, scale_layout
-from fp4gemm.grouped.arguments import check_group
-from fp4gemm.grouped.shape import GroupShape
-from fp4gemm.reference.grouped import column_sums, member_seed
+from fp4gemm.group.arguments import check_group
+from fp4gemm.group.shape import GroupShape
+from fp4gemm.reference.group import column_sums, member_seed
 from fp4gemm.spec import (
     ARCHS,
     INPUT_DTYPES,

@@ -8,18 +8,18 @@ import torch
 from torch import Tensor
 
 from fp4gemm.dispatch import direct, on_its_device
-from fp4gemm.grouped import calls
-from fp4gemm.grouped.arguments import (
+from fp4gemm.group import calls
+from fp4gemm.group.arguments import (
     Group,
     GroupedArguments,
     check_gradient,
     check_group,
     check_quantize_grouped,
 )
-from fp4gemm.grouped.shape import GroupShape
-from fp4gemm.grouped.tensor import GroupedFP4Tensor
-from fp4gemm.reference import grouped as reference
-from fp4gemm.reference.grouped import GroupedResults
+from fp4gemm.group.shape import GroupShape
+from fp4gemm.group.tensor import GroupedFP4Tensor
+from fp4gemm.reference import group as reference
+from fp4gemm.reference.group import GroupedResults
 
 
 class _Options(TypedDict, total=False):

@@ -9,9 +9,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fp4gemm.formats import BLOCK, QuantizeOptions, scale_layout
-from fp4gemm.grouped.arguments import GroupedArguments
-from fp4gemm.grouped.shape import PARTIAL_ROWS
-from fp4gemm.grouped.tensor import GroupedFP4Tensor
+from fp4gemm.group.arguments import GroupedArguments
+from fp4gemm.group.shape import PARTIAL_ROWS
+from fp4gemm.group.tensor import GroupedFP4Tensor
 from fp4gemm.reference.arguments import QuantizeArguments
 from fp4gemm.reference.producers import produce_gradient
 from fp4gemm.reference.quantize import amax, quantize_checked

@@ -10,10 +10,10 @@ from torch import Tensor
 
 from fp4gemm import select
 from fp4gemm.formats import BLOCK, scale_layout
-from fp4gemm.grouped.arguments import Group, GroupedArguments
-from fp4gemm.grouped.tensor import GroupedFP4Tensor
+from fp4gemm.group.arguments import Group, GroupedArguments
+from fp4gemm.group.tensor import GroupedFP4Tensor
 from fp4gemm.launch import Launcher
-from fp4gemm.reference.grouped import GroupedResults
+from fp4gemm.reference.group import GroupedResults
 from fp4gemm.spec import TILE, GroupSpec, GroupSumsSpec, QuantizeSpec
 from fp4gemm.tile_calls import signs
 
@@ -170,7 +170,7 @@ def _reduce(
 
 
 def quantize(args: GroupedArguments) -> GroupedResults:
-    """What ``reference.grouped.quantize_grouped`` makes, on the device: nothing is written behind the last member."""
+    """What ``reference.group.quantize_grouped`` makes, on the device: nothing is written behind the last member."""
     stream = torch._C._cuda_getCurrentRawStream(args.group.x.device.index)
     rows, columns = _wanted(args)
     given = args.outer_scales if any(t is not None for t in args.outer_scales) else args.amaxes
