@@ -5,8 +5,20 @@ from fp4gemm.batch import bmm, bmm_fp4, quantize_batch
 from fp4gemm.formats import CONVENTIONS, SCALINGS, SF_LAYOUTS
 from fp4gemm.group.ops import quantize_grouped
 from fp4gemm.group.tensor import GroupedFP4Tensor
+from fp4gemm.grouped import GroupedWeight, stack_weights
 from fp4gemm.nn import autocast, convert
-from fp4gemm.ops import amax, dequantize, gemm, gemm_fp4, quantize, quantize_both, quantize_gemm, quantize_rmsnorm
+from fp4gemm.ops import (
+    amax,
+    dequantize,
+    gemm,
+    gemm_fp4,
+    gemm_grouped,
+    quantize,
+    quantize_both,
+    quantize_gemm,
+    quantize_gemm_grouped,
+    quantize_rmsnorm,
+)
 from fp4gemm.search import search_scales
 from fp4gemm.tensor import FP4Batch, FP4Tensor
 
@@ -18,6 +30,7 @@ __all__ = [
     "FP4Batch",
     "FP4Tensor",
     "GroupedFP4Tensor",
+    "GroupedWeight",
     "amax",
     "autocast",
     "bmm",
@@ -26,12 +39,15 @@ __all__ = [
     "dequantize",
     "gemm",
     "gemm_fp4",
+    "gemm_grouped",
     "nn",
     "quantize",
     "quantize_batch",
     "quantize_both",
     "quantize_gemm",
+    "quantize_gemm_grouped",
     "quantize_grouped",
     "quantize_rmsnorm",
     "search_scales",
+    "stack_weights",
 ]

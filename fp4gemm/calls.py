@@ -21,6 +21,7 @@ from fp4gemm.formats import (
     scale_columns,
     scale_layout,
 )
+from fp4gemm.grouped import GroupedWeight
 from fp4gemm.launch import (
     AMAX_ARGUMENTS,
     DEQUANTIZE_ARGUMENTS,
@@ -396,6 +397,34 @@ def gemm(a: FP4Tensor | Tensor, b: FP4Tensor, bias: Tensor | None, out: Output, 
         return
     weight = _weight(b)
     engine.gemm(_activations(a), weight, bias, out, None if b.prepacked else False)
+
+
+def _grouped(w: GroupedWeight, offsets: Tensor, tokens: int) -> engine.GroupedWeights:
+    """Raises NotImplementedError on an arch without a kernel."""
+    if not on_hopper(w.device.index):
+        arch = select.arch_of(w.device.index)
+        raise NotImplementedError(f"gemm_grouped: no kernel for {arch} yet; multiply by expert with gemm")
+    return engine.GroupedWeights(_aligned(w.data, 16), w.outer_scale, offsets.contiguous(), *w.shape, tokens)
+
+
+def gemm_grouped(
+    x: FP4Tensor | Tensor, w: GroupedWeight, offsets: Tensor, bias: Tensor | None, tokens: int, out: Output
+) -> None:
+    """The product of each expert of non-empty operands into ``out``; see ``ops.gemm_grouped``."""
+    weights = _grouped(w, offsets, tokens)
+    engine.gemm_grouped(_activations(x), weights, None if bias is None else bias.contiguous(), out)
+
+
+def quantize_gemm_grouped(
+    x: Tensor, w: GroupedWeight, offsets: Tensor, bias: Tensor | None, outer_scale: Tensor | None, tokens: int,
+    d: Tensor, options: QuantizeOptions = PLAIN,
+) -> None:  # fmt: skip
+    """The values of x, quantized, times the weight of their expert into ``d``; see ``ops.quantize_gemm_grouped``."""
+    weights = _grouped(w, offsets, tokens)
+    per_tensor = outer_scale is not None and outer_scale.dim() == 0
+    values, outer = quantize_values(x, per_tensor, _FUSED_CONVENTION, outer_scale, options)
+    bias = None if bias is None else bias.contiguous()
+    engine.gemm_grouped(Activations(values, outer), weights, bias, Output(d, None, 0.0), True)
 
 
 def bmm(a: FP4Batch, b: FP4Batch, bias: Tensor | None, out: Output, activation: str | None) -> None:

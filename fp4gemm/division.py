@@ -24,12 +24,17 @@ class Division:
     numbers: tuple[int, ...]  # from row_tiles to panels_extra of PackedGemmArguments
 
 
-def divide(spec: PackedMmaSpec | PackedWgmmaSpec, m: int, n: int, k: int, sms: int) -> Division | None:
-    """How ``spec`` divides x [m, k] . w [n, k]^T on a GPU of ``sms`` SMs; None where it cannot."""
+def divide(
+    spec: PackedMmaSpec | PackedWgmmaSpec, m: int, n: int, k: int, sms: int, experts: int = 0
+) -> Division | None:
+    """How ``spec`` divides x [m, k] . w [n, k]^T on a GPU of ``sms`` SMs; None where it cannot.
+
+    ``experts``: of a grouped kernel, the weights [n, k] that the m tokens share.
+    """
     panels, blocks = -(-n // PACKED_BLOCK), -(-k // PACKED_BLOCK)
     if isinstance(spec, PackedMmaSpec):
         return _divide_mma(spec, m, panels, blocks, sms)
-    return _divide_wgmma(spec, m, panels, sms)
+    return _divide_grouped(spec, m, panels, sms, experts) if spec.grouped else _divide_wgmma(spec, m, panels, sms)
 
 
 def _divide_mma(spec: PackedMmaSpec, m: int, panels: int, blocks: int, sms: int) -> Division | None:
@@ -68,9 +73,7 @@ def _divide_wgmma(spec: PackedWgmmaSpec, m: int, panels: int, sms: int) -> Divis
         return None
     cluster = spec.multicast * spec.split
     row_tiles, token_tiles = -(-panels // (spec.panels * spec.multicast)), -(-m // spec.tokens)
-    # GPCs are whole pairs of SMs, but not whole fours.
-    resident = sms // cluster if cluster <= 2 else sms * 9 // (10 * cluster)
-    clusters = min(max(resident, 1), row_tiles * token_tiles)
+    clusters = min(_resident(cluster, sms), row_tiles * token_tiles)
     full_tiles = row_tiles * spec.multicast
     if spec.uneven:
         rounds = -(-row_tiles * token_tiles // clusters)
@@ -79,6 +82,28 @@ def _divide_wgmma(spec: PackedWgmmaSpec, m: int, panels: int, sms: int) -> Divis
         clusters = min(clusters, -(-row_tiles * token_tiles // rounds))
     numbers = (row_tiles, token_tiles, min(token_tiles, _RASTER), *(0,) * 7, full_tiles)
     return Division(clusters * cluster, None, numbers)
+
+
+def _divide_grouped(spec: PackedWgmmaSpec, m: int, panels: int, sms: int, experts: int) -> Division | None:
+    """The same where the device alone knows how many tiles there are: at most one more per expert that has tokens.
+
+    No round can be made even then; where row tiles may be uneven, they share the panels of a weight.
+    """
+    shared = wgmma_shared_bytes(spec) + 8 * (experts + 1)
+    if shared > SHARED_BYTES:
+        return None
+    cluster = spec.multicast * spec.split
+    row_tiles = -(-panels // (spec.panels * spec.multicast))
+    most = row_tiles * (m // spec.tokens + min(experts, m))
+    full_tiles = max(0, panels - row_tiles * (spec.panels - 1)) if spec.uneven else row_tiles * spec.multicast
+    numbers = (row_tiles, 0, _RASTER, *(0,) * 7, full_tiles)
+    return Division(min(_resident(cluster, sms), most) * cluster, shared, numbers)
+
+
+def _resident(cluster: int, sms: int) -> int:
+    """How many clusters of so many CTAs run at once, one CTA on an SM."""
+    # GPCs are whole pairs of SMs, but not whole fours.
+    return max(1, sms // cluster if cluster <= 2 else sms * 9 // (10 * cluster))
 
 
 def wgmma_shared_bytes(spec: PackedWgmmaSpec) -> int:

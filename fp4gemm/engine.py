@@ -11,7 +11,7 @@ from torch import Tensor
 from fp4gemm import select
 from fp4gemm.launch import GemmProblem, Operands, address_of_one, beta_bits, gemm_plan
 from fp4gemm.packed_plan import PackedProblem, packed_plan
-from fp4gemm.spec import PackedCollectiveSpec, PackedSpec
+from fp4gemm.spec import PackedCollectiveSpec, PackedSpec, PackedWgmmaSpec
 
 
 class Activations(NamedTuple):
@@ -28,6 +28,19 @@ class Weight(NamedTuple):
     outer_scale: Tensor
     n: int
     k: int
+
+
+class GroupedWeights(NamedTuple):
+    """``experts`` prepacked weights [n, k], one after the other, their outer scales, fp32 [experts] or [experts, n],
+    and the first token of each, int64 [experts + 1]; ``tokens``: how many one of them is expected to have."""
+
+    data: Tensor
+    outer_scale: Tensor
+    offsets: Tensor
+    experts: int
+    n: int
+    k: int
+    tokens: int
 
 
 class Output(NamedTuple):
@@ -97,6 +110,45 @@ def gemm(a: Activations, w: Weight, bias: Tensor | None, out: Output, dependent:
     launch_spec(spec, Activations(x, a.outer_scale), w, bias, Output(d, c, out.beta), dependent)
 
 
+@lru_cache(maxsize=8192)
+def _grouped_spec(
+    device: int, experts: int, tokens: int, n: int, k: int, a_dtype: torch.dtype, out_dtype: torch.dtype,
+    bias: torch.dtype | None, source: bool,
+) -> PackedWgmmaSpec:  # fmt: skip
+    names, sms = select.DTYPE_NAMES, select.gpu_of(device)[1]
+    bias_name = None if bias is None else names[bias]
+    return select.grouped_spec(sms, experts, tokens, n, k, names[a_dtype], names[out_dtype], bias_name, source)
+
+
+def gemm_grouped(
+    a: Activations, w: GroupedWeights, bias: Tensor | None, out: Output, dependent: bool | None = None
+) -> None:
+    """``gemm`` of the tokens of each expert by its weight, bias [experts, n], into a row-major ``out.d``; other rows of
+    it stay as they are. One launch, which waits for nothing."""
+    x, d, c = tokens(a.values), out.d, out.c
+    if c is not None and (c.stride() != d.stride() or c.data_ptr() % 16 != d.data_ptr() % 16):
+        c = torch.empty_strided(d.shape, d.stride(), dtype=d.dtype, device=d.device).copy_(c)
+    bias_dtype = None if bias is None else bias.dtype
+    spec = _grouped_spec(x.device.index, w.experts, w.tokens, w.n, w.k, x.dtype, d.dtype, bias_dtype, c is not None)
+    launch_grouped(spec, Activations(x, a.outer_scale), w, bias, Output(d, c, out.beta), dependent)
+
+
+def launch_grouped(
+    spec: PackedWgmmaSpec, a: Activations, w: GroupedWeights, bias: Tensor | None, out: Output,
+    dependent: bool | None = None,
+) -> None:  # fmt: skip
+    """``gemm_grouped`` by this kernel: x aligned as ``tokens`` makes it, C of D's strides."""
+    (x, outer_a), (d, c, beta), device, m = a, out, a.values.device.index, out.d.shape[0]
+    x_stride = x.stride(0) if m > 1 else -(-x.shape[1] // 8) * 8
+    ldd = d.stride(0) if m > 1 else w.n
+    per_row = outer_a is not None and outer_a.dim() == 1, w.outer_scale.dim() == 2
+    packed_plan(spec, PackedProblem(m, w.n, w.k, x_stride, ldd, False, *per_row, w.experts), device)(
+        torch._C._cuda_getCurrentRawStream(device), dependent, x.data_ptr(), w.data.data_ptr(), d.data_ptr(),
+        0 if c is None else c.data_ptr(), 0 if outer_a is None else outer_a.data_ptr(), w.outer_scale.data_ptr(),
+        0 if bias is None else bias.data_ptr(), w.offsets.data_ptr(), beta,
+    )  # fmt: skip
+
+
 def quantize_gemm(x: Tensor, outer_scale: Tensor, w: Weight, bias: Tensor | None, d: Tensor, dependent: bool) -> bool:
     """``gemm`` of what the quantizer makes of x with these outer scales, in one launch, where a kernel can.
 
@@ -138,5 +190,5 @@ def launch_spec(
         return
     packed_plan(spec, PackedProblem(m, w.n, w.k, x_stride, ldd, not row_major, *per_row), device)(
         stream, dependent, x.data_ptr(), w.data.data_ptr(), d.data_ptr(), 0 if c is None else c.data_ptr(),
-        0 if outer_a is None else outer_a.data_ptr(), outer_b.data_ptr(), bias_address, beta,
+        0 if outer_a is None else outer_a.data_ptr(), outer_b.data_ptr(), bias_address, 0, beta,
     )  # fmt: skip

@@ -14,6 +14,7 @@ from fp4gemm.calls import Packed
 from fp4gemm.dispatch import direct, on_its_device, on_kernels
 from fp4gemm.engine import Output
 from fp4gemm.formats import BLOCK, PLAIN, QuantizeOptions, packed_shape, padded_k, scale_layout
+from fp4gemm.grouped_ops import gemm_grouped, quantize_gemm_grouped
 from fp4gemm.quantize_ops import amax, quantize, quantize_both, quantize_rmsnorm, run
 from fp4gemm.reference import packed as packed_form
 from fp4gemm.reference.activation import check_activation
@@ -33,10 +34,12 @@ __all__ = [
     "dequantize",
     "gemm",
     "gemm_fp4",
+    "gemm_grouped",
     "prepack",
     "quantize",
     "quantize_both",
     "quantize_gemm",
+    "quantize_gemm_grouped",
     "quantize_rmsnorm",
     "unpack",
 ]

@@ -20,10 +20,11 @@ from fp4gemm.tensor_map import Request, address_word
 Spec = PackedMmaSpec | PackedWgmmaSpec
 
 # PackedGemmArguments of templates/include/fp4gemm/packed_gemm.hpp: keep both alike.
-# x_map | x, w, d, c, outer_a, outer_b, bias | strides of x and d | m, n, k, panels, k_blocks | division | strides, beta
-PACKED_GEMM_ARGUMENTS = struct.Struct("<128x7Q3q5i11i2if")
+# x_map | x, w, d, c, outer_a, outer_b, bias, offsets | strides of x and d | m, n, k, panels, k_blocks | division |
+# experts, strides, beta
+PACKED_GEMM_ARGUMENTS = struct.Struct("<128x8Q3q5i11i3if")
 PACKED_GEMM_BYTES = -(-PACKED_GEMM_ARGUMENTS.size // 64) * 64
-_X, _W, _D, _C, _OUTER_A, _OUTER_B, _BIAS = range(16, 23)  # words of 8 bytes
+_X, _W, _D, _C, _OUTER_A, _OUTER_B, _BIAS, _OFFSETS = range(16, 24)  # words of 8 bytes
 _BETA = PACKED_GEMM_ARGUMENTS.size - 4
 
 
@@ -32,7 +33,8 @@ class PackedProblem:
     """What a plan depends on beside the kernel: sizes; strides in elements; which outer scales are vectors.
 
     x [m, k] has rows ``x_stride`` apart; D [m, n] is row-major, or column-major where ``column_major``, ``ldd`` apart.
-    ``outer_a``: None where x has no outer scale.
+    ``experts``: how many weights [n, k] follow each other for the m tokens of a grouped kernel, 0 for others;
+    ``outer_b_per_row`` then is of each weight.
     """
 
     m: int
@@ -43,6 +45,7 @@ class PackedProblem:
     column_major: bool
     outer_a_per_row: bool
     outer_b_per_row: bool
+    experts: int = 0
 
     @property
     def panels(self) -> int:
@@ -63,15 +66,15 @@ class PackedPlan:
                 f"{spec.name}: argument of {kernel.meta['params_bytes']} bytes, packed {PACKED_GEMM_BYTES}"
             )
         sms = torch.cuda.get_device_properties(device).multi_processor_count
-        division = divide(spec, problem.m, problem.n, problem.k, sms)
+        division = divide(spec, problem.m, problem.n, problem.k, sms, problem.experts)
         if division is None:
             raise ValueError(f"{spec.name} cannot serve {problem}")
         p = problem
         strides = (1, p.ldd) if p.column_major else (p.ldd, 1)
         self._buffer = ctypes.create_string_buffer(PACKED_GEMM_BYTES)
         PACKED_GEMM_ARGUMENTS.pack_into(
-            self._buffer, 0, *(0,) * 7, p.x_stride, *strides, p.m, p.n, p.k, p.panels, p.k_blocks,
-            *division.numbers, p.outer_a_per_row, p.outer_b_per_row, 0.0,
+            self._buffer, 0, *(0,) * 8, p.x_stride, *strides, p.m, p.n, p.k, p.panels, p.k_blocks,
+            *division.numbers, p.experts, p.outer_a_per_row, p.outer_b_per_row, 0.0,
         )  # fmt: skip
         self._words = memoryview(self._buffer).cast("B").cast("Q")
         self._map_word: int | None = None
@@ -90,13 +93,13 @@ class PackedPlan:
 
     def __call__(
         self, stream: int, dependent: bool | None, x: int, w: int, d: int, c: int, outer_a: int, outer_b: int,
-        bias: int, beta: float,
+        bias: int, offsets: int, beta: float,
     ) -> None:  # fmt: skip
         """Launch with these addresses, 0 for what is absent; ``dependent``: see :class:`launch.Dispatch`."""
         with self._lock:
             words = self._words
             words[_X], words[_W], words[_D], words[_C] = x, w, d, c
-            words[_OUTER_A], words[_OUTER_B], words[_BIAS] = outer_a, outer_b, bias
+            words[_OUTER_A], words[_OUTER_B], words[_BIAS], words[_OFFSETS] = outer_a, outer_b, bias, offsets
             if self._map_word is not None:
                 words[self._map_word] = x
             if c:

@@ -75,13 +75,16 @@ def _is_date(value: Any) -> bool:
 
 # A field's name says its kind, whatever the row.
 _KINDS: dict[str, Check] = {
-    **dict.fromkeys(("M", "N", "K", "bytes", "registers", "spill_bytes", "smem_bytes", "seed", "steps"), _is_count),
+    **dict.fromkeys(
+        ("M", "N", "K", "experts", "bytes", "registers", "spill_bytes", "smem_bytes", "seed", "steps"), _is_count
+    ),
     **dict.fromkeys(("passed", "failed", "skipped"), _is_count),
     **dict.fromkeys(("us", "ms"), _is_time),
     **dict.fromkeys(("process_us", "rel_error", "seconds", "peak_mb", "copy_tb_s"), _is_amount),
     **dict.fromkeys(("train_loss", "val_loss", "ratio", "limit_ratio", "quantize_cost", "tb_s", "tflop_s"), _is_amount),
     **dict.fromkeys(
-        ("arch", "layout", "a", "b", "epilogue", "mode", "kernel", "dtype", "op", "metric", "recipe"), _is_name
+        ("arch", "layout", "a", "b", "epilogue", "mode", "kernel", "dtype", "op", "metric", "recipe", "routing"),
+        _is_name,
     ),
     **dict.fromkeys(("commit", "gpu", "driver"), _is_name),
     **dict.fromkeys(("dirty", "identical_to_exhaustive"), _is_bool),
@@ -103,6 +106,7 @@ ROW_FIELDS: dict[str, tuple[str, ...]] = {
     "tiles": (*_QUANTIZE_FIELDS, "kernel"),
     "gemm": ("arch", "layout", "M", "N", "K", "a", "b", "epilogue", "mode", "kernel", "us", "vs_us", "rel_error"),
     "sweep": ("op", "layout", "M", "N", "K", "dtype", "options", "mode", "us", "vs_us"),
+    "grouped": ("op", "experts", "M", "N", "K", "routing", "mode", "kernel", "us", "vs_us", "rel_error"),
     "overhead": ("op", "M", "N", "K", "us", "process_us", "vs_us"),
     "load": ("kernel", "arch", "ms"),
     "training": ("recipe", "options", "seed", "steps", "train_loss", "val_loss", "seconds", "curve"),

@@ -201,7 +201,8 @@ def bf16_specs(arch: str, k: int) -> list[KernelSpec]:
     packers = [pack_spec(arch, sf_layout, way) for sf_layout in SF_LAYOUTS for way in ("pack", "unpack")]
     chosen = dict.fromkeys((c.kernel, c.config) for c in table.read(table.PACKAGED))
     gemms = [packed_of(kernel, config, "bf16", "bf16", None, False) for kernel, config in chosen]
-    return [*small, *values, *packers, *gemms]
+    grouped = [_grouped_of(config, "bf16", "bf16", None, False) for config in grouped_configs()]
+    return [*small, *values, *packers, *gemms, *grouped]
 
 
 def pack_spec(arch: str, sf_layout: str, direction: str) -> PackSpec:
@@ -323,6 +324,51 @@ def packed_spec(
         if check(spec) is None and (
             tma_output if isinstance(spec, PackedCollectiveSpec) else divide(spec, m, n, k, sms)
         ):
+            return spec
+    raise AssertionError("the fallback serves everything")
+
+
+# Grouped kernels, WGMMA configurations by the mean number of tokens of an expert: where all experts have row tiles for
+# every SM, and where they have not: smaller ones, which share K.
+_GROUPED = (
+    (8, (8, 2, 1, 4, 1, 1, 28), (8, 1, 1, 4, 1, 1, 40)),
+    (16, (16, 2, 1, 4, 1, 1, 24), (16, 1, 1, 4, 1, 2, 16)),
+    (32, (32, 2, 2, 2, 1, 1, 16), (32, 1, 1, 4, 1, 2, 16)),
+    (64, (64, 2, 2, 2, 1, 1, 12), (64, 1, 1, 2, 1, 2, 14)),
+    (192, (128, 2, 2, 1, 1, 1, 8), (128, 1, 1, 1, 1, 2, 8)),
+)
+_GROUPED_MANY = (256, 2, 2, 1, 1, 1, 5)
+
+
+def grouped_configs() -> list[tuple[int, ...]]:
+    """Every configuration that ``grouped_spec`` may choose."""
+    return sorted({config for _, *pair in _GROUPED for config in pair} | {_GROUPED_MANY, FALLBACK[1]})
+
+
+def _grouped_of(
+    config: tuple[int, ...], a_dtype: str, out_dtype: str, bias: str | None, source: bool
+) -> PackedWgmmaSpec:
+    spec = packed_of("wgmma", config, a_dtype, out_dtype, bias, source)
+    assert isinstance(spec, PackedWgmmaSpec)
+    return replace(spec, grouped=True)
+
+
+def grouped_spec(
+    sms: int, experts: int, tokens: int, n: int, k: int, a_dtype: str, out_dtype: str, bias: str | None, source: bool
+) -> PackedWgmmaSpec:
+    """The GEMM of ``experts`` prepacked weights [n, k] with about so many ``tokens`` each, on a GPU of ``sms`` SMs.
+
+    The sizes of experts are on the device, so their mean decides.
+    """
+    for most, large, small in _GROUPED:
+        if tokens <= most:
+            config = large if experts * -(-n // (64 * large[1])) >= sms else small
+            break
+    else:
+        config = _GROUPED_MANY
+    for chosen in (config, FALLBACK[1]):
+        spec = _grouped_of(chosen, a_dtype, out_dtype, bias, source)
+        if check(spec) is None and divide(spec, experts * tokens, n, k, sms, experts):
             return spec
     raise AssertionError("the fallback serves everything")
 

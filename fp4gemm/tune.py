@@ -6,15 +6,16 @@ import functools
 import itertools
 import math
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 
 import torch
 
 from fp4gemm import builder, cache, launch, ops, select, table
 from fp4gemm.bench import timing
 from fp4gemm.division import divide
-from fp4gemm.engine import Activations, Output, Weight, launch_spec
-from fp4gemm.spec import PackedCollectiveSpec, PackedMmaSpec, PackedSpec, check
+from fp4gemm.engine import Activations, GroupedWeights, Output, Weight, launch_grouped, launch_spec
+from fp4gemm.spec import PackedCollectiveSpec, PackedMmaSpec, PackedSpec, PackedWgmmaSpec, check
 
 SIZES = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 1024, 2048, 4096, 8192)
 SHAPES = (
@@ -49,6 +50,19 @@ WGMMA = (
 COLLECTIVE = (
     (128, 128, 1), (128, 256, 1), (128, 256, 2), (64, 64, 1), (64, 64, 4), (64, 128, 1), (64, 256, 1), (64, 256, 2)
 )  # fmt: skip
+# Grouped: without a split, and stages as deep as shared memory lets them be, because tiles follow each other.
+GROUPED = (
+    (8, 1, 1, 4, 1, 1, 40), (8, 2, 1, 4, 1, 1, 28), (8, 4, 4, 1, 1, 1, 20), (8, 4, 2, 2, 1, 1, 18),
+    (8, 7, 4, 1, 1, 1, 12),
+    (16, 1, 1, 4, 1, 1, 40), (16, 1, 1, 4, 1, 2, 16), (16, 2, 1, 4, 1, 1, 24), (16, 2, 2, 2, 1, 1, 28),
+    (16, 4, 4, 1, 1, 1, 18), (16, 4, 2, 2, 1, 1, 16), (16, 7, 4, 1, 1, 1, 11),
+    (32, 1, 1, 4, 1, 2, 16), (32, 2, 2, 2, 1, 1, 20), (32, 2, 1, 4, 1, 1, 16), (32, 4, 4, 1, 1, 1, 15),
+    (32, 7, 4, 1, 1, 1, 10),
+    (64, 1, 1, 2, 1, 2, 14), (64, 2, 2, 2, 1, 1, 12), (64, 4, 4, 1, 1, 1, 11),
+    (128, 1, 1, 1, 1, 2, 8), (128, 2, 2, 1, 1, 1, 10), (128, 4, 2, 1, 1, 1, 8), (128, 3, 3, 1, 1, 1, 8),
+    (128, 2, 2, 1, 2, 1, 10), (192, 2, 2, 1, 1, 1, 7), (256, 2, 2, 1, 1, 1, 5), (256, 2, 2, 1, 2, 1, 5),
+    (256, 1, 1, 1, 1, 1, 6),
+)  # fmt: skip
 _REPEATS = 7
 
 
@@ -75,6 +89,19 @@ def _tokens(spec: PackedSpec) -> int:
     return spec.tile[1] if isinstance(spec, PackedCollectiveSpec) else spec.tokens
 
 
+def grouped_candidates(experts: int, tokens: int, n: int, k: int, sms: int) -> list[PackedWgmmaSpec]:
+    """The same of grouped kernels, with so many tokens for each expert."""
+    specs = []
+    for config in GROUPED:
+        spec = select.packed_of("wgmma", config, "bf16", "bf16", None, False)
+        assert isinstance(spec, PackedWgmmaSpec)
+        spec = replace(spec, grouped=True)
+        possible = check(spec) is None and divide(spec, experts * tokens, n, k, sms, experts) is not None
+        if possible and min(64, tokens // 4) <= spec.tokens <= max(16, 2 * tokens):
+            specs.append(spec)
+    return specs
+
+
 Measured = dict[table.Choice, float]  # microseconds of every kernel that was tried for one product
 
 
@@ -86,17 +113,52 @@ def tune(shapes: Sequence[tuple[int, int]], sizes: Sequence[int]) -> Iterator[Me
     """
     device = torch.cuda.current_device()
     sms = torch.cuda.get_device_properties(device).multi_processor_count
-    wanted = {spec for n, k in shapes for m in sizes for spec in candidates(m, n, k, sms)}
-    missing = [spec for spec in sorted(wanted, key=lambda s: s.name) if cache.lookup(spec) is None]
-    for built in builder.build_all(missing):
-        if built.error is not None:
-            raise RuntimeError(f"{built.spec.name}: {built.error}")
+    _build({spec for n, k in shapes for m in sizes for spec in candidates(m, n, k, sms)})
     for n, k in shapes:
         weight = ops.quantize(torch.randn(n, k, device=timing.DEVICE, dtype=torch.bfloat16)).prepack()
         weights = [Weight(weight.data.clone(), weight.outer_scale, n, k) for _ in range(timing.rotation(weight.nbytes))]
         for m in sizes:
             known = {table.Choice(m, n, k, kernel, config): spec for kernel, config, spec in _candidates(m, n, k, sms)}
             yield _measure(m, weights, known)
+
+
+def tune_grouped(
+    experts: int, n: int, k: int, sizes: Sequence[int], counts: Callable[[int], Sequence[int]] | None = None
+) -> Iterator[tuple[int, dict[tuple[int, ...], float]]]:
+    """For so many tokens of an expert each, or those that ``counts`` makes of that mean: microseconds of each grouped
+    candidate's configuration, measured as in :func:`tune`."""
+    device = torch.cuda.current_device()
+    sms = torch.cuda.get_device_properties(device).multi_processor_count
+    _build({spec for tokens in sizes for spec in grouped_candidates(experts, tokens, n, k, sms)})
+    one = ops.quantize(torch.randn(n, k, device=timing.DEVICE, dtype=torch.bfloat16)).prepack()
+    copies = timing.rotation(experts * one.nbytes)
+    data = [torch.stack([one.data] * experts) for _ in range(copies)]
+    outer = torch.stack([one.outer_scale] * experts)
+    for tokens in sizes:
+        parts = [tokens] * experts if counts is None else counts(tokens)
+        offsets = torch.tensor([0, *itertools.accumulate(parts)], dtype=torch.int64, device=timing.DEVICE)
+        m = sum(parts)
+        x = [torch.randn(m, k, device=timing.DEVICE, dtype=torch.bfloat16) for _ in data]
+        d = [torch.empty(m, n, device=timing.DEVICE, dtype=torch.bfloat16) for _ in data]
+
+        def calls(spec: PackedWgmmaSpec) -> list[timing.Call]:
+            weights = [GroupedWeights(w, outer, offsets, experts, n, k, tokens) for w in data]  # noqa: B023 - used at once
+            return [
+                functools.partial(launch_grouped, spec, Activations(a, None), w, None, Output(out, None, 0.0))
+                for a, w, out in zip(x, weights, d, strict=True)  # noqa: B023
+            ]
+
+        specs = grouped_candidates(experts, tokens, n, k, sms)
+        us = timing.interleave({spec: timing.GraphSampler(calls(spec)) for spec in specs}, _REPEATS)
+        yield tokens, {spec.config: us[spec] for spec in specs}
+
+
+def _build(wanted: Iterable[PackedSpec]) -> None:
+    """Raises RuntimeError where a kernel cannot be built."""
+    missing = [spec for spec in sorted(wanted, key=lambda s: s.name) if cache.lookup(spec) is None]
+    for built in builder.build_all(missing):
+        if built.error is not None:
+            raise RuntimeError(f"{built.spec.name}: {built.error}")
 
 
 def fewest(measured: Sequence[Measured], slack: float = 0.005) -> list[table.Choice]:

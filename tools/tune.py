@@ -1,7 +1,8 @@
 """Measures fp4gemm/sm90_table.json again, on this machine's GPU: `python tools/tune.py [--out FILE] [--sizes M...]`.
 
 Takes a few minutes with kernels in the cache, and those of CUTLASS's layers most of a minute each without. With
-`--sizes` only these rows are new.
+`--sizes` only these rows are new. `--grouped` prints what each grouped kernel takes instead, of which the rule of
+`select.grouped_spec` was made; sizes are then mean tokens of an expert.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import argparse
 import datetime
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -17,6 +19,13 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from fp4gemm import table, tune
+from fp4gemm.bench import routing
+
+GROUPED = (
+    ((8, 14336, 4096), (1, 8, 16, 32, 64, 128, 256, 512, 4096)),
+    ((64, 2816, 2048), (1, 8, 16, 32, 64, 128, 256, 512)),
+    ((8, 2048, 2048), (4, 16, 64, 256)),
+)
 
 
 def main() -> int:
@@ -24,7 +33,10 @@ def main() -> int:
     parser.add_argument("--out", type=Path, default=table.PACKAGED)
     parser.add_argument("--sizes", type=int, nargs="+", metavar="M", help="tokens; default: all of the table")
     parser.add_argument("--commit", default="", help="of the sources, where they come without git history")
+    parser.add_argument("--grouped", action="store_true")
     args = parser.parse_args()
+    if args.grouped:
+        return grouped(args.sizes)
     start, measured = time.monotonic(), []
     others = table.read(table.PACKAGED) if args.sizes else ()
     for us in tune.tune(tune.SHAPES, args.sizes or tune.SIZES):
@@ -35,6 +47,20 @@ def main() -> int:
         table.write(args.out, rows, **about, date=datetime.date.today().isoformat())
     print(f"{len(measured)} products, {time.monotonic() - start:.0f} s: {args.out}")
     return 0
+
+
+def grouped(chosen: list[int] | None) -> int:
+    for (experts, n, k), sizes in GROUPED:
+        for name in ("balanced", "zipf"):
+            for tokens, us in tune.tune_grouped(experts, n, k, chosen or sizes, partial(_counts, name, experts)):
+                times = sorted(us.items(), key=lambda item: item[1])
+                fastest = "; ".join(f"{'x'.join(map(str, config))} {t:.1f}" for config, t in times)
+                print(f"{experts} x {n} x {k}, {tokens} tokens {name}, us: {fastest}", flush=True)
+    return 0
+
+
+def _counts(name: str, experts: int, tokens: int) -> list[int]:
+    return routing.counts(name, experts, experts * tokens)
 
 
 if __name__ == "__main__":

@@ -88,7 +88,7 @@ def _sweep_rows(M: int, N: int, K: int, make: MakeWeights, repeats: int) -> list
     }
     errors = {name: rel_error(calls[0](), inputs[name], problem.weights) for name, calls in ours.items()}
     yardsticks = _yardsticks(problem)
-    us = _times({GRAPH: ours | yardsticks, GRAPH_PDL: ours}, repeats) | _times({EAGER: ours | yardsticks}, repeats)
+    us = times({GRAPH: ours | yardsticks, GRAPH_PDL: ours}, repeats) | times({EAGER: ours | yardsticks}, repeats)
     moved = nbytes(problem.x[0], problem.weights.packed[0]) + 2 * M * N
     rows = []
     for mode in (GRAPH, GRAPH_PDL, EAGER):
@@ -121,7 +121,7 @@ def _packed_rows(M: int, N: int, K: int, make: MakeWeights, repeats: int) -> lis
     moved = nbytes(a4, problem.weights.packed[0]) + 2 * M * N
     rows = []
     for mode in (GRAPH, EAGER):
-        us = _times({mode: {"gemm": calls, "cublas_bf16": problem.cublas()}}, repeats)
+        us = times({mode: {"gemm": calls, "cublas_bf16": problem.cublas()}}, repeats)
         others = {"cublas_bf16": us[mode, "cublas_bf16"]}
         rows.append(_row("gemm", (M, N, K), "nvfp4", mode, us[mode, "gemm"], others, moved) | error)
     return rows
@@ -131,7 +131,7 @@ def _variant_rows(M: int, N: int, K: int, make: MakeWeights, repeats: int) -> li
     problem = make_problem(M, make(N, K))
     arguments = {variant.epilogue: variant.arguments(M, N) for variant in VARIANTS}
     ours = {epilogue: problem.gemm(**given) for epilogue, given in arguments.items()}
-    us = _times({GRAPH: ours | {"cublas_bf16": problem.cublas()}}, repeats)
+    us = times({GRAPH: ours | {"cublas_bf16": problem.cublas()}}, repeats)
     rows = []
     for epilogue, calls in ours.items():
         D, bias = calls[0](), arguments[epilogue].get("bias")
@@ -143,7 +143,7 @@ def _variant_rows(M: int, N: int, K: int, make: MakeWeights, repeats: int) -> li
     return rows
 
 
-def _times(candidates: Mapping[str, Candidates], repeats: int) -> Times:
+def times(candidates: Mapping[str, Candidates], repeats: int) -> Times:
     """Median time of every candidate of every mode, all of them sampled in turn."""
     samplers = {
         (mode, name): _sampler(mode, calls) for mode, by_name in candidates.items() for name, calls in by_name.items()

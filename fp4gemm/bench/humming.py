@@ -41,25 +41,8 @@ class Weight:
     """
 
     def __init__(self, w: FP4Tensor) -> None:
-        if w.outer_scale.dim():
-            raise ValueError("w: expected one outer scale (scaling='per_tensor'), got one per row")
-        schema, transform = _module("schema"), _module("transform")
-        tensors = {
-            "weight": w.data.view(torch.int32),
-            "weight_scale": w.linear_block_scale().contiguous(),
-            "weight_scale_2": w.outer_scale.reshape(1),
-        }
-        weight_schema = schema.HummingWeightSchema(
-            b_dtype="float4e2m1",
-            bs_dtype="float8e4m3",
-            weight_scale_group_size=BLOCK,
-            weight_scale_type="group",
-            weight_scale_2_type="tensor",
-        )
         self._shape = w.shape
-        self._config, self._tensors = transform.prepare_and_transform_humming_tensors(
-            tensors, *w.shape, weight_schema, torch_dtype=torch.bfloat16, device=w.device
-        )
+        self._config, self._tensors = _prepared({name: t[0] for name, t in _stacked([w]).items()}, w.shape, None)
         self._locks = torch.zeros(_LOCKS, dtype=torch.int32, device=w.device)
 
     def call(self, x: torch.Tensor) -> Call:
@@ -82,6 +65,63 @@ class Weight:
         chosen = {self._schedule(M): M for M in sizes}
         schedules = [[0, M, json.loads(text)] for text, M in chosen.items()]
         _module("kernel.humming").HummingKernel.prepare_kernels(self._config.to_str(), None, json.dumps(schedules))
+
+
+class GroupedWeight:
+    """The weights [N, K] of experts, as :class:`Weight` has one."""
+
+    def __init__(self, weights: Sequence[FP4Tensor]) -> None:
+        self._shape = weights[0].shape
+        self._config, self._tensors = _prepared(_stacked(weights), self._shape, len(weights))
+        self._locks = torch.zeros(_LOCKS, dtype=torch.int32, device=weights[0].device)
+
+    def call(self, x: torch.Tensor, offsets: torch.Tensor) -> Call:
+        """``x`` [T, K] bf16, sorted by expert, each row by the weight of its own; ``offsets`` int64 [E + 1]."""
+        grouped = {"gemm_type": "grouped_contiguous"}
+        tuned = _module("tune").get_heuristics_config(self._config, shape_m=x.shape[0], **grouped)
+        return functools.partial(
+            _module("forward").humming_forward,
+            self._config,
+            inputs=x,
+            **self._tensors,
+            outputs=x.new_empty(x.shape[0], self._shape[0]),
+            expert_layout=offsets,
+            locks=self._locks,
+            compute_config=json.dumps(grouped),
+            tuning_config=json.dumps(tuned),
+        )
+
+
+def _stacked(weights: Sequence[FP4Tensor]) -> dict[str, torch.Tensor]:
+    """What a checkpoint has for these weights, those of all experts in one tensor."""
+    if any(w.outer_scale.dim() for w in weights):
+        raise ValueError("w: expected one outer scale (scaling='per_tensor'), got one per row")
+    return {
+        "weight": torch.stack([w.data.view(torch.int32) for w in weights]),
+        "weight_scale": torch.stack([w.linear_block_scale().contiguous() for w in weights]),
+        "weight_scale_2": torch.stack([w.outer_scale.reshape(1) for w in weights]),
+    }
+
+
+def _prepared(
+    tensors: dict[str, torch.Tensor], shape: tuple[int, int], experts: int | None
+) -> tuple[Any, dict[str, torch.Tensor]]:
+    """humming's configuration of these weights, and its tensors."""
+    schema, transform = _module("schema"), _module("transform")
+    weight_schema = schema.HummingWeightSchema(
+        b_dtype="float4e2m1",
+        bs_dtype="float8e4m3",
+        weight_scale_group_size=BLOCK,
+        weight_scale_type="group",
+        weight_scale_2_type="tensor",
+    )
+    if experts is not None:
+        tensors = {**tensors, "weight_scale_2": tensors["weight_scale_2"].reshape(experts)}
+    prepared: tuple[Any, dict[str, torch.Tensor]] = transform.prepare_and_transform_humming_tensors(
+        tensors, *shape, weight_schema, num_experts=experts, torch_dtype=torch.bfloat16,
+        device=tensors["weight"].device,
+    )  # fmt: skip
+    return prepared
 
 
 def _module(name: str) -> Any:

@@ -31,6 +31,12 @@ def gemm_name(M: int, N: int, K: int) -> str:
     return select.packed_spec(gpu, M, N, K, "bf16", "bf16", None, False).name
 
 
+def grouped_name(experts: int, tokens: int, N: int, K: int) -> str:
+    """The same of `gemm_grouped`, where an expert has `tokens` on average."""
+    _, sms = select.gpu_of(torch.cuda.current_device())
+    return select.grouped_spec(sms, experts, tokens, N, K, "bf16", "bf16", None, False).name
+
+
 def load_jobs(config: Config) -> Iterator[Job]:
     """The load time of the default GEMM variant."""
     yield Job("load from cache", functools.partial(_load_rows, config))

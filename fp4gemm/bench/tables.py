@@ -6,7 +6,7 @@ import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from fp4gemm.bench import peers, search_peers, sweep
+from fp4gemm.bench import grouped, peers, search_peers, sweep
 from fp4gemm.report import Row
 
 
@@ -159,6 +159,26 @@ TABLES: dict[str, tuple[str, tuple[Column, ...]]] = {
             ("speed-up over that", _factor("post_scale")),
             ("quantize, then rearranging, us", _versus("pair")),
             ("speed-up over it", _factor("pair")),
+        ),
+    ),
+    "grouped": (
+        "Experts (tokens in all x N x K, bf16)",
+        (
+            _SHAPE,
+            ("experts", _field("experts")),
+            ("tokens by expert", _field("routing")),
+            ("call", lambda row: f"`{row['op']}`"),
+            _MODE,
+            _US,
+            ("TB/s", _number("tb_s")),
+            ("TFLOP/s", _number("tflop_s")),
+            ("torch's grouped bf16, us", _versus(grouped.TORCH)),
+            ("speed-up over it", _factor(grouped.TORCH)),
+            ("loop of `gemm`, us", _versus(grouped.LOOP)),
+            ("speed-up over the loop", _factor(grouped.LOOP)),
+            ("humming-kernels, us", _versus(sweep.PEER_KEY)),
+            ("speed-up over humming-kernels", _factor(sweep.PEER_KEY)),
+            ("relative error", lambda row: f"{row['rel_error']:.1e}"),
         ),
     ),
     "overhead": (

@@ -281,17 +281,18 @@ def _check_terms(
     dtype = out_dtype or default
     if out is not None:
         dtype = out_dtype or out.dtype if isinstance(out, Tensor) else dtype
-        _check_output("out", out, shape, dtype, device)
+        check_output("out", out, shape, dtype, device)
         if 1 not in out.stride()[-2:] and out.numel() > 1:
             raise ValueError(f"out: expected contiguous rows or columns, got strides {out.stride()}")
     if c is not None:
-        _check_output("c", c, shape, dtype, device)
+        check_output("c", c, shape, dtype, device)
     if bias is not None:
         _check_bias(bias, shape[-1], device, shape[:-2])
     return dtype
 
 
-def _check_output(name: str, t: Tensor, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> None:
+def check_output(name: str, t: Tensor, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> None:
+    """Raises TypeError or ValueError unless ``t`` can be the ``out`` or the ``c`` of such a product."""
     if not isinstance(t, Tensor):
         raise TypeError(f"{name}: expected a torch.Tensor or None, got {type(t).__name__}")
     check_float(f"{name}.dtype", t.dtype)

@@ -9,7 +9,7 @@ from fp4gemm.formats import PACKED_BLOCK_BYTES
 from fp4gemm.spec.common import DTYPES, short, unknown
 
 SM90_SHARED_BYTES = 232448  # that a CTA can have
-WGMMA_TOKENS = (16, 32, 64, 96, 128, 192, 256)
+WGMMA_TOKENS = (8, 16, 32, 64, 96, 128, 192, 256)
 
 
 @dataclass(frozen=True)
@@ -153,7 +153,7 @@ class PackedWgmmaSpec:
 
     A CTA has ``tokens`` tokens and ``panels`` of 64 weight rows; ``row_groups`` x ``depth_groups`` warpgroups, which
     divide the panels and take turns along K; a cluster ``multicast`` row tiles that share tokens and ``split`` parts of
-    K."""
+    K. ``grouped``: tokens are sorted by expert, and each expert has a weight of its own."""
 
     template: ClassVar[str] = "gemm_packed_wgmma.cu.jinja"
     uses_cutlass: ClassVar[bool] = True
@@ -171,6 +171,7 @@ class PackedWgmmaSpec:
     multicast: int
     split: int
     stages: int
+    grouped: bool = False
 
     @property
     def config(self) -> tuple[int, ...]:
@@ -179,7 +180,7 @@ class PackedWgmmaSpec:
 
     @property
     def name(self) -> str:
-        return _packed_name("wgmma", self)
+        return _packed_name("wgmma", self) + ("_grouped" if self.grouped else "")
 
     @property
     def accumulators(self) -> int:

@@ -118,6 +118,7 @@ inline uint4 load_shared_128(uint32_t address) { return load_shared<uint4>(addre
 inline uint32_t load_shared_32(uint32_t address) { return load_shared<uint32_t>(address); }
 inline uint2 load_shared_64(uint32_t address) { return load_shared<uint2>(address); }
 inline float4 load_shared_float4(uint32_t address) { return load_shared<float4>(address); }
+inline void store_shared_32(uint32_t address, uint32_t v) { store_shared(address, v); }
 template <class T> void store_shared_128(uint32_t address, T const& v) {
   static_assert(sizeof(T) == 16);
   store_shared(address, v);

@@ -136,6 +136,7 @@ template <class T> T __shfl_up_sync(unsigned, T v, int distance) {
   return v;
 }
 template <class T> T __shfl_sync(unsigned, T v, int from) { return shuffle(v, from); }
+template <class T> T __shfl_up_sync(unsigned, T v, int step) { return shuffle(v, std::max(0, lane() - step)); }
 template <class T> T __shfl_xor_sync(unsigned, T v, int mask) { return shuffle(v, lane() ^ mask); }
 
 // Runs kernel() in `ctas` CTAs, in `layers` of them along y; what went wrong, or null.

@@ -56,7 +56,7 @@ class Emulator:
         return _compile(self.folder, spec)
 
     def run(self, spec: Spec, problem: PackedProblem, tensors: dict[str, torch.Tensor | None], how: How) -> str | None:
-        """What went wrong, or None. ``tensors``: x, w, d, c, outer_a, outer_b, bias."""
+        """What went wrong, or None. ``tensors``: x, w, d, c, outer_a, outer_b, bias, offsets."""
         library = self.compile(spec)
         assert library.arguments_bytes() == PACKED_GEMM_BYTES
         storage = ctypes.create_string_buffer(PACKED_GEMM_BYTES + 64)
@@ -65,7 +65,8 @@ class Emulator:
         if isinstance(spec, PackedMmaSpec):
             cluster, shared = spec.split, how.division.shared_bytes
         else:
-            cluster, shared = spec.split * spec.multicast, division.wgmma_shared_bytes(spec)
+            cluster = spec.split * spec.multicast
+            shared = how.division.shared_bytes or division.wgmma_shared_bytes(spec)
         arguments = ctypes.c_void_p(ctypes.addressof(storage) + at)
         problem_text: bytes | None = library.run(arguments, how.division.ctas, cluster, shared, how.seed)
         return None if problem_text is None else problem_text.decode()
@@ -88,12 +89,12 @@ def _pack(
     tensors: dict[str, torch.Tensor | None],
     how: How,
 ) -> None:
-    names = ("x", "w", "d", "c", "outer_a", "outer_b", "bias")
-    addresses = (0 if (t := tensors[name]) is None else t.data_ptr() for name in names)
+    names = ("x", "w", "d", "c", "outer_a", "outer_b", "bias", "offsets")
+    addresses = (0 if (t := tensors.get(name)) is None else t.data_ptr() for name in names)
     strides = (1, p.ldd) if p.column_major else (p.ldd, 1)
     PACKED_GEMM_ARGUMENTS.pack_into(
         storage, at, *addresses, p.x_stride, *strides, p.m, p.n, p.k, p.panels, p.k_blocks, *how.division.numbers,
-        p.outer_a_per_row, p.outer_b_per_row, how.beta,
+        p.experts, p.outer_a_per_row, p.outer_b_per_row, how.beta,
     )  # fmt: skip
     if isinstance(spec, PackedWgmmaSpec):
         x = tensors["x"]

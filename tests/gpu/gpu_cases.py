@@ -5,14 +5,15 @@ from __future__ import annotations
 import random
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
 from fp4gemm import engine, reference, select, table
-from fp4gemm.engine import Activations, Output, Weight
+from fp4gemm.engine import Activations, GroupedWeights, Output, Weight
 from fp4gemm.formats import BLOCK, CONVENTIONS, SCALINGS, SF_LAYOUTS, padded_k, scale_columns
-from fp4gemm.spec import PackedSpec, check
+from fp4gemm.grouped import GroupedWeight
+from fp4gemm.spec import PackedSpec, PackedWgmmaSpec, check
 from fp4gemm.tensor import FP4Tensor
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -299,6 +300,40 @@ def kernels(variants: Iterable[Variant]) -> list[tuple[Config, Variant]]:
         for variant in variants
         if check(select.packed_of(*config, *variant)) is None
     ]
+
+
+GROUPED_VARIANTS: tuple[Variant, ...] = (
+    ("bf16", "bf16", None, False),
+    ("fp16", "fp32", "fp16", True),
+    ("bf16", "fp16", "fp32", False),
+)
+
+
+def grouped_spec(config: tuple[int, ...], variant: Variant) -> PackedWgmmaSpec:
+    spec = select.packed_of("wgmma", config, *variant)
+    assert isinstance(spec, PackedWgmmaSpec)
+    return replace(spec, grouped=True)
+
+
+def grouped_kernels() -> list[tuple[tuple[int, ...], Variant]]:
+    """Every configuration that the rule for grouped products may choose, in those of the variants that exist."""
+    pairs = ((config, variant) for config in select.grouped_configs() for variant in GROUPED_VARIANTS)
+    return [(config, variant) for config, variant in pairs if check(grouped_spec(config, variant)) is None]
+
+
+def force_grouped(
+    spec: PackedWgmmaSpec,
+    x: torch.Tensor,
+    w: GroupedWeight,
+    offsets: torch.Tensor,
+    bias: torch.Tensor | None,
+    c: torch.Tensor | None,
+    beta: float,
+    d: torch.Tensor,
+) -> None:
+    """`engine.gemm_grouped` into d with the kernel given; c has the strides of d."""
+    weights = GroupedWeights(w.data, w.outer_scale, offsets, *w.shape, tokens=1)
+    engine.launch_grouped(spec, Activations(engine.tokens(x), None), weights, bias, Output(d, c, beta))
 
 
 def force(

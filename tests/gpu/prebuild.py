@@ -23,7 +23,8 @@ from fp4gemm.spec import DTYPES, KernelSpec, PackedCollectiveSpec, check  # noqa
 
 
 def wanted() -> list[KernelSpec]:
-    """What test_gemm_gpu, test_torch_gpu, test_engine_gpu, sanitize_cases and examples/train.py launch."""
+    """What test_gemm_gpu, test_torch_gpu, test_engine_gpu, test_gemm_grouped_gpu,
+    sanitize_cases and examples/train.py launch."""
     nvfp4 = [("bf16", out, bias, False) for out in DTYPES for bias in (None, *DTYPES)]
     configs = cases.table_configs()
     collectives = [config for config in configs if config[0] == "collective"]
@@ -37,6 +38,7 @@ def wanted() -> list[KernelSpec]:
     # A layer under autocast whose bias is float32, as examples/train.py has them.
     pairs += product(collectives, [("bf16", "bf16", "fp32", False)])
     specs = dict.fromkeys(select.packed_of(*config, *variant) for config, variant in pairs)
+    specs |= dict.fromkeys(cases.grouped_spec(*pair) for pair in cases.grouped_kernels())
     return [spec for spec in specs if check(spec) is None]
 
 

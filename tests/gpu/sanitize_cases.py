@@ -217,17 +217,42 @@ def _engine(config: cases.Config, shape: tuple[int, int, int], device: torch.dev
     return what
 
 
+GROUPED_CONFIGS = (
+    (8, 2, 1, 4, 1, 1, 28),
+    (16, 1, 1, 4, 1, 2, 16),
+    (32, 2, 2, 2, 1, 1, 16),
+    (64, 2, 2, 1, 2, 1, 8),
+    (128, 2, 2, 1, 1, 1, 8),
+)
+
+
+def grouped_cases(device: torch.device) -> Iterator[str]:
+    """Empty experts, single tokens, experts that end inside a tile, more experts than a warp has lanes; quantized."""
+    for counts, (n, k) in (((3, 0, 1, 40, 0, 17), (201, 1000)), ((0, 2, 1) * 30, (8, 72))):
+        offsets = torch.tensor((0, *counts)).cumsum(0).to(device)
+        plain = [cases.exact_operand(n, k, "linear", "per_row", e) for e in range(len(counts))]
+        w = fp4gemm.stack_weights(plain).to(device)
+        x = cases.exact_activations(sum(counts), k, torch.bfloat16, 1).to(device)
+        bias = torch.randn(len(counts), n).bfloat16().to(device)
+        want = reference.gemm_grouped(x, w, offsets, bias)
+        what = f"grouped {len(counts)} experts {n}x{k}"
+        cases.assert_same_bits(fp4gemm.gemm_grouped(x, w, offsets, bias) + 0.0, want + 0.0, what)
+        yield what
+        split = fp4gemm.gemm_grouped(fp4gemm.quantize(x), w, offsets)
+        cases.assert_same_bits(fp4gemm.quantize_gemm_grouped(x, w, offsets), split, f"{what}, quantized")
+        for config in GROUPED_CONFIGS if device.type == "cuda" else ():
+            d = torch.empty_like(want)
+            spec = cases.grouped_spec(config, ("bf16", "bf16", "bf16", False))
+            cases.force_grouped(spec, x, w, offsets, bias, None, 0.0, d)
+            cases.assert_same_bits(d + 0.0, want + 0.0, f"{what} {config}")
+            yield f"{what} {config}"
+
+
 SUITES = {
     suite.__name__.removesuffix("_cases"): suite
     for suite in (
-        quantize_cases,
-        options_cases,
-        group_cases,
-        dequantize_cases,
-        packed_cases,
-        values_cases,
-        gemm_cases,
-        engine_cases,
+        *(quantize_cases, options_cases, dequantize_cases, packed_cases, values_cases, gemm_cases, engine_cases),
+        *(group_cases, grouped_cases),
     )
 }
 

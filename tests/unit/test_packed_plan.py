@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from fp4gemm import launch, packed_plan
-from fp4gemm.division import SM_SHARED_BYTES, divide
+from fp4gemm.division import SM_SHARED_BYTES, divide, wgmma_shared_bytes
 from fp4gemm.load import DriverError
 from fp4gemm.packed_plan import PACKED_GEMM_BYTES, PackedPlan, PackedProblem
 from fp4gemm.spec import PackedMmaSpec, PackedWgmmaSpec
@@ -22,16 +22,31 @@ ADDRESS_WORD = 3  # of the made-up descriptors
 SMS, SMEM, THREADS = 132, 150000, 256
 # As struct PackedGemmArguments of packed_gemm.hpp has them, in its order.
 FIELDS = (
-    *("x", "w", "d", "c", "outer_a", "outer_b", "bias", "x_stride", "d_stride_m", "d_stride_n", "m", "n", "k"),
+    *(
+        "x",
+        "w",
+        "d",
+        "c",
+        "outer_a",
+        "outer_b",
+        "bias",
+        "offsets",
+        "x_stride",
+        "d_stride_m",
+        "d_stride_n",
+        "m",
+        "n",
+        "k",
+    ),
     *("panels", "k_blocks", "row_tiles", "token_tiles", "raster", "depth", "depth_inverse", "first_turn"),
     *("piece_blocks", "early_stages", "launch_early", "panels_each", "panels_extra"),
-    *("outer_a_stride", "outer_b_stride", "beta"),
+    *("experts", "outer_a_stride", "outer_b_stride", "beta"),
 )
-ADDRESSES = dict(zip(FIELDS[:7], range(0x1000, 0x8000, 0x1000), strict=True))
+ADDRESSES = dict(zip(FIELDS[:8], range(0x1000, 0x9000, 0x1000), strict=True))
 
 
 def fields(argument: bytes) -> dict[str, float]:
-    return dict(zip(FIELDS, struct.unpack_from("<7Q3q18if", argument, 128), strict=True))
+    return dict(zip(FIELDS, struct.unpack_from("<8Q3q19if", argument, 128), strict=True))
 
 
 @pytest.fixture
@@ -75,10 +90,10 @@ def launches(monkeypatch, kernel, requests):
 
 
 def test_the_struct_has_no_padding_but_at_its_end():
-    """7 pointers, 3 int64, 18 int32 and a float behind the descriptor; alignas(64) of that rounds up."""
-    assert packed_plan.PACKED_GEMM_ARGUMENTS.size == 128 + 8 * 10 + 4 * 19
+    """8 pointers, 3 int64, 19 int32 and a float behind the descriptor; alignas(64) of that rounds up."""
+    assert packed_plan.PACKED_GEMM_ARGUMENTS.size == 128 + 8 * 11 + 4 * 20
     assert PACKED_GEMM_BYTES == 320
-    assert packed_plan._BETA == 128 + 8 * 10 + 4 * 18
+    assert packed_plan._BETA == 128 + 8 * 11 + 4 * 19
 
 
 @pytest.mark.parametrize("spec", [MMA, WGMMA], ids=lambda spec: type(spec).__name__)
@@ -89,11 +104,22 @@ def test_the_argument(spec, launches):
     handle, grid, threads, smem, stream, argument = launches[0]
     assert (handle, grid, threads, stream) == ("handle", (division.ctas, 1, 1), THREADS, 7)
     assert smem == (division.shared_bytes if spec is MMA else SMEM)
-    numbers = dict(zip(FIELDS[15:26], division.numbers, strict=True))
-    sizes = {"m": 5, "n": 1000, "k": 4100, "panels": 16, "k_blocks": 65}
+    numbers = dict(zip(FIELDS[16:27], division.numbers, strict=True))
+    sizes = {"m": 5, "n": 1000, "k": 4100, "panels": 16, "k_blocks": 65, "experts": 0}
     strides = {"x_stride": 4104, "d_stride_m": 1008, "d_stride_n": 1, "outer_a_stride": 1, "outer_b_stride": 0}
     assert fields(argument) == {**ADDRESSES, **sizes, **strides, **numbers, "beta": 0.625}
     assert not any(argument[packed_plan.PACKED_GEMM_ARGUMENTS.size :])
+
+
+def test_the_argument_of_a_grouped_kernel(launches):
+    """Its shared memory has room for the table of experts, two words each and one for the end."""
+    spec = replace(WGMMA, grouped=True)
+    PackedPlan(spec, replace(PROBLEM, experts=7), 0)(7, False, *ADDRESSES.values(), 0.5)
+    _, grid, _, smem, _, argument = launches[0]
+    division = divide(spec, 5, 1000, 4100, SMS, 7)
+    assert (grid, smem) == ((division.ctas, 1, 1), wgmma_shared_bytes(spec) + 8 * 8)
+    got = fields(argument)
+    assert (got["experts"], got["offsets"], got["token_tiles"]) == (7, ADDRESSES["offsets"], 0)
 
 
 def test_a_column_major_output_and_other_outer_scales(launches):

@@ -138,7 +138,7 @@ def test_the_examples_are_possible(good):
         (PACKED_MMA, {"pairs": 1}, "pairs: got 1 with 2 blocks, expected 0, or 1 with 1 block"),
         (PACKED_MMA, {"pairs": 2, "blocks": 1}, "pairs: got 2 with 1 blocks"),
         (PACKED_MMA, {"warps": 13, "blocks": 2}, "shared memory: 240640 bytes, a CTA has 232448 at most"),
-        *((PACKED_WGMMA, {"tokens": n}, f"tokens: got {n}, expected one of 16, 32, 64, 96") for n in (0, 8, 48, 512)),
+        *((PACKED_WGMMA, {"tokens": n}, f"tokens: got {n}, expected one of 8, 16, 32, 64") for n in (0, 4, 48, 512)),
         (PACKED_WGMMA, {"row_groups": 0}, "row_groups x depth_groups: got 0 x 1 for 2 panels, expected at most 4"),
         (PACKED_WGMMA, {"depth_groups": 3}, "row_groups x depth_groups: got 2 x 3 for 2 panels, expected at most 4"),
         (PACKED_WGMMA, {"row_groups": 3}, "row_groups x depth_groups: got 3 x 1 for 2 panels, expected at most 4"),
@@ -177,7 +177,8 @@ def test_check_names_the_field_and_what_it_expects(good, changes, reason):
         (PACKED_MMA, {"warps": 12, "stages": 4, "blocks": 2}),
         (PACKED_MMA, {"loaders": 24, "blocks": 1, "pairs": 1}),
         (PACKED_MMA, {"warps": 1, "stages": 1, "blocks": 1}),
-        *((PACKED_WGMMA, {"tokens": n, "split": split}) for n in spec.WGMMA_TOKENS for split in (1, 2)),
+        *((PACKED_WGMMA, {"tokens": n, "split": split}) for n in spec.WGMMA_TOKENS[1:] for split in (1, 2)),
+        (PACKED_WGMMA, {"tokens": 8}),
         (PACKED_WGMMA, {"stages": 2}),
         (PACKED_WGMMA, {"depth_groups": 2, "stages": 4}),
         (PACKED_WGMMA, {"panels": 7, "row_groups": 4}),
@@ -214,7 +215,7 @@ def test_uneven_row_tiles_need_registers_and_a_warpgroup_that_may_skip_a_panel()
 def test_a_packed_spec_is_its_configuration():
     for good in (PACKED_MMA, PACKED_WGMMA):
         fields = [field.name for field in dataclasses.fields(good)]
-        given = [name for name in fields[fields.index("source") + 1 :] if name != "quantize"]
+        given = [name for name in fields[fields.index("source") + 1 :] if name not in ("quantize", "grouped")]
         assert good.config == tuple(getattr(good, name) for name in given)
         assert type(good)("sm_90a", "bf16", "bf16", None, False, *good.config) == good
 
@@ -284,7 +285,8 @@ def test_names_are_unique_and_are_file_names():
           (("token_tiles", 2), ("warps", 16), ("blocks", 1), ("loaders", 2), ("pairs", 1),
            ("quantize", "fp16"))),
         *((PACKED_WGMMA, field, other) for field, other in
-          (("tokens", 64), ("panels", 3), ("row_groups", 1), ("depth_groups", 2), ("multicast", 2))),
+          (("tokens", 64), ("panels", 3), ("row_groups", 1), ("depth_groups", 2), ("multicast", 2),
+           ("grouped", True))),
     ],
 )  # fmt: skip
 def test_every_field_is_part_of_the_name(good, field, other):

@@ -149,6 +149,9 @@ __device__ __forceinline__ uint4 load_matrices_transposed(uint32_t address) {
                : "r"(address));
   return v;
 }
+__device__ __forceinline__ void store_shared_32(uint32_t address, uint32_t v) {
+  asm volatile("st.shared.u32 [%0], %1;" ::"r"(address), "r"(v) : "memory");
+}
 __device__ __forceinline__ void store_shared_128(uint32_t address, float4 v) {
   asm volatile("st.shared.v4.f32 [%0], {%1, %2, %3, %4};" ::"r"(address), "f"(v.x), "f"(v.y), "f"(v.z), "f"(v.w)
                : "memory");

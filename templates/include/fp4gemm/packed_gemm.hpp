@@ -17,6 +17,7 @@ struct PackedGemmArguments {
   float const* outer_a;  // [m] or [1]; null: 1
   float const* outer_b;  // [n] or [1]
   void const* bias;      // [n]
+  int64_t const* offsets;  // grouped: [experts + 1], the first token of each expert and the end of the last one's
   int64_t x_stride, d_stride_m, d_stride_n;
   int m, n, k;
   int panels, k_blocks;  // of 64 weight rows, of 64 columns
@@ -27,6 +28,7 @@ struct PackedGemmArguments {
   int early_stages, launch_early;      // mma.sync: stages asked for before tokens; 1: dependents may start at once
   int panels_each;                     // mma.sync: panels of a cluster
   int panels_extra;                    // mma.sync: clusters with one more; WGMMA: row tiles with all their panels
+  int experts;                         // grouped: w, outer_b and bias have one part for each, one after the other
   int outer_a_stride, outer_b_stride;  // 0 or 1
   float beta;
 };
@@ -53,6 +55,7 @@ template <> inline constexpr bool kPresent<None> = false;
 // 2t + 1, as every MMA leaves them. All lanes of a warp call together.
 template <class Out, class Bias, bool kSource> class PackedEpilogue {
   PackedGemmArguments const& args_;
+  int const end_;  // of the tokens that are written
   int const row_;  // of this lane's first fragment row
   int const g_, t_;
   float outer_b_[2], bias_[2];
@@ -64,21 +67,23 @@ template <class Out, class Bias, bool kSource> class PackedEpilogue {
   // The vectors along rows of one lane, which callers may fetch early.
   struct Rows {
     float outer_b[2], bias[2];
-    __device__ Rows(PackedGemmArguments const& args, int first_row) {
+    __device__ Rows(PackedGemmArguments const& args, int first_row, int64_t expert = 0) {
+      float const* const scales = args.outer_b + expert * (args.outer_b_stride ? args.n : 1);
 #pragma unroll
       for (int i = 0; i < 2; ++i) {
         int const row = min(first_row + static_cast<int>(threadIdx.x % 32 / 4) + 8 * i, args.n - 1);
-        outer_b[i] = args.outer_b[static_cast<int64_t>(row) * args.outer_b_stride];
-        if constexpr (kPresent<Bias>) bias[i] = element_at<Bias>(args.bias, row);
+        outer_b[i] = scales[static_cast<int64_t>(row) * args.outer_b_stride];
+        if constexpr (kPresent<Bias>) bias[i] = element_at<Bias>(args.bias, expert * args.n + row);
       }
     }
   };
 
   // The first of the 16 rows. Reads vectors: only after wait_for_inputs().
   __device__ PackedEpilogue(PackedGemmArguments const& args, int first_row)
-      : PackedEpilogue(args, first_row, Rows(args, first_row)) {}
-  __device__ PackedEpilogue(PackedGemmArguments const& args, int first_row, Rows const& rows)
+      : PackedEpilogue(args, first_row, Rows(args, first_row), args.m) {}
+  __device__ PackedEpilogue(PackedGemmArguments const& args, int first_row, Rows const& rows, int end)
       : args_(args),
+        end_(end),
         row_(first_row + threadIdx.x % 32 / 4),
         g_(threadIdx.x % 32 / 4),
         t_(threadIdx.x % 4),
@@ -131,7 +136,7 @@ template <class Out, class Bias, bool kSource> class PackedEpilogue {
     if (args.outer_a == nullptr) return 1.0f;
     return args.outer_a[static_cast<int64_t>(min(token, args.m - 1)) * args.outer_a_stride];
   }
-  __device__ bool inside(int token, int row) const { return token < args_.m && row < args_.n; }
+  __device__ bool inside(int token, int row) const { return token < end_ && row < args_.n; }
   __device__ int64_t offset(int token, int row) const { return token * args_.d_stride_m + row * args_.d_stride_n; }
   __device__ float source(int token, int row) const {
     return inside(token, row) ? __fmul_rn(args_.beta, element_at<Out>(args_.c, offset(token, row))) : 0.0f;

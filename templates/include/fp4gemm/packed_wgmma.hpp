@@ -5,6 +5,10 @@
 // bounds the kernel, and 64 x 64 weights are a quarter of the bytes of 64 x 64 tokens: so a warpgroup may have several panels,
 // each with accumulators of its own. Depth groups take alternate stages: with few panels they hide each other's latency.
 // A cluster of kMulticast x kSplit CTAs shares tokens among row tiles and splits K; partial sums meet in a fixed order.
+//
+// Grouped: tokens are sorted by expert, and each expert has a weight of its own. Where they begin stands in device memory, so a
+// captured graph follows it: every CTA makes a table of the token tiles in front of each expert, and finds tiles there. A tile's
+// last tokens may be the next expert's: they are other columns of the product, computed and not stored.
 #pragma once
 
 #include "fp4gemm/packed_wgmma_config.hpp"
@@ -23,13 +27,13 @@ template <class Config> class PackedWgmma {
   static constexpr bool kUneven = Config::kUneven;
 
   PackedGemmArguments const& args_;
-  uint32_t const shared_, tokens_, weights_, reduction_;
+  uint32_t const shared_, tokens_, weights_, reduction_, experts_;
   int const rank_;  // in the multicast group: which row tile
   int const split_;  // which part of K
   int const first_, last_;  // blocks of K
   int const cluster_, clusters_;
 
-  // Shared memory: barriers | token slots | weight slots | partial sums.
+  // Shared memory: barriers | token slots | weight slots | partial sums | lines | experts.
   __device__ uint32_t full(int slot) const { return shared_ + 16 * slot; }
   __device__ uint32_t empty(int slot) const { return shared_ + 16 * slot + 8; }
   __device__ uint32_t summed() const { return shared_ + 16 * Config::kStages; }
@@ -38,8 +42,9 @@ template <class Config> class PackedWgmma {
   __device__ uint32_t weight_slot(int slot) const { return weights_ + slot * Config::kWeightBytes; }
 
   struct Tile {
+    int token, end;  // the first token, and the end of those that are stored
+    int expert;
     int panel, panels;  // the first one, and how many: kPanels or one less
-    int token;  // the token tile
   };
 
  public:
@@ -49,6 +54,7 @@ template <class Config> class PackedWgmma {
         tokens_(shared_ + Config::kBarrierBytes),
         weights_(tokens_ + Config::kStages * Config::kTokenSlot),
         reduction_(weights_ + Config::kStages * Config::kWeightBytes),
+        experts_(reduction_ + Config::kReductionBytes + Config::kLineBytes),
         rank_(blockIdx.x % kCluster % Config::kMulticast),
         split_(blockIdx.x % kCluster / Config::kMulticast),
         first_(args.k_blocks * split_ / Config::kSplit),
@@ -72,6 +78,10 @@ template <class Config> class PackedWgmma {
     }
     cluster_arrive();
     launch_dependents();
+    if constexpr (Config::kGrouped) {
+      wait_for_inputs();
+      tabulate_experts();
+    }
     if (warp >= kProducer) {
       if constexpr (Config::kGroups > 1) cutlass::arch::warpgroup_reg_dealloc<Config::kProducerRegisters>();
       if (warp == kProducer) {
@@ -96,23 +106,83 @@ template <class Config> class PackedWgmma {
   }
 
  private:
-  __device__ int tiles() const { return args_.row_tiles * args_.token_tiles; }
+  __device__ int tiles() const {
+    return args_.row_tiles * (Config::kGrouped ? tiles_before(args_.experts) : args_.token_tiles);
+  }
 
-  // The first panels_extra row tiles have kPanels panels, the others one less: so that rounds of all clusters come out even.
-  __device__ Tile tile(int row, int token) const {
-    row = row * Config::kMulticast + rank_;
-    bool const whole = !kUneven || row < args_.panels_extra;
-    return {kUneven ? row * (Config::kPanels - 1) + min(row, args_.panels_extra) : row * Config::kPanels,
-            Config::kPanels - !whole, token};
+  // The table of experts: for each the token tiles in front of it and its first token; after the last, where that one ends.
+  __device__ int tiles_before(int expert) const { return static_cast<int>(load_shared_32(experts_ + 8 * expert)); }
+  __device__ int first_token(int expert) const { return static_cast<int>(load_shared_32(experts_ + 8 * expert + 4)); }
+
+  // All threads of the CTA.
+  __device__ void tabulate_experts() const {
+    int const experts = args_.experts;
+    for (int i = threadIdx.x; i <= experts; i += Config::kThreads) {
+      int64_t const first = args_.offsets[i];
+      store_shared_32(experts_ + 8 * i + 4, first < 0 ? 0 : first < args_.m ? static_cast<int>(first) : args_.m);
+    }
+    __syncthreads();
+    if (threadIdx.x < 32) {
+      // A lane has so many experts in a row: it counts their tiles, then adds what the lanes in front have.
+      int const each = experts / 32 + 1, first = threadIdx.x * each, last = min(first + each, experts + 1);
+      auto const token_tiles = [&](int expert) {
+        int const tokens = expert < experts ? first_token(expert + 1) - first_token(expert) : 0;
+        return (max(tokens, 0) + Config::kTokens - 1) / Config::kTokens;
+      };
+      int mine = 0;
+      for (int i = first; i < last; ++i) mine += token_tiles(i);
+      int before = mine;
+#pragma unroll
+      for (int step = 1; step < 32; step *= 2) {
+        int const v = __shfl_up_sync(0xffffffffu, before, step);
+        if (threadIdx.x >= step) before += v;
+      }
+      before -= mine;
+      for (int i = first; i < last; ++i) {
+        store_shared_32(experts_ + 8 * i, before);
+        before += token_tiles(i);
+      }
+    }
+    __syncthreads();
+  }
+
+  // The one whose token tiles have this one among them.
+  __device__ int expert_of(int token_tile) const {
+    int low = 0, high = args_.experts;
+    while (high - low > 1) {
+      int const middle = (low + high) / 2;
+      (tiles_before(middle) <= token_tile ? low : high) = middle;
+    }
+    return low;
+  }
+
+  __device__ Tile tile(int index) const {
+    if constexpr (Config::kGrouped) {
+      int const expert = expert_of(index / args_.row_tiles), before = tiles_before(expert);
+      return tile(index - before * args_.row_tiles, tiles_before(expert + 1) - before,
+                  {first_token(expert), first_token(expert + 1), expert});
+    } else {
+      return tile(index, args_.token_tiles, {0, args_.m, 0});
+    }
   }
 
   // `raster` token tiles at a time pass over the rows together, so that weights are read from L2 again.
-  __device__ Tile tile(int index) const {
-    if (args_.token_tiles == 1) return tile(index, 0);
+  __device__ Tile tile(int index, int token_tiles, Tile whole) const {
+    if (token_tiles == 1) return tile(index, whole);
     int const wide = args_.raster * args_.row_tiles, group = index / wide, rest = index - group * wide;
-    int const width = min(args_.raster, args_.token_tiles - group * args_.raster);
+    int const width = min(args_.raster, token_tiles - group * args_.raster);
     int const row = rest / width;
-    return tile(row, group * args_.raster + rest - row * width);
+    whole.token += (group * args_.raster + rest - row * width) * Config::kTokens;
+    return tile(row, whole);
+  }
+
+  // The first panels_extra row tiles have kPanels panels, the others one less: so that rounds of all clusters come out even.
+  __device__ Tile tile(int row, Tile at) const {
+    row = row * Config::kMulticast + rank_;
+    bool const whole = !kUneven || row < args_.panels_extra;
+    at.panel = kUneven ? row * (Config::kPanels - 1) + min(row, args_.panels_extra) : row * Config::kPanels;
+    at.panels = Config::kPanels - !whole;
+    return at;
   }
 
   // Calls begin(tile) for every tile and fill(slot, block) for each of its stages, as slots come free, from one lane.
@@ -136,7 +206,9 @@ template <class Config> class PackedWgmma {
   __device__ void produce_weights() const {
     uint64_t const policy = evict_first_policy();
     Tile tile;
-    produce([&](Tile at) { tile = at; },
+    uint8_t const* w;
+    int64_t const expert_bytes = int64_t(args_.panels) * args_.k_blocks * kPackedBlockBytes;
+    produce([&](Tile at) { tile = at, w = args_.w + at.expert * expert_bytes; },
             [&](int slot, int block) {
               barrier_expect(full(slot), tile.panels * kPackedBlockBytes);
 #pragma unroll
@@ -144,8 +216,8 @@ template <class Config> class PackedWgmma {
                 if (kUneven && i + 1 == Config::kPanels && i == tile.panels) break;
                 // Panels past the last one compute what nobody stores.
                 int64_t const at = min(tile.panel + i, args_.panels - 1) * args_.k_blocks + block;
-                copy_bulk(weight_slot(slot) + i * kPackedBlockBytes, args_.w + at * kPackedBlockBytes,
-                          kPackedBlockBytes, full(slot), policy);
+                copy_bulk(weight_slot(slot) + i * kPackedBlockBytes, w + at * kPackedBlockBytes, kPackedBlockBytes,
+                          full(slot), policy);
               }
             });
   }
@@ -153,9 +225,9 @@ template <class Config> class PackedWgmma {
   __device__ void produce_tokens() const {
     constexpr int kShare =
         Config::kTokens / Config::kMulticast;  // of the CTAs that share a tile, each brings a part to all
-    wait_for_inputs();
+    if constexpr (!Config::kGrouped) wait_for_inputs();
     int token = 0;
-    produce([&](Tile at) { token = at.token * Config::kTokens + rank_ * kShare; },
+    produce([&](Tile at) { token = at.token + rank_ * kShare; },
             [&](int slot, int block) {
               barrier_expect(full(slot), Config::kTokenBytes);
               if constexpr (Config::kMulticast == 1) {
@@ -229,7 +301,7 @@ template <class Config> class PackedWgmma {
     int const total = blocks * ((tiles() - cluster_ + clusters_ - 1) / clusters_);
     int position = 0;
     uint32_t round = 0;
-    wait_for_inputs();
+    if constexpr (!Config::kGrouped) wait_for_inputs();
     for (int index = cluster_; index < tiles(); index += clusters_) {
       Tile const at = tile(index);
       // Whether the group lacks its last panel in this tile.
@@ -327,9 +399,7 @@ template <class Config> class PackedWgmma {
   }
 
   // The first token of the i-th fragment that this CTA writes.
-  __device__ int own_token(Tile at, int i) const {
-    return at.token * Config::kTokens + (split_ * Config::kOwnFragments + i) * 8;
-  }
+  __device__ int own_token(Tile at, int i) const { return at.token + (split_ * Config::kOwnFragments + i) * 8; }
   // A warp's first row of its i-th panel.
   __device__ int first_row(Tile at, int row_group, int i) const {
     return (at.panel + row_group + i * Config::kRowGroups) * kPackedRows + threadIdx.x / 32 % 4 * 16;
@@ -346,7 +416,7 @@ template <class Config> class PackedWgmma {
     typename Epilogue::Rows panel[kMine];
     template <int... I>
     __device__ Vectors(PackedWgmma const& gemm, Tile at, int row_group, cute::integer_sequence<int, I...>)
-        : panel{typename Epilogue::Rows(gemm.args_, gemm.first_row(at, row_group, I))...} {}
+        : panel{typename Epilogue::Rows(gemm.args_, gemm.first_row(at, row_group, I), at.expert)...} {}
   };
 
   template <int kMine> __device__ __forceinline__ void finish(Tile at, int row_group, int depth, bool less,
@@ -374,7 +444,7 @@ template <class Config> class PackedWgmma {
 #pragma unroll
     for (int p = 0; p < kMine; ++p) {
       if (p > 0 && p + 1 == kMine && less) break;
-      Epilogue const write(args_, first_row(at, row_group, p), vectors.panel[p]);
+      Epilogue const write(args_, first_row(at, row_group, p), vectors.panel[p], at.end);
 #pragma unroll
       for (int k = 0; k < kPart; ++k) {
         int const i = depth + k * Config::kDepthGroups;
@@ -407,7 +477,7 @@ template <class Config> class PackedWgmma {
   __device__ __forceinline__ void write_lines(Tile at, int row_group, int p, typename Epilogue::Rows const& rows,
                                               float2 const (&outer_a)[kPart], float const (&acc)[kRegisters]) const {
     using Out = typename Config::Out;
-    Epilogue const write(args_, first_row(at, row_group, p), rows);
+    Epilogue const write(args_, first_row(at, row_group, p), rows, at.end);
     uint32_t const buffer = reduction_ + Config::kReductionBytes + row_group * 4096;
     uint32_t const thread = threadIdx.x % 128, lane = thread % 32;
     // Chunks of 16 bytes swap places within a token's line, so that neither side meets bank conflicts.
@@ -430,7 +500,7 @@ template <class Config> class PackedWgmma {
       store_transposed(half + to, matrices);
       asm volatile("bar.sync %0, 128;" ::"r"(2 + row_group) : "memory");
       uint4 const line = load_shared_128(half + from);
-      if (token < args_.m && row < args_.n) *reinterpret_cast<uint4*>(d) = line;
+      if (token < at.end && row < args_.n) *reinterpret_cast<uint4*>(d) = line;
       token += 16, d += 16 * args_.d_stride_m;
     }
     if (kPart % 4 != 0) asm volatile("bar.sync %0, 128;" ::"r"(2 + row_group) : "memory");

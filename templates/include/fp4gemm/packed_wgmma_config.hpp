@@ -39,7 +39,8 @@ FP4GEMM_WGMMA(256)
 __device__ __forceinline__ void pin(uint32_t& v) { asm volatile("" : "+r"(v)::"memory"); }
 
 template <class Operand_, class Out_, class Bias_, bool kSource_, int kTokens_, int kPanels_, int kRowGroups_,
-          int kDepthGroups_, int kMulticast_, int kSplit_, int kStages_, bool kRoomy, bool kUneven_>
+          int kDepthGroups_, int kMulticast_, int kSplit_, int kStages_, bool kRoomy, bool kUneven_,
+          bool kGrouped_ = false>
 struct PackedWgmmaConfig {
   using Operand = Operand_;
   using Out = Out_;
@@ -58,6 +59,7 @@ struct PackedWgmmaConfig {
   // If registers last (spec.py: roomy), row tiles may have a panel less: a warpgroup may skip its last panel, but not its only
   // one; and two k-steps go to a group of WGMMAs, which ptxas would serialize without registers to spare.
   static constexpr bool kUneven = kUneven_;
+  static constexpr bool kGrouped = kGrouped_;  // tokens sorted by expert, a weight for each
   static constexpr bool kPairs = kRoomy;
   static constexpr int kTokenBytes = kTokens * 128;
   static constexpr int kTokenSlot = (kTokenBytes + 1023) / 1024 * 1024;
@@ -71,6 +73,7 @@ struct PackedWgmmaConfig {
   static constexpr bool kLines = Out::kBytes == 2 && kDepthGroups == 1 && kOwnFragments % 2 == 0;
   static constexpr int kLineBytes = kLines ? kRowGroups * 4096 : 0;
   static constexpr int kBarrierBytes = 1024;
+  // A launch of a grouped kernel adds its table of experts, which no constant bounds.
   static constexpr int kSharedBytes =
       1024 + kBarrierBytes + kStages * (kTokenSlot + kWeightBytes) + kReductionBytes + kLineBytes;  // 1024: to align
   static_assert(kTokens / 8 % kSplit == 0 && kRowGroups <= kPanels && kStages <= 60);
