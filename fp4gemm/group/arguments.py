@@ -21,7 +21,7 @@ class Group:
     """A buffer and where its members are.
 
     ``x`` is contiguous; ``first_dims`` and ``last_dims`` are int64 [E] where rows or columns vary, ``offsets`` int64
-    [E + 1] elements, None for members without gaps. ``h``: an activation's input, of the size of x, or None.
+    [E + 1] in ``units``, None for members without gaps. ``h``: an activation's input, of the size of x, or None.
     """
 
     x: Tensor
@@ -30,6 +30,12 @@ class Group:
     last_dims: Tensor | None
     offsets: Tensor | None
     h: Tensor | None = None
+
+    @property
+    def units(self) -> tuple[int, int]:
+        """Elements of what ``offsets`` count, rows of x [T, K] or single ones, and how many of these x has."""
+        shape = self.shape
+        return (1, shape.elements) if shape.columns is None else (shape.columns, shape.row_bound)
 
     def sizes(self) -> list[tuple[int, int, int]]:
         """(rows, columns, first element) of each member; waits for the device. Raises ValueError that names a member
@@ -42,11 +48,11 @@ class Group:
         at = rows = columns = 0
         for i in range(shape.members):
             k: int = lasts[i] if shape.columns is None else shape.columns
-            begin: int = offsets[i] if offsets else at
+            begin: int = offsets[i] * self.units[0] if offsets else at
             if shape.rows is not None:
                 m = shape.rows
             else:
-                m = firsts[i] if firsts else _rows_between(i, begin, offsets[i + 1], k)
+                m = firsts[i] if firsts else offsets[i + 1] - offsets[i]
             _check_member(i, m, k, begin, self)
             at, rows, columns = at + m * k, rows + m, columns + k
             if at > shape.elements:
@@ -65,12 +71,6 @@ class Group:
         size = self.x.element_size()
         aligned = all(t is None or t.data_ptr() % 16 == 0 for t in (self.x, self.h))
         return 16 // size if aligned and row * size % 16 == 0 else 1
-
-
-def _rows_between(i: int, begin: int, end: int, k: int) -> int:
-    if end < begin or (end > begin if k == 0 else (end - begin) % k):
-        raise ValueError(f"member {i}: offsets {begin} and {end} are {end - begin} apart, expected rows of {k} columns")
-    return (end - begin) // k if k else 0
 
 
 def _check_member(i: int, m: int, k: int, begin: int, group: Group) -> None:

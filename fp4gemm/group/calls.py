@@ -18,7 +18,7 @@ from fp4gemm.spec import TILE, GroupSpec, GroupSumsSpec, QuantizeSpec
 from fp4gemm.tile_calls import signs
 
 # The structs of templates/include/fp4gemm/{group,quantize_group}.hpp: keep both alike.
-GROUP = "5Q5qi4x"
+GROUP = "5Q7qi4x"
 GROUP_OUTPUT = "5Q2i"
 GROUP_ROWS_ARGUMENTS = struct.Struct(f"<{GROUP}{GROUP_OUTPUT}2Q")
 GROUP_TILE_ARGUMENTS = struct.Struct(f"<{GROUP}{GROUP_OUTPUT * 2}3Q8I2iI4x")
@@ -35,7 +35,8 @@ def group_values(group: Group) -> tuple[int, ...]:
     dims = (0 if t is None else t.data_ptr() for t in (group.h, group.first_dims, group.last_dims, group.offsets))
     return (
         group.x.data_ptr(), *dims, shape.elements, -1 if shape.rows is None else shape.rows,
-        0 if shape.columns is None else shape.columns, shape.row_bound, shape.column_bound, shape.members,
+        0 if shape.columns is None else shape.columns, *group.units, shape.row_bound, shape.column_bound,
+        shape.members,
     )  # fmt: skip
 
 

@@ -96,8 +96,8 @@ def quantize_grouped(
         members: E; needed for [E * M, K], else that of the other arguments.
         first_dims: int64 [E] on the device of x: rows of each member.
         last_dims: the same for columns, multiples of 16.
-        offsets: int64 [E + 1], in elements: where in x members begin, and the end; default: without gaps. A multiple of
-            16 bytes where rows of x are. Where rows vary, the rows are those between two of them without first_dims.
+        offsets: int64 [E + 1], places in the first dimension of x (rows of [T, K]) where members begin, and the end;
+            default: without gaps. Multiples of 16 bytes. Where rows vary and without first_dims, all rows in between.
         rows: those of each member where only columns vary.
         bounds: at most so many rows and columns of all members together, where both vary: what results have room for.
             Default: (elements / 16, elements).

@@ -64,7 +64,7 @@ class GroupCase:
         )
         by_offsets = kind == "rows" and rng.random() < 0.2
         gapped = kind != "same" and not by_offsets and rng.random() < 0.4
-        unit = 16 if varies else width * (16 if width % 16 else 1)
+        unit = 16 if varies else width
         gaps = tuple(unit * rng.randrange(3) if gapped else 0 for _ in range(count))
         spare = 0 if kind == "same" else (16 if varies else width) * rng.randrange(4)
         return cls(
@@ -99,7 +99,8 @@ class GroupCase:
             h.copy_(_member(self.values, size, 1, generator).view(-1))
             arguments["h"] = bytes_.to(device)[_GUARD:-_GUARD].view(self.dtype)
         if any(self.gaps) or self.rows_from_offsets:
-            arguments["offsets"] = torch.tensor([*starts, end], device=device)
+            unit = self.sizes[0][1] if self.kind == "rows" else 1
+            arguments["offsets"] = torch.tensor([*starts, end], device=device) // unit
         if self.kind in ("rows", "both") and not self.rows_from_offsets:
             arguments["first_dims"] = sizes[:, 0].contiguous()
         if self.kind in ("columns", "both"):

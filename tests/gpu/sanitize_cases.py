@@ -95,7 +95,7 @@ def _quantize(
     return what
 
 
-def group_cases(device: torch.device) -> Iterator[str]:
+def quantize_grouped_cases(device: torch.device) -> Iterator[str]:
     """Every kind and way: members that end inside of a tile, empty ones, more of them than lanes that sum their sizes,
     with poison around what is read and written."""
     for kind, options in product(
@@ -252,7 +252,7 @@ SUITES = {
     suite.__name__.removesuffix("_cases"): suite
     for suite in (
         *(quantize_cases, options_cases, dequantize_cases, packed_cases, values_cases, gemm_cases, engine_cases),
-        *(group_cases, grouped_cases),
+        *(quantize_grouped_cases, grouped_cases),
     )
 }
 

@@ -242,9 +242,13 @@ def test_bad_buffers(x, arguments, error, message):
     [
         ({"first_dims": [3, -1]}, "member 1: expected sizes of at least 0, got -1 x 32"),
         ({"first_dims": [3, 8]}, "member 1: 8 x 32 values at 96 are not within the 320 of x"),
-        ({"first_dims": [3, 3], "offsets": [0, 201, 320]}, "member 1: begins at element 201, expected a multiple of"),
-        ({"offsets": [0, 96, 300]}, "member 1: offsets 96 and 300 are 204 apart, expected rows of 32 columns"),
-        ({"first_dims": [6, 6], "offsets": [0, 32, 224]}, "member 1: the 384 elements up to its end are more than x"),
+        (
+            {"last_dims": [32, 32], "rows": 2, "offsets": [0, 66, 130]},
+            "member 1: begins at element 66, expected a multi",
+        ),
+        ({"offsets": [4, 3, 10]}, "member 0: expected sizes of at least 0, got -1 x 32"),
+        ({"offsets": [0, 3, 11]}, "member 1: 8 x 32 values at 96 are not within the 320 of x"),
+        ({"first_dims": [6, 6], "offsets": [0, 1, 7]}, "member 1: the 384 elements up to its end are more than x"),
         ({"last_dims": [32, 40], "rows": 2}, "member 1: expected a width that is a multiple of 16"),
         ({"last_dims": [32, 16], "first_dims": [2, 2], "bounds": (3, 48)}, "member 1: 4 rows up to its end"),
         ({"last_dims": [32, 16], "first_dims": [2, 2], "bounds": (4, 32)}, "member 1: 48 columns up to its end"),

@@ -11,9 +11,10 @@ struct Group {
   void const* x;
   void const* h;  // where x is a gradient: of the size of x (tile.hpp)
   int64_t const *first_dims, *last_dims;  // [members], rows and columns of each; null: those below
-  int64_t const* offsets;  // [members + 1], elements of x where each begins; null: without gaps
+  int64_t const* offsets;  // [members + 1], where each begins, in units; null: without gaps
   int64_t elements;  // of x
   int64_t rows, columns;  // of each member; rows < 0: as many as there are between its offset and the next
+  int64_t unit, units;  // elements of a unit: a row where all have as many columns, else one; and how many x has
   int64_t row_bound, column_bound;  // of all members together: more has no place in the results
   int members;
 };
@@ -155,17 +156,20 @@ template <class RowScales, class ColumnScales, int kAlignment, class Items> clas
     return end < group_.members ? static_cast<int>(end) : group_.members;
   }
 
+  // In elements; below 0 where that is not in x.
+  __device__ int64_t offset(int number) const {
+    int64_t const units = group_.offsets[number];
+    return units < 0 || units > group_.units ? -1 : units * group_.unit;
+  }
+
   // Sizes that no tensor in x can have are 0.
   __device__ Dims dims(int number) const {
     int64_t rows = group_.first_dims == nullptr ? group_.rows : group_.first_dims[number];
     int64_t const columns = group_.last_dims == nullptr ? group_.columns : group_.last_dims[number];
     bool valid = columns >= 0 && columns <= group_.column_bound && columns <= 0x7FFFFFFF;
     valid = valid && (group_.last_dims == nullptr || columns % kBlock == 0);
-    if (valid && group_.first_dims == nullptr && rows < 0) {
-      int64_t const size = group_.offsets[number + 1] - group_.offsets[number];
-      rows = columns == 0 ? 0 : size / columns;
-      valid = rows * columns == size;
-    }
+    // Units are rows then.
+    if (rows < 0 && group_.first_dims == nullptr) rows = group_.offsets[number + 1] - group_.offsets[number];
     valid = valid && rows >= 0 && rows <= group_.row_bound;
     // In float64 first: the product may need more than 64 bits.
     valid =
@@ -199,7 +203,7 @@ template <class RowScales, class ColumnScales, int kAlignment, class Items> clas
 
   __device__ Member describe(int number, Sums const& before) const {
     auto const [rows, columns, valid] = dims(number);
-    int64_t const at = group_.offsets == nullptr ? before.of[kElements] : group_.offsets[number];
+    int64_t const at = group_.offsets == nullptr ? before.of[kElements] : offset(number);
     int64_t const size = rows * columns;
     bool const inside = size == 0 || (at >= 0 && at <= group_.elements - size && at % kAlignment == 0);
     bool const fits = valid && inside && before.of[kElements] + size <= group_.elements &&
