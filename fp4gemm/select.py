@@ -14,6 +14,8 @@ from fp4gemm.spec import (
     AmaxSpec,
     DequantizeSpec,
     GemmSpec,
+    GroupSpec,
+    GroupSumsSpec,
     KernelSpec,
     PackedCollectiveSpec,
     PackedMmaSpec,
@@ -117,6 +119,23 @@ def _few_rows_shape(columns: int, dtype: str, options: QuantizeOptions) -> _Shap
     threads = _threads(columns, blocks)
     most = 256 if options.residual else 512  # companions take registers
     return (threads, blocks, 1, True) if columns >= 128 and threads <= most else None
+
+
+def group_rows_spec(
+    arch: str, dtype: str, k: int | None, scaling: str, convention: str, sf_layout: str, vectorized: bool,
+    stochastic: bool,
+) -> GroupSpec:  # fmt: skip
+    """The quantizer of rows of a group of members with ``k`` columns, None: each with its own number of them."""
+    options = QuantizeOptions(stochastic=True) if stochastic else PLAIN
+    if k is not None and scaling == "per_row":
+        return GroupSpec(quantize_spec(arch, dtype, k, scaling, convention, sf_layout, vectorized, options))
+    # Rows in parts: nothing is reduced, or no number of registers fits all rows, which are read twice then.
+    blocks = 1 if dtype == "fp32" else 2
+    return GroupSpec(
+        QuantizeSpec(
+            arch, dtype, scaling, convention, sf_layout, 128, blocks, 4, vectorized, False, stochastic=stochastic
+        )
+    )
 
 
 def _threads(columns: int, blocks: int) -> int:
@@ -233,6 +252,30 @@ def tile_amax_spec(
     sums: bool = False,
 ) -> TileAmaxSpec:  # fmt: skip
     return TileAmaxSpec(arch, dtype, rows, columns, hadamard, vectorized, _tile_ctas(arch, dtype), sums)
+
+
+def group_tile_spec(
+    arch: str, dtype: str, scaling: str, convention: str, rows: str | None, columns: str | None, hadamard: bool,
+    stochastic: bool, vectorized: bool, gradient: str | None = None,
+) -> GroupSpec:  # fmt: skip
+    spec = tile_quantize_spec(
+        arch, dtype, scaling, convention, rows, columns, hadamard, stochastic, False, vectorized
+    )  # fmt: skip
+    if stochastic and not hadamard and spec.ctas > 1:  # would spill registers: what a member is takes some
+        spec = replace(spec, ctas=spec.ctas - 1)
+    return GroupSpec(replace(spec, gradient=gradient))
+
+
+def group_amax_spec(
+    arch: str, dtype: str, rows: bool, columns: bool, hadamard: bool, vectorized: bool, sums: bool,
+    gradient: str | None = None,
+) -> GroupSpec:  # fmt: skip
+    return GroupSpec(replace(tile_amax_spec(arch, dtype, rows, columns, hadamard, vectorized, sums), gradient=gradient))
+
+
+def group_sums_spec(arch: str, alignment: int) -> GroupSumsSpec:
+    """``alignment``: elements on which members begin."""
+    return GroupSumsSpec(arch, alignment)
 
 
 def _tile_ctas(arch: str, dtype: str) -> int:

@@ -21,6 +21,7 @@ os.environ.setdefault("PYTORCH_NO_CUDA_MEMORY_CACHING", "1")
 sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[2])]
 
 import gpu_cases as cases  # noqa: E402 - the two lines above must come first
+import group_cases as groups  # noqa: E402
 import torch  # noqa: E402
 
 import fp4gemm  # noqa: E402
@@ -92,6 +93,29 @@ def _quantize(
     got = fp4gemm.quantize(x.to(device), outer_scale=None if outer is None else outer.to(device), **options)
     cases.assert_same(got, want, what)
     return what
+
+
+def quantize_grouped_cases(device: torch.device) -> Iterator[str]:
+    """Every kind and way: members that end inside of a tile, empty ones, more of them than lanes that sum their sizes,
+    with poison around what is read and written."""
+    for kind, options in product(
+        groups.KINDS,
+        (
+            {},
+            {"scaling": "per_tensor"},
+            {"both": True, "hadamard": 0xACE1, "seed": 3, "dbias": True},
+            {"gradient": "silu"},
+        ),
+    ):
+        for seed, members in ((0, 3), (1, 70)):
+            case = groups.GroupCase.draw(seed, kind, members, 280, torch.bfloat16, options)
+            x, arguments = case.make(torch.device("cpu"))
+            want = fp4gemm.quantize_grouped(x, **arguments)
+            x, arguments = case.make(device)
+            with groups.guarded():
+                got = fp4gemm.quantize_grouped(x, **arguments)
+            groups.assert_results(got, want, case.columns, str(case), guarded=device.type == "cuda")
+            yield str(case)
 
 
 def dequantize_cases(device: torch.device) -> Iterator[str]:
@@ -257,6 +281,7 @@ SUITES = {
         values_cases,
         gemm_cases,
         engine_cases,
+        quantize_grouped_cases,
         grouped_cases,
     )
 }
