@@ -71,15 +71,17 @@ class _Slots(NamedTuple):
         return FP4Tensor(data, scales, t.outer_scale.new_ones(()), (lines, BLOCK * len(self.block)), "linear")
 
 
-def _multiply(dyt: GroupedFP4Tensor, xt: GroupedFP4Tensor, shape: tuple[int, int, int], tokens: int) -> Tensor:
-    """The product on any device, float32."""
+def _multiply(
+    dyt: GroupedFP4Tensor, xt: GroupedFP4Tensor, shape: tuple[int, int, int], tokens: int, dtype: torch.dtype
+) -> Tensor:
+    """The product on any device."""
     experts, n, k = shape
     slots = _Slots.of(dyt.widths, tokens)
     a, b = (ops.dequantize(slots.gather(t, lines), torch.bfloat16) for t, lines in ((dyt, n), (xt, k)))
     sums = F.grouped_mm(a, b.t(), offs=(BLOCK * slots.ends).int())
     some = (slots.counts > 0)[:, None]  # of an expert without tokens nobody wrote outer scales
     outer_n, outer_k = (torch.where(some, t.outer_scale.view(experts, lines), 0.0) for t, lines in ((dyt, n), (xt, k)))
-    return (sums * outer_k[:, None, :]).mul_(outer_n[:, :, None])
+    return torch.mul(sums * outer_k[:, None, :], outer_n[:, :, None], out=sums.new_empty(shape, dtype=dtype))
 
 
 @torch.library.custom_op("fp4gemm::weight_gradient_grouped", mutates_args=())
@@ -94,7 +96,7 @@ def _quantized(
         return dy_data.new_zeros(shape, dtype=dtype)
     if dy_data.is_cuda:
         with torch.autocast("cuda", enabled=False):
-            return _multiply(dyt, xt, shape, tokens).to(dtype)
+            return _multiply(dyt, xt, shape, tokens, dtype)
     pairs = zip(dyt.members(), xt.members(), strict=True)
     return torch.stack([ops.gemm(a, b, out_dtype=dtype) for a, b in pairs])
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import random
 import sys
 from pathlib import Path
@@ -16,6 +17,7 @@ from test_torch_gpu import inductor_lacks
 
 from fp4gemm.nn import GroupedLinear, micro_batches, per_token
 
+ROOT = Path(__file__).resolve().parents[2]
 SIZES = [(16, 16), (33, 70), (128, 64), (64, 130), (1, 48), (24, 1)]  # N, K
 SKEWED = tuple(random.Random(1).choices((0, 0, 1, 3, 40, 300), k=64))
 
@@ -189,3 +191,33 @@ def test_a_graph_of_serving(cuda: torch.device) -> None:
             offsets.copy_(nn_cases.offsets_of(counts, cuda))
             graph.replay()
             cases.assert_same_bits(got, model(x, offsets), f"{counts}")
+
+
+def test_the_example(device: torch.device) -> None:
+    """A routed block: close to the loop of dense layers, and the same bits in a graph that sees other tokens."""
+    spec = importlib.util.spec_from_file_location("example_moe", ROOT / "examples" / "moe.py")
+    example = sys.modules["example_moe"] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(example)
+    torch.manual_seed(0)
+    size = example.Size(width=256, hidden=320, experts=8, top=2)
+    moe = example.MoE(size, per_token()).to(device)
+    x = torch.randn(90, size.width, dtype=torch.bfloat16, device=device)
+    found = []
+    for block in (moe, example.dense_layers(moe)):
+        example.step(block, moe, x)()
+        found.append([p.grad for p in moe.parameters()])
+    for a, b in zip(*found, strict=True):
+        assert example.difference(a, b)[1] < 0.05  # a last bit of h that differs may change what it is quantized to
+    moe.eval()
+    with torch.no_grad():
+        assert example.difference(moe(x), example.dense(moe)(x))[1] < 0.02
+        if device.type != "cuda":
+            return
+        graph = torch.cuda.CUDAGraph()
+        torch.cuda.synchronize()
+        with torch.cuda.graph(graph):
+            got = moe(x)
+        for seed in range(4):
+            x.copy_(torch.randn(x.shape, generator=torch.Generator().manual_seed(seed)))
+            graph.replay()
+            cases.assert_same_bits(got, moe(x), f"tokens of seed {seed}")

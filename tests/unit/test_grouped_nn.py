@@ -131,8 +131,9 @@ def test_gathered_blocks(counts, hadamard):
     dyt, xt = (fp4gemm.quantize_grouped(t.detach(), **options) for t in (dy, x))
     for t in (dyt, xt):  # nobody writes outer scales of members without tokens
         t.outer_scale.view(len(counts), -1)[torch.tensor(counts) == 0] = float("nan")
-    got = wg._multiply(dyt, xt, (len(counts), N, K), len(x))
-    assert got.dtype == torch.float32
+    got = wg._multiply(dyt, xt, (len(counts), N, K), len(x), torch.float32)
+    half = wg._multiply(dyt, xt, (len(counts), N, K), len(x), torch.bfloat16)
+    cases.assert_same_bits(half, got.bfloat16(), "another dtype")
     for e, (a, b) in enumerate(zip(dyt.members(), xt.members(), strict=True)):
         if counts[e] == 0:
             assert not got[e].any()
