@@ -2,6 +2,8 @@
 
 from fp4gemm import nn
 from fp4gemm.batch import bmm, bmm_fp4, quantize_batch
+from fp4gemm.calibration import calibrate, collect_hessians, save_hessians
+from fp4gemm.checkpoint import load_quantized, save_quantized
 from fp4gemm.formats import CONVENTIONS, SCALINGS, SF_LAYOUTS
 from fp4gemm.group.ops import quantize_grouped
 from fp4gemm.group.tensor import GroupedFP4Tensor
@@ -35,11 +37,14 @@ __all__ = [
     "autocast",
     "bmm",
     "bmm_fp4",
+    "calibrate",
+    "collect_hessians",
     "convert",
     "dequantize",
     "gemm",
     "gemm_fp4",
     "gemm_grouped",
+    "load_quantized",
     "nn",
     "quantize",
     "quantize_batch",
@@ -48,6 +53,8 @@ __all__ = [
     "quantize_gemm_grouped",
     "quantize_grouped",
     "quantize_rmsnorm",
+    "save_hessians",
+    "save_quantized",
     "search_scales",
     "stack_weights",
 ]
