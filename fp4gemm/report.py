@@ -110,6 +110,7 @@ ROW_FIELDS: dict[str, tuple[str, ...]] = {
     "gemm": ("arch", "layout", "M", "N", "K", "a", "b", "epilogue", "mode", "kernel", "us", "vs_us", "rel_error"),
     "sweep": ("op", "layout", "M", "N", "K", "dtype", "options", "mode", "us", "vs_us"),
     "grouped": ("op", "experts", "M", "N", "K", "routing", "mode", "kernel", "us", "vs_us", "rel_error"),
+    "quantize_grouped": ("experts", "M", "K", "routing", "options", "mode", "us", "bytes", "vs_us"),
     "overhead": ("op", "M", "N", "K", "us", "process_us", "vs_us"),
     "load": ("kernel", "arch", "ms"),
     "training": ("recipe", "options", "seed", "steps", "train_loss", "val_loss", "seconds", "curve"),

@@ -261,7 +261,8 @@ def group_tile_spec(
     spec = tile_quantize_spec(
         arch, dtype, scaling, convention, rows, columns, hadamard, stochastic, False, vectorized
     )  # fmt: skip
-    if stochastic and not hadamard and spec.ctas > 1:  # would spill registers: what a member is takes some
+    # Would spill registers: what a member is takes some.
+    if stochastic and (not hadamard or arch == "sm_100a") and spec.ctas > 1:
         spec = replace(spec, ctas=spec.ctas - 1)
     return GroupSpec(replace(spec, gradient=gradient))
 

@@ -54,10 +54,11 @@ def _groups(arch: str) -> list[KernelSpec]:
     per_token = (arch, "bf16", "amax", "te_per_token")
     per_row = (arch, "bf16", "per_row", "te_per_token", "128x4")
     ctas = 2 if arch == "sm_120a" else 4
+    noisy = 3 if arch == "sm_100a" else ctas
     return [
         GroupSpec(QuantizeSpec(*per_row, 128, 4, 4)),
         GroupSpec(QuantizeSpec(*per_row, 128, 2, 4, resident=False)),
-        GroupSpec(TileQuantizeSpec(*per_token, "128x4", "128x4", hadamard=True, stochastic=True, ctas=ctas)),
+        GroupSpec(TileQuantizeSpec(*per_token, "128x4", "128x4", hadamard=True, stochastic=True, ctas=noisy)),
         GroupSpec(TileAmaxSpec(arch, "bf16", True, True, True, ctas=ctas, sums=True)),
         GroupSumsSpec(arch, 8),
     ]

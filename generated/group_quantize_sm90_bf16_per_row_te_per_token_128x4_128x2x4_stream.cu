@@ -8,6 +8,6 @@ using Config = QuantizeConfig<Bf16, TePerToken, Scales128x4, Scaling::kPerRow,
 
 extern "C" __device__ int fp4gemm_meta[6] = {Config::kCta, 1, 1, 1, 0, sizeof(GroupRowsArguments)};
 
-extern "C" __global__ void __launch_bounds__(Config::kCta, Config::kCtasOfSm) quantize(const __grid_constant__ GroupRowsArguments args) {
+extern "C" __global__ void __launch_bounds__(Config::kCta, 2) quantize(const __grid_constant__ GroupRowsArguments args) {
   GroupRowQuantizer<Config>(args).run();
 }

@@ -108,7 +108,8 @@ class GroupedArguments(NamedTuple):
 
     def per_member(self, transposed: bool) -> bool:
         """Whether a result has an outer scale for each member, not one for each line."""
-        given = self.outer_scales[transposed] if self.outer_scales[transposed] is not None else self.amaxes[transposed]
+        which = int(transposed)  # torch 2.11 does not trace an index that is a bool
+        given = self.outer_scales[which] if self.outer_scales[which] is not None else self.amaxes[which]
         if given is None:
             return self.per_tensor
         return self.per_tensor or given.dim() == 0 or given.shape[0] != self.shape(transposed).row_bound
@@ -284,7 +285,7 @@ def _given(
 
 
 def _given_to(name: str, t: Tensor, args: GroupedArguments, transposed: bool) -> Tensor | None:
-    if args.layouts[transposed] is None:
+    if args.layouts[int(transposed)] is None:
         return None
     if not isinstance(t, Tensor):
         raise TypeError(f"{name}: expected a torch.Tensor, got {type(t).__name__}")

@@ -48,7 +48,10 @@ class GroupSpec:
     @property
     def ctas(self) -> int:
         """That an SM has room for."""
-        return 1024 // self.threads if isinstance(self.kernel, QuantizeSpec) else self.kernel.ctas
+        if not isinstance(self.kernel, QuantizeSpec):
+            return self.kernel.ctas
+        # Noise takes registers.
+        return (768 if self.kernel.stochastic and self.threads <= 256 else 1024) // self.threads
 
     @property
     def alignment(self) -> int:

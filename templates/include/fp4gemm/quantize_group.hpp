@@ -97,7 +97,7 @@ template <class Config> class GroupRowQuantizer {
   }
 
  private:
-  __device__ void describe(Index const& index, int64_t item, Work& work) const {
+  __device__ __noinline__ void describe(Index const& index, int64_t item, Work& work) const {
     Member const member = index.find(item);
     work = {arguments_of(member), static_cast<int>(item - member.before.of[kItems])};
     if constexpr (Config::kVectorized) {
@@ -185,7 +185,7 @@ template <class Config> class GroupTileQuantizer {
   }
 
  private:
-  __device__ void describe(Index const& index, int64_t item, Work& work) const {
+  __device__ __noinline__ void describe(Index const& index, int64_t item, Work& work) const {
     Member const member = index.find(item);
     auto const& before = member.before.of;
     work.view = {source_of<typename Config::Element>(args_.group, member),
@@ -241,7 +241,7 @@ template <class Config> class GroupAmax {
   }
 
  private:
-  __device__ void describe(Index const& index, int64_t item, Work& work) const {
+  __device__ __noinline__ void describe(Index const& index, int64_t item, Work& work) const {
     Member const member = index.find(item);
     auto const& before = member.before.of;
     int64_t const one = static_cast<int64_t>(member.number) * args_.member_stride;
