@@ -2,7 +2,11 @@
 
 from fp4gemm import nn
 from fp4gemm.batch import bmm, bmm_fp4, quantize_batch
+from fp4gemm.calibration import calibrate, collect_hessians, save_hessians
+from fp4gemm.checkpoint import load_quantized, save_quantized
 from fp4gemm.formats import CONVENTIONS, SCALINGS, SF_LAYOUTS
+from fp4gemm.group.ops import quantize_grouped
+from fp4gemm.group.tensor import GroupedFP4Tensor
 from fp4gemm.grouped import GroupedWeight, stack_weights
 from fp4gemm.nn import autocast, convert
 from fp4gemm.ops import (
@@ -27,23 +31,30 @@ __all__ = [
     "SF_LAYOUTS",
     "FP4Batch",
     "FP4Tensor",
+    "GroupedFP4Tensor",
     "GroupedWeight",
     "amax",
     "autocast",
     "bmm",
     "bmm_fp4",
+    "calibrate",
+    "collect_hessians",
     "convert",
     "dequantize",
     "gemm",
     "gemm_fp4",
     "gemm_grouped",
+    "load_quantized",
     "nn",
     "quantize",
     "quantize_batch",
     "quantize_both",
     "quantize_gemm",
     "quantize_gemm_grouped",
+    "quantize_grouped",
     "quantize_rmsnorm",
+    "save_hessians",
+    "save_quantized",
     "search_scales",
     "stack_weights",
 ]

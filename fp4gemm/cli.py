@@ -1,4 +1,4 @@
-"""The `fp4gemm` command: generate · list · build · doctor · demo · tune · bench.
+"""The `fp4gemm` command: generate · list · build · doctor · demo · quantize-model · tune · bench.
 
 Each subcommand imports what it needs when it runs: `--help` stays quick and a missing extra stops one subcommand only.
 """
@@ -22,7 +22,8 @@ if TYPE_CHECKING:
 
 app = typer.Typer(
     name="fp4gemm",
-    help="NVFP4 GEMM for PyTorch: render, compile and inspect its kernels, check a machine, run the demo.",
+    help="NVFP4 GEMM for PyTorch: render, compile and inspect its kernels, check a machine, quantize a model's file, "
+    "run the demo.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -131,6 +132,52 @@ def demo(
         from fp4gemm import demo as demonstration
 
         demonstration.run(out=out, model=model, device=device, dtype=dtype, console=_console())
+
+
+@app.command("quantize-model")
+def quantize_model(
+    source: Annotated[Path, typer.Argument(metavar="IN.safetensors", help="Weights in bf16, fp16 or fp32.")],
+    out: Annotated[Path, typer.Argument(metavar="OUT.safetensors", help="Written whole or not at all.")],
+    metric: Annotated[str, typer.Option(help="What chooses block scales: amax, 4/6, sse or hessian.")] = "sse",
+    include: Annotated[
+        list[str] | None, typer.Option(metavar="GLOB", help="Layers to quantize; may be repeated (default: all).")
+    ] = None,
+    exclude: Annotated[
+        list[str] | None,
+        typer.Option(metavar="GLOB", help="Layers to copy; may be repeated (default: embeddings and lm_head)."),
+    ] = None,
+    hessians: Annotated[Path | None, typer.Option(help="Folder that fp4gemm.save_hessians wrote.")] = None,
+    feedback: Annotated[bool, typer.Option("--feedback", help="Later columns make up for errors (hessian).")] = False,
+    damping: Annotated[float, typer.Option(help="Of Hessians, in units of the mean diagonal.")] = 0.01,
+    block: Annotated[int, typer.Option(help="Values that share a searched scale: 16 or 32.")] = 16,
+    scaling: Annotated[
+        str, typer.Option(help="Outer scales: per_row, or per_tensor as Model Optimizer's.")
+    ] = "per_row",
+    outer: Annotated[str, typer.Option(help="Outer scales from the amax, or by search.")] = "amax",
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+) -> None:
+    """Quantize the matrices of a safetensors file to NVFP4, one tensor in memory at a time; copy all others."""
+    with _plain_errors():
+        from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+
+        from fp4gemm import model_file, select
+        from fp4gemm.search import Method
+
+        method = Method(metric, feedback, damping, block, scaling, outer)
+        console = _console()
+        columns = (SpinnerColumn(), TextColumn("{task.completed} {task.description}"), TimeElapsedColumn())
+        with Progress(*columns, console=console, transient=True) as progress:
+            task = progress.add_task("", total=None)
+            done = model_file.quantize_file(
+                source, out, method,
+                include=include or model_file.INCLUDE, exclude=model_file.EXCLUDE if exclude is None else exclude,
+                hessians=hessians, device=select.pick_device(device)[0],
+                tell=lambda layer: progress.update(task, advance=1, description=layer),
+            )  # fmt: skip
+    console.print(
+        f"{len(done.quantized)} layers in NVFP4, {len(done.copied)} tensors copied: {done.bytes_before / 1e6:,.1f} MB "
+        f"to {done.bytes_after / 1e6:,.1f} MB in {out}"
+    )
 
 
 @app.command()

@@ -43,6 +43,8 @@ SEARCH_BLOCKS = (BLOCK, 2 * BLOCK)
 RESIDUAL_SIDES = ("activation", "weight")
 PRODUCERS = ("silu_mul", "gelu_tanh", "relu2")
 NORMS = ("rmsnorm", "add_rmsnorm")
+GRADIENTS = ("relu", "relu2", "silu", "gelu_tanh", "quick_gelu")
+"""Activations whose derivative a quantizer can multiply by."""
 RECIPE_SIGNS = 0xACE1
 """A sign mask of the 16-point Hadamard transform: both operands of a GEMM need the same one."""
 

@@ -29,6 +29,13 @@ _FILTERS: dict[str, dict[Any, str]] = {
         "rmsnorm": "kRmsNorm",
         "add_rmsnorm": "kAddRmsNorm",
     },
+    "gradient": {
+        "relu": "kDRelu",
+        "relu2": "kDRelu2",
+        "silu": "kDSilu",
+        "gelu_tanh": "kDGeluTanh",
+        "quick_gelu": "kDQuickGelu",
+    },
     "metric": {"sse": "kSse", "hessian": "kHessian"},
     "cpp": {True: "true", False: "false"},
     "schedule": {"cooperative": "Cooperative", "pingpong": "Pingpong"},

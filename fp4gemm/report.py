@@ -53,12 +53,12 @@ def _is_amount(value: Any) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value) and value >= 0
 
 
-def _is_time(value: Any) -> bool:
+def _is_positive(value: Any) -> bool:
     return _is_amount(value) and value > 0
 
 
 def _are_times(value: Any) -> bool:
-    return _is_map(value) and all(_is_name(name) and _is_time(time) for name, time in value.items())
+    return _is_map(value) and all(_is_name(name) and _is_positive(time) for name, time in value.items())
 
 
 def _are_texts(value: Any) -> bool:
@@ -79,14 +79,16 @@ _KINDS: dict[str, Check] = {
         ("M", "N", "K", "experts", "bytes", "registers", "spill_bytes", "smem_bytes", "seed", "steps"), _is_count
     ),
     **dict.fromkeys(("passed", "failed", "skipped"), _is_count),
-    **dict.fromkeys(("us", "ms"), _is_time),
+    **dict.fromkeys(("layer", "tokens", "held_out_tokens"), _is_count),
+    **dict.fromkeys(("us", "ms"), _is_positive),
+    **dict.fromkeys(("weight_error", "block_error", "hessian_error", "output_error"), _is_positive),
     **dict.fromkeys(("process_us", "rel_error", "seconds", "peak_mb", "copy_tb_s"), _is_amount),
     **dict.fromkeys(("train_loss", "val_loss", "ratio", "limit_ratio", "quantize_cost", "tb_s", "tflop_s"), _is_amount),
     **dict.fromkeys(
         ("arch", "layout", "a", "b", "epilogue", "mode", "kernel", "dtype", "op", "metric", "recipe", "routing"),
         _is_name,
     ),
-    **dict.fromkeys(("commit", "gpu", "driver"), _is_name),
+    **dict.fromkeys(("commit", "gpu", "driver", "linear", "method"), _is_name),
     **dict.fromkeys(("dirty", "identical_to_exhaustive"), _is_bool),
     **dict.fromkeys(("options", "tests"), _is_map),
     "vs_us": _are_times,
@@ -99,6 +101,7 @@ _KINDS: dict[str, Check] = {
 }
 _QUANTIZE_FIELDS = ("M", "K", "dtype", "options", "mode", "us", "bytes", "vs_us")
 _COMPILE_FIELDS = ("seconds", "peak_mb", "registers", "spill_bytes", "smem_bytes")
+_QUALITY_FIELDS = ("weight_error", "block_error", "hessian_error", "output_error")
 # What every row of a bench must have; a row may carry more.
 ROW_FIELDS: dict[str, tuple[str, ...]] = {
     "quantize": _QUANTIZE_FIELDS,
@@ -107,9 +110,11 @@ ROW_FIELDS: dict[str, tuple[str, ...]] = {
     "gemm": ("arch", "layout", "M", "N", "K", "a", "b", "epilogue", "mode", "kernel", "us", "vs_us", "rel_error"),
     "sweep": ("op", "layout", "M", "N", "K", "dtype", "options", "mode", "us", "vs_us"),
     "grouped": ("op", "experts", "M", "N", "K", "routing", "mode", "kernel", "us", "vs_us", "rel_error"),
+    "quantize_grouped": ("experts", "M", "K", "routing", "options", "mode", "us", "bytes", "vs_us"),
     "overhead": ("op", "M", "N", "K", "us", "process_us", "vs_us"),
     "load": ("kernel", "arch", "ms"),
     "training": ("recipe", "options", "seed", "steps", "train_loss", "val_loss", "seconds", "curve"),
+    "quality": ("layer", "linear", "N", "K", "method", "options", "tokens", *_QUALITY_FIELDS, "seconds"),
     "search": ("metric", "N", "K", "us", "vs_us", "identical_to_exhaustive"),
     "compile": ("kernel", "arch", *_COMPILE_FIELDS),
 }

@@ -15,6 +15,8 @@ from fp4gemm.spec import (
     DequantizeSpec,
     GemmSpec,
     GroupedGemmSpec,
+    GroupSpec,
+    GroupSumsSpec,
     KernelSpec,
     PackedCollectiveSpec,
     PackedMmaSpec,
@@ -48,6 +50,23 @@ def arch_of(device: int) -> str:
     here = f"{name} has compute capability {capability[0]}.{capability[1]}"
     known = ", ".join(f"{major}.{minor} ({arch})" for (major, minor), arch in LAUNCHABLE.items())
     raise NotImplementedError(f"{here}: fp4gemm has CUDA kernels for {known}; use CPU tensors")
+
+
+def pick_device(wanted: str) -> tuple[torch.device, str]:
+    """The device to run on, and a sentence that says what runs there."""
+    if wanted not in ("auto", "cpu", "cuda"):
+        raise ValueError(f"device: got {wanted!r}, expected 'auto', 'cpu' or 'cuda'")
+    if wanted == "cpu" or not torch.cuda.is_available():
+        if wanted == "cuda":
+            raise ValueError("device: got 'cuda', but torch sees no GPU here; `fp4gemm doctor` says why")
+        return torch.device("cpu"), "reference on the CPU"
+    try:
+        arch = arch_of(torch.cuda.current_device())
+    except NotImplementedError as error:
+        if wanted == "cuda":
+            raise
+        return torch.device("cpu"), f"reference on the CPU ({error})"
+    return torch.device("cuda"), f"{arch} kernels on {torch.cuda.get_device_name()}"
 
 
 FEW_ROWS = 256  # about two for each SM
@@ -102,6 +121,23 @@ def _few_rows_shape(columns: int, dtype: str, options: QuantizeOptions) -> _Shap
     threads = _threads(columns, blocks)
     most = 256 if options.residual else 512  # companions take registers
     return (threads, blocks, 1, True) if columns >= 128 and threads <= most else None
+
+
+def group_rows_spec(
+    arch: str, dtype: str, k: int | None, scaling: str, convention: str, sf_layout: str, vectorized: bool,
+    stochastic: bool,
+) -> GroupSpec:  # fmt: skip
+    """The quantizer of rows of a group of members with ``k`` columns, None: each with its own number of them."""
+    options = QuantizeOptions(stochastic=True) if stochastic else PLAIN
+    if k is not None and scaling == "per_row":
+        return GroupSpec(quantize_spec(arch, dtype, k, scaling, convention, sf_layout, vectorized, options))
+    # Rows in parts: nothing is reduced, or no number of registers fits all rows, which are read twice then.
+    blocks = 1 if dtype == "fp32" else 2
+    return GroupSpec(
+        QuantizeSpec(
+            arch, dtype, scaling, convention, sf_layout, 128, blocks, 4, vectorized, False, stochastic=stochastic
+        )
+    )
 
 
 def _threads(columns: int, blocks: int) -> int:
@@ -220,6 +256,31 @@ def tile_amax_spec(
     return TileAmaxSpec(arch, dtype, rows, columns, hadamard, vectorized, _tile_ctas(arch, dtype), sums)
 
 
+def group_tile_spec(
+    arch: str, dtype: str, scaling: str, convention: str, rows: str | None, columns: str | None, hadamard: bool,
+    stochastic: bool, vectorized: bool, gradient: str | None = None,
+) -> GroupSpec:  # fmt: skip
+    spec = tile_quantize_spec(
+        arch, dtype, scaling, convention, rows, columns, hadamard, stochastic, False, vectorized
+    )  # fmt: skip
+    # Would spill registers: what a member is takes some.
+    if stochastic and (not hadamard or arch == "sm_100a") and spec.ctas > 1:
+        spec = replace(spec, ctas=spec.ctas - 1)
+    return GroupSpec(replace(spec, gradient=gradient))
+
+
+def group_amax_spec(
+    arch: str, dtype: str, rows: bool, columns: bool, hadamard: bool, vectorized: bool, sums: bool,
+    gradient: str | None = None,
+) -> GroupSpec:  # fmt: skip
+    return GroupSpec(replace(tile_amax_spec(arch, dtype, rows, columns, hadamard, vectorized, sums), gradient=gradient))
+
+
+def group_sums_spec(arch: str, alignment: int) -> GroupSumsSpec:
+    """``alignment``: elements on which members begin."""
+    return GroupSumsSpec(arch, alignment)
+
+
 def _tile_ctas(arch: str, dtype: str) -> int:
     tile = 3 if dtype == "fp32" else 4
     return 1 if arch == "sm_120a" and dtype == "fp32" else 2 if arch == "sm_120a" else tile
@@ -287,21 +348,39 @@ def packed_spec(
     raise AssertionError("the fallback serves everything")
 
 
-# Grouped kernels, WGMMA configurations by the mean number of tokens of an expert: where all experts have row tiles for
-# every SM, and where they have not: smaller ones, which share K.
+# Grouped kernels, WGMMA configurations by the mean number of tokens of an expert, as `tools/tune.py --grouped` measures
+# them: wide row tiles where those of all experts fill whole rounds of SMs, narrow ones where there are enough of these,
+# and where there are not, such as share K.
 _GROUPED = (
-    (8, (8, 2, 1, 4, 1, 1, 28), (8, 1, 1, 4, 1, 1, 40)),
-    (16, (16, 2, 1, 4, 1, 1, 24), (16, 1, 1, 4, 1, 2, 16)),
-    (32, (32, 2, 2, 2, 1, 1, 16), (32, 1, 1, 4, 1, 2, 16)),
-    (64, (64, 2, 2, 2, 1, 1, 12), (64, 1, 1, 2, 1, 2, 14)),
-    (192, (128, 2, 2, 1, 1, 1, 8), (128, 1, 1, 1, 1, 2, 8)),
+    (8, (8, 7, 4, 1, 1, 1, 12), (8, 2, 1, 4, 1, 1, 28), (8, 1, 1, 4, 1, 1, 40)),
+    (16, (16, 7, 4, 1, 1, 1, 11), (16, 2, 1, 4, 1, 1, 24), (16, 1, 1, 4, 1, 2, 16)),
+    (32, (32, 7, 4, 1, 1, 1, 10), (32, 2, 1, 4, 1, 1, 16), (32, 1, 1, 4, 1, 2, 16)),
+    (64, None, (64, 4, 4, 1, 1, 1, 11), (64, 1, 1, 2, 1, 2, 14)),
+    (192, None, (128, 2, 2, 1, 2, 1, 10), (128, 1, 1, 1, 1, 2, 8)),
 )
-_GROUPED_MANY = (256, 2, 2, 1, 1, 1, 5)
+_FILLED = 0.9  # of the SMs of all rounds
+# More tokens: 256 a tile, which two CTAs share; and where many products are short, what has the quicker epilogue.
+_GROUPED_MANY, _GROUPED_SHORT = (256, 2, 2, 1, 2, 1, 5), (128, 4, 2, 1, 1, 1, 8)
+_SHORT = (1024, 8192)  # from so many tokens, up to less than this K
 
 
 def grouped_configs() -> list[tuple[int, ...]]:
     """Every configuration that ``grouped_spec`` may choose."""
-    return sorted({config for _, *pair in _GROUPED for config in pair} | {_GROUPED_MANY, FALLBACK[1]})
+    few = {config for _, *configs in _GROUPED for config in configs if config is not None}
+    return sorted(few | {_GROUPED_MANY, _GROUPED_SHORT, FALLBACK[1]})
+
+
+def _grouped_config(sms: int, experts: int, tokens: int, n: int, k: int) -> tuple[int, ...]:
+    def row_tiles(config: tuple[int, ...]) -> int:
+        return experts * -(-n // (64 * config[1]))
+
+    for most, wide, narrow, sharing in _GROUPED:
+        if tokens > most:
+            continue
+        if wide is not None and row_tiles(wide) >= _FILLED * sms * -(-row_tiles(wide) // sms):
+            return wide
+        return narrow if row_tiles(narrow) >= sms else sharing
+    return _GROUPED_SHORT if tokens >= _SHORT[0] and k < _SHORT[1] else _GROUPED_MANY
 
 
 def _grouped_of(
@@ -319,13 +398,7 @@ def grouped_spec(
 
     The sizes of experts are on the device, so their mean decides.
     """
-    for most, large, small in _GROUPED:
-        if tokens <= most:
-            config = large if experts * -(-n // (64 * large[1])) >= sms else small
-            break
-    else:
-        config = _GROUPED_MANY
-    for chosen in (config, FALLBACK[1]):
+    for chosen in (_grouped_config(sms, experts, tokens, n, k), FALLBACK[1]):
         spec = _grouped_of(chosen, a_dtype, out_dtype, bias, source)
         if check(spec) is None and divide(spec, experts * tokens, n, k, sms, experts):
             return spec

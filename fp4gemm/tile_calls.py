@@ -20,8 +20,8 @@ from fp4gemm.launch import Launcher
 from fp4gemm.spec import TILE
 
 # The structs of templates/include/fp4gemm/quantize_tile.hpp: keep both alike.
-TILE_QUANTIZE_ARGUMENTS = struct.Struct("<Q3q2iIi4Q4Q3Q8I2iI4x")
-TILE_AMAX_ARGUMENTS = struct.Struct("<Q3q2iIi4Q8IQ")
+TILE_QUANTIZE_ARGUMENTS = struct.Struct("<2Q3q2iIi4Q4Q3Q8I2iI4x")
+TILE_AMAX_ARGUMENTS = struct.Struct("<2Q3q2iIi5Q8I")
 
 _ALIGNMENT = 16  # of results, bytes
 _SEED = 2**64
@@ -105,11 +105,11 @@ def _division(divisor: int) -> tuple[int, int]:
 
 def _source(x: Tensor) -> tuple[int, ...]:
     columns = -(-x.shape[1] // TILE)
-    return (x.data_ptr(), *x.stride(), *x.shape, columns, *_division(columns))
+    return (x.data_ptr(), 0, *x.stride(), *x.shape, columns, *_division(columns))
 
 
 @lru_cache(maxsize=64)
-def _signs(mask: int) -> tuple[int, ...]:
+def signs(mask: int) -> tuple[int, ...]:
     """The eight words of HadamardSigns (templates/include/fp4gemm/hadamard.hpp)."""
     return tuple((mask >> 2 * i & 1) << 15 | (mask >> 2 * i + 1 & 1) << 31 for i in range(BLOCK // 2))
 
@@ -124,7 +124,7 @@ def quantize_values(
         *_source(x),
         *(_NO_OUTPUT if rows is None else rows.addresses),
         *(_NO_OUTPUT if columns is None else columns.addresses),
-        0 if noop is None else noop.data_ptr(), at, value, *_signs(hadamard or 0),
+        0 if noop is None else noop.data_ptr(), at, value, *signs(hadamard or 0),
         0 if rows is None else rows.stride, 0 if columns is None else columns.stride,
         0 if noop is None else NOOP_MASKS[noop.dtype],
     )  # fmt: skip
@@ -165,7 +165,7 @@ def amax_values(
 ) -> tuple[int, ...]:
     """The fields of ``TILE_AMAX_ARGUMENTS``; ``results``: rows, columns, the tensor, the transformed one."""
     addresses = [0 if t is None else t.data_ptr() for t in (*results, sums)]
-    return (*_source(x), *addresses[:-1], *_signs(hadamard or 0), addresses[-1])
+    return (*_source(x), *addresses, *signs(hadamard or 0))
 
 
 @lru_cache(maxsize=64)

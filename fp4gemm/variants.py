@@ -11,6 +11,8 @@ from fp4gemm.spec import (
     DequantizeSpec,
     GemmSpec,
     GroupedGemmSpec,
+    GroupSpec,
+    GroupSumsSpec,
     KernelSpec,
     PackedCollectiveSpec,
     PackedMmaSpec,
@@ -48,6 +50,21 @@ def _tiles(arch: str) -> list[KernelSpec]:
     ]
 
 
+def _groups(arch: str) -> list[KernelSpec]:
+    """Members of K = 8192 by rows, of any K by rows and both ways as in training, their amaxes, and sums of columns."""
+    per_token = (arch, "bf16", "amax", "te_per_token")
+    per_row = (arch, "bf16", "per_row", "te_per_token", "128x4")
+    ctas = 2 if arch == "sm_120a" else 4
+    noisy = 3 if arch == "sm_100a" else ctas
+    return [
+        GroupSpec(QuantizeSpec(*per_row, 128, 4, 4)),
+        GroupSpec(QuantizeSpec(*per_row, 128, 2, 4, resident=False)),
+        GroupSpec(TileQuantizeSpec(*per_token, "128x4", "128x4", hadamard=True, stochastic=True, ctas=noisy)),
+        GroupSpec(TileAmaxSpec(arch, "bf16", True, True, True, ctas=ctas, sums=True)),
+        GroupSumsSpec(arch, 8),
+    ]
+
+
 def _with_options(arch: str) -> list[KernelSpec]:
     """Quantizers of bf16 at K = 8192 with each option and producer, and of e4m3."""
     per_row, wide, tiled = ("per_row", "te_per_token"), (128, 4, 2), (128, 4, 4)
@@ -82,8 +99,8 @@ def _sm90_packed() -> list[KernelSpec]:
         PackedWgmmaSpec("sm_90a", "fp16", "fp16", None, False, *many),
         PackedWgmmaSpec("sm_90a", "bf16", "fp32", None, False, *few),
         PackedWgmmaSpec("sm_90a", "bf16", "bf16", None, True, 128, 2, 2, 1, 1, 1, 8),
-        PackedWgmmaSpec("sm_90a", "bf16", "bf16", None, False, 16, 2, 1, 4, 1, 1, 24, grouped=True),
-        PackedWgmmaSpec("sm_90a", "bf16", "bf16", None, False, *many, grouped=True),
+        PackedWgmmaSpec("sm_90a", "bf16", "bf16", None, False, 16, 7, 4, 1, 1, 1, 11, grouped=True),
+        PackedWgmmaSpec("sm_90a", "bf16", "bf16", None, False, 256, 2, 2, 1, 2, 1, 5, grouped=True),
         PackedCollectiveSpec("sm_90a", "bf16", "bf16", None, (64, 256, 64), (1, 1), "pingpong"),
         PackedCollectiveSpec("sm_90a", "bf16", "bf16", None, (128, 256, 64), (2, 1), "cooperative"),
     ]
@@ -132,6 +149,7 @@ def default_variants(archs: Iterable[str] = ARCHS) -> list[KernelSpec]:
         specs += _with_options(arch)
         specs.append(AmaxSpec(arch, "bf16"))
         specs += _tiles(arch)
+        specs += _groups(arch)
         specs += [SearchSpec(arch, "bf16", "amax", metric, "128x4") for metric in METRICS]
         specs += [DequantizeSpec(arch, "bf16", layout, False) for layout in SF_LAYOUTS]
         if arch == "sm_90a":

@@ -1,4 +1,4 @@
-"""Layers under DDP and FSDP2: two processes train as one does, with gloo on the CPU or NCCL on two GPUs.
+"""Layers under DDP and FSDP2, sums of Hessians: two processes do what one does, with gloo on the CPU or NCCL on GPUs.
 
 `run` starts the processes, each of which runs this file: `distributed_cases.py DEVICE CASE...`.
 """
@@ -21,6 +21,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from fp4gemm.nn import convert, micro_batches, per_token
+from fp4gemm.search import HessianAccumulator
 
 RECIPE = per_token(rht=True, weight_2d=True)
 STEPS, MICRO_BATCHES, ROWS = 3, 2, 16
@@ -150,7 +151,27 @@ def fsdp(reshard: bool, dtype: torch.dtype = torch.float32) -> None:
         assert torch.equal(got, want)
 
 
+def hessian() -> None:
+    """Each rank has seen its own tokens; afterwards both have the sums of one that has seen all."""
+    for full in (False, True):
+        whole, mine = (HessianAccumulator(32, full=full, device=DEVICE) for _ in range(2))
+        for step in range(3):  # ranks with different numbers of batches
+            for rank in range(2):
+                x = batch(step, 0, rank)[: ROWS - 5 * rank]
+                whole.add(x)
+                if rank == dist.get_rank():
+                    mine.add(x)
+        assert mine.tokens < whole.tokens
+        mine.all_reduce()
+        assert mine.tokens == whole.tokens
+        torch.testing.assert_close(mine.hessian(), whole.hessian(), rtol=1e-5, atol=1e-5)
+        both = [torch.empty_like(mine.sum) for _ in range(2)]
+        dist.all_gather(both, mine.sum)
+        assert torch.equal(*both)
+
+
 CASES = {
+    "hessian": hessian,
     "ddp": ddp,
     "fsdp": lambda: fsdp(reshard=True),
     "fsdp_keeping": lambda: fsdp(reshard=False),

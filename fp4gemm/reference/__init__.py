@@ -2,7 +2,7 @@
 
 from fp4gemm.reference.grouped import gemm_grouped
 from fp4gemm.reference.matmul import bmm, gemm
-from fp4gemm.reference.producers import produce, rmsnorm
+from fp4gemm.reference.producers import produce, produce_gradient, rmsnorm
 from fp4gemm.reference.quantize import amax, dequantize, quantize, quantize_both, quantize_rmsnorm
 
 __all__ = [
@@ -12,6 +12,7 @@ __all__ = [
     "gemm",
     "gemm_grouped",
     "produce",
+    "produce_gradient",
     "quantize",
     "quantize_both",
     "quantize_rmsnorm",

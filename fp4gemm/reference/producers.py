@@ -14,6 +14,8 @@ from fp4gemm.reference.rounding import constant, divide
 # log2(e), and what tanh's form of GELU multiplies x and x^3 by, negated; as float32.
 _SILU = -1.0 / math.log(2.0)
 _GELU = (_SILU * 2 * math.sqrt(2 / math.pi), _SILU * 2 * math.sqrt(2 / math.pi) * 0.044715)
+_GELU_SLOPE = (2 * math.sqrt(2 / math.pi), 2 * math.sqrt(2 / math.pi) * 3 * 0.044715)
+_QUICK = 1.702
 # 2^f = 1 + f (c1 + f (c2 + f (c3 + f c4))) to 2.9e-6 where |f| <= 1/2.
 _POWER = tuple(map(float.fromhex, ("0x1.62e12cp-1", "0x1.ec0378p-3", "0x1.c9fc48p-5", "0x1.3a02cap-7")))
 _RECIPROCAL = 0x7EF31000  # less the bits of d: those of 1 / d, to 5.1 %
@@ -39,6 +41,30 @@ def produce(x: Tensor, producer: str) -> Tensor:
         positive = torch.where(x < 0, torch.zeros_like(x), x).float()
         result = positive * positive
     return result.to(x.dtype)
+
+
+@torch.no_grad()
+def produce_gradient(g: Tensor, h: Tensor, activation: str) -> Tensor:
+    """g times the derivative of an activation at h, of the dtype of ``g``, whose shape and dtype ``h`` has.
+
+    The activations of ``formats.GRADIENTS``, to the bits that docs/numerics.md gives them.
+    """
+    gradient, x = g.float(), h.float()
+    if activation in ("relu", "relu2"):
+        some = gradient if activation == "relu" else gradient * (x + x)
+        return torch.where(x <= 0, torch.zeros_like(x), some).to(g.dtype)
+    a = x
+    if activation == "gelu_tanh":
+        square = x * x
+        t = x * fma(square, constant(_GELU[1], x), constant(_GELU[0], x))
+        a = x * fma(square, constant(_GELU_SLOPE[1], x), constant(_GELU_SLOPE[0], x))
+    elif activation == "quick_gelu":
+        t, a = x * constant(_SILU * _QUICK, x), x * constant(_QUICK, x)
+    else:
+        t = x * constant(_SILU, x)
+    s = torch.where(t >= _LIMIT, torch.zeros_like(t), _logistic(t))
+    one = constant(1.0, x)
+    return (gradient * (s * fma(a, 1.0 - s, one))).to(g.dtype)
 
 
 @torch.no_grad()

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from fp4gemm.formats import BLOCK, decode_e2m1, pack_e2m1, padded_k, scale_columns, scale_layout
 from fp4gemm.reference.adaptive import STRETCH
-from fp4gemm.reference.conventions import ADAPTIVE_CONVENTIONS, CONVENTIONS
+from fp4gemm.reference.conventions import ADAPTIVE_CONVENTIONS, CONVENTIONS, Convention
 from fp4gemm.reference.producers import fma
 from fp4gemm.reference.rounding import encode_e2m1, encode_e4m3
 from fp4gemm.tensor import FP4Tensor
@@ -52,6 +52,20 @@ class SearchArguments:
         """How many scales are chosen for a row."""
         return -(-self.source.shape[1] // self.block)
 
+    @property
+    def rule(self) -> Convention:
+        return (ADAPTIVE_CONVENTIONS if self.four_six else CONVENTIONS)["te_per_token"]
+
+    @property
+    def outer(self) -> Tensor:
+        """Decode multipliers, [] or [rows]."""
+        return self.scale if self.given else self.rule.outer_scale(self.scale)
+
+    @property
+    def encode(self) -> Tensor:
+        """S, [] or [rows]."""
+        return self.rule.level_of(self.scale) if self.given else self.rule.level(self.scale)
+
 
 class Found(NamedTuple):
     """The result, the error of each choice [rows, units] in units of (S x)^2, and how many candidates were tried."""
@@ -64,9 +78,8 @@ class Found(NamedTuple):
 @torch.no_grad()
 def search(args: SearchArguments, *, exhaustive: bool = False) -> Found:
     """The search; ``exhaustive`` tries every candidate, with the same result."""
-    rule = (ADAPTIVE_CONVENTIONS if args.four_six else CONVENTIONS)["te_per_token"]
-    outer = args.scale.clone() if args.given else rule.outer_scale(args.scale)
-    encode = rule.level_of(args.scale) if args.given else rule.level(args.scale)
+    rule, encode = args.rule, args.encode
+    outer = args.outer.clone() if args.given else args.outer
     m, k = args.source.shape
     columns = scale_columns(k)
     data = args.source.new_empty((m, padded_k(k) // 2), dtype=torch.uint8)

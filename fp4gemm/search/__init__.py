@@ -2,6 +2,7 @@
 
 from fp4gemm.search.factor import Factor, factor
 from fp4gemm.search.hessian import HessianAccumulator
+from fp4gemm.search.method import Method
 from fp4gemm.search.scales import Audit, audit, search_scales
 
-__all__ = ["Audit", "Factor", "HessianAccumulator", "audit", "factor", "search_scales"]
+__all__ = ["Audit", "Factor", "HessianAccumulator", "Method", "audit", "factor", "search_scales"]

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 _ASYMMETRY = 1e-4  # of the largest element: float32 sums of products are symmetric to 1e-6
@@ -39,17 +40,37 @@ class Factor(NamedTuple):
     def units(self) -> int:
         return self.upper.shape[0]
 
+    def split(self) -> list[Factor]:
+        """A factor of each unit alone."""
+        triangles = self.packed[: -self.reach.numel()].reshape(self.units, -1)
+        packed = torch.cat((triangles, self.reach), 1)
+        each = range(self.units)
+        return [Factor(self.upper[i : i + 1], self.reach[i : i + 1], self.exponent[i : i + 1], packed[i]) for i in each]
 
-def check_hessian(hessian: Tensor, units: int, block: int, device: torch.device) -> None:
-    """Raises TypeError or ValueError that says what is wrong with a Hessian [units, block, block]; reads its values."""
+
+def diagonal_blocks(hessian: Tensor, block: int) -> Tensor:
+    """[K, K] -> [ceil(K / block), block, block], contiguous; columns past K are 0."""
+    pad = -hessian.shape[0] % block
+    padded = F.pad(hessian, (0, pad, 0, pad))
+    units = padded.shape[0] // block
+    grid = padded.reshape(units, block, units, block)
+    return grid.diagonal(dim1=0, dim2=2).permute(2, 0, 1).contiguous()
+
+
+def check_form(hessian: object, shape: tuple[int, ...], device: torch.device) -> None:
+    """Raises TypeError or ValueError that says what a Hessian is not; reads no values."""
     if not isinstance(hessian, Tensor):
-        raise TypeError(f"hessian: expected a tensor [{units}, {block}, {block}], got {type(hessian).__name__}")
+        raise TypeError(f"hessian: expected a tensor {list(shape)}, got {type(hessian).__name__}")
     if hessian.dtype not in (torch.float32, torch.float64):
         raise TypeError(f"hessian: expected float32 or float64, got {hessian.dtype}")
-    if tuple(hessian.shape) != (units, block, block):
-        raise ValueError(f"hessian: expected shape ({units}, {block}, {block}), got {tuple(hessian.shape)}")
+    if tuple(hessian.shape) != shape:
+        raise ValueError(f"hessian: expected shape {shape}, got {tuple(hessian.shape)}")
     if hessian.device != device:
         raise ValueError(f"hessian: expected device {device} (that of w), got {hessian.device}")
+
+
+def check_symmetric(hessian: Tensor) -> None:
+    """Raises ValueError unless all [units, n, n] are finite and symmetric; waits for the device."""
     if not bool(hessian.isfinite().all()):
         raise ValueError("hessian: expected finite values, got NaN or Inf")
     largest = hessian.abs().amax((1, 2))
@@ -57,6 +78,10 @@ def check_hessian(hessian: Tensor, units: int, block: int, device: torch.device)
     if bool((wrong := asymmetry > _ASYMMETRY * largest).any()):
         where = int(wrong.nonzero()[0])
         raise ValueError(f"hessian: expected symmetric blocks, got one ({where}) that differs from its transpose")
+
+
+def check_semidefinite(hessian: Tensor) -> None:
+    """The same where one is not positive semidefinite."""
     eigenvalues = torch.linalg.eigvalsh(hessian.double().cpu())
     if bool((wrong := eigenvalues[:, 0] < -_INDEFINITE * eigenvalues.abs().amax(-1)).any()):
         where = int(wrong.nonzero()[0])

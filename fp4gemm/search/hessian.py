@@ -11,8 +11,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fp4gemm import tensor_file
 from fp4gemm.formats import SEARCH_BLOCKS
 from fp4gemm.reference.arguments import FLOATS
+from fp4gemm.search.factor import diagonal_blocks
 
 _CHUNK = 1 << 24  # values at a time: their float32 copy stays below 64 MB
 
@@ -94,13 +96,7 @@ class HessianAccumulator:
         return max(1, self.tokens) if normalize else 1
 
     def _blocks(self) -> Tensor:
-        if not self.full:
-            return self.sum
-        pad = -self.k % self.block
-        padded = F.pad(self.sum, (0, pad, 0, pad))
-        units = padded.shape[0] // self.block
-        grid = padded.reshape(units, self.block, units, self.block)
-        return grid.diagonal(dim1=0, dim2=2).permute(2, 0, 1).contiguous()
+        return diagonal_blocks(self.sum, self.block) if self.full else self.sum
 
     def state_dict(self) -> dict[str, Tensor]:
         """``sum`` and ``meta`` (int64: k, block, full, tokens); :meth:`from_state_dict` reads them."""
@@ -120,17 +116,13 @@ class HessianAccumulator:
         return found
 
     def save(self, path: str | Path) -> None:
-        """As a safetensors file."""
-        from safetensors.torch import save_file  # an extra dependency, for those who store Hessians
-
-        save_file({name: t.contiguous().cpu() for name, t in self.state_dict().items()}, str(path))
+        """As a safetensors file, whole or not at all."""
+        tensor_file.write(Path(path), self.state_dict())
 
     @classmethod
     def load(cls, path: str | Path, device: torch.device | str | None = None) -> HessianAccumulator:
-        """What :meth:`save` wrote."""
-        from safetensors.torch import load_file
-
-        return cls.from_state_dict(load_file(str(path)), device)
+        """What :meth:`save` wrote. Raises ValueError or KeyError where it is not that."""
+        return cls.from_state_dict(tensor_file.read(Path(path)), device)
 
 
 def _damped(h: Tensor, damping: float) -> Tensor:

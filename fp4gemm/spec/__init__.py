@@ -6,6 +6,7 @@ from __future__ import annotations
 from fp4gemm.formats import SF_LAYOUTS
 from fp4gemm.spec.common import ARCHS, DTYPES, INPUT_DTYPES, unknown
 from fp4gemm.spec.gemm import ACTIVATIONS, GemmSpec, GroupedGemmSpec
+from fp4gemm.spec.group import GroupSpec, GroupSumsSpec
 from fp4gemm.spec.packed import (
     SM90_SHARED_BYTES,
     WGMMA_TOKENS,
@@ -40,6 +41,8 @@ __all__ = [
     "AmaxSpec",
     "DequantizeSpec",
     "GemmSpec",
+    "GroupSpec",
+    "GroupSumsSpec",
     "GroupedGemmSpec",
     "KernelSpec",
     "PackSpec",
@@ -59,6 +62,8 @@ KernelSpec = (
     | AmaxSpec
     | TileQuantizeSpec
     | TileAmaxSpec
+    | GroupSpec
+    | GroupSumsSpec
     | SearchSpec
     | DequantizeSpec
     | PackSpec
@@ -69,12 +74,14 @@ KernelSpec = (
 
 def check(spec: KernelSpec) -> str | None:
     """Why this kernel cannot be, or None. Rendering, building and selection all ask here."""
+    if isinstance(spec, GroupSpec):
+        return check(spec.kernel) or spec.why_not()
     problem = unknown("arch", spec.arch, ARCHS)
     if isinstance(spec, (QuantizeSpec, AmaxSpec, TileQuantizeSpec, TileAmaxSpec, SearchSpec)):
         problem = problem or unknown("dtype", spec.dtype, INPUT_DTYPES)
     elif isinstance(spec, DequantizeSpec):
         problem = problem or unknown("dtype", spec.dtype, DTYPES)
-    elif not isinstance(spec, PackSpec):
+    elif not isinstance(spec, (PackSpec, GroupSumsSpec)):
         known = (*DTYPES, "fp4") if isinstance(spec, GemmSpec) else DTYPES
         problem = problem or unknown("out_dtype", spec.out_dtype, known)
     if isinstance(spec, (QuantizeSpec, SearchSpec, DequantizeSpec, PackSpec)):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from fp4gemm.formats import ADAPTIVE, CONVENTIONS, NORMS, PRODUCERS, RESIDUAL_SIDES, SF_LAYOUTS
+from fp4gemm.formats import ADAPTIVE, CONVENTIONS, GRADIENTS, NORMS, PRODUCERS, RESIDUAL_SIDES, SF_LAYOUTS
 from fp4gemm.spec.common import short, thread_problem, unknown
 
 KERNEL_SCALINGS = ("per_row", "per_tensor", "amaxes", "given")
@@ -15,6 +15,18 @@ TILE_THREADS = 256
 
 def _tile_problem(ctas: int) -> str | None:
     return None if 1 <= ctas <= 8 else f"ctas: got {ctas}, expected 1 to 8 of {TILE_THREADS} threads on an SM"
+
+
+def _flags(vectorized: bool, gradient: str | None) -> str:
+    return ("" if vectorized else "_scalar") + (f"_d_{gradient}" if gradient else "")
+
+
+def _gradient_problem(gradient: str | None, dtype: str) -> str | None:
+    if gradient is None:
+        return None
+    if dtype == "e4m3":
+        return "gradient: got one of e4m3, expected bf16, fp16 or fp32"
+    return unknown("gradient", gradient, GRADIENTS)
 
 
 @dataclass(frozen=True)
@@ -127,7 +139,8 @@ class TileQuantizeSpec:
     ``scaling``: it reads amaxes (``amax``) or decode multipliers (``given``). ``rows`` and ``columns`` are the scale
     layouts of the result and of the transposed one, None: not made. ``hadamard`` transforms the transposed one, with a
     mask given at launch; ``stochastic`` rounds both so; ``square``: one block scale for 16 x 16 values.
-    ``vectorized``: rows of x are contiguous and 16-byte aligned. ``ctas``: that an SM has room for."""
+    ``vectorized``: rows of x are contiguous and 16-byte aligned. ``ctas``: that an SM has room for. ``gradient``: x is
+    multiplied by the derivative of this activation first."""
 
     template: ClassVar[str] = "quantize_tile.cu.jinja"
     uses_cutlass: ClassVar[bool] = False
@@ -144,6 +157,7 @@ class TileQuantizeSpec:
     square: bool = False
     vectorized: bool = True
     ctas: int = 4
+    gradient: str | None = None
 
     @property
     def row_scales(self) -> str:
@@ -162,7 +176,7 @@ class TileQuantizeSpec:
         results = [f"{way}_{layout}" for way, layout in (("rows", self.rows), ("columns", self.columns)) if layout]
         options = [name for name in ("hadamard", "stochastic", "square") if getattr(self, name)]
         parts = (short(self.arch), self.dtype, self.scaling, self.convention, *results, *options, str(self.ctas))
-        return "quantize_tile_" + "_".join(parts) + ("" if self.vectorized else "_scalar")
+        return "quantize_tile_" + "_".join(parts) + _flags(self.vectorized, self.gradient)
 
     def why_not(self) -> str | None:
         if self.rows is None and self.columns is None:
@@ -174,6 +188,7 @@ class TileQuantizeSpec:
             or unknown("convention", self.convention, CONVENTIONS)
             or unknown("rows", self.row_scales, SF_LAYOUTS)
             or unknown("columns", self.column_scales, SF_LAYOUTS)
+            or _gradient_problem(self.gradient, self.dtype)
             or _tile_problem(self.ctas)
         )
 
@@ -181,7 +196,8 @@ class TileQuantizeSpec:
 @dataclass(frozen=True)
 class TileAmaxSpec:
     """Largest magnitudes of rows, of columns (of what they are transformed to, if ``hadamard``) and of the tensor, from
-    one read of x, NaN ignored, into floats that are 0 before. ``sums``: also those of columns, of 128 rows each."""
+    one read of x, NaN ignored, into floats that are 0 before. ``sums``: also those of columns, of 128 rows each.
+    ``gradient``: as in TileQuantizeSpec."""
 
     template: ClassVar[str] = "amax_tile.cu.jinja"
     uses_cutlass: ClassVar[bool] = False
@@ -195,6 +211,7 @@ class TileAmaxSpec:
     vectorized: bool = True
     ctas: int = 4
     sums: bool = False
+    gradient: str | None = None
 
     @property
     def threads(self) -> int:
@@ -204,14 +221,14 @@ class TileAmaxSpec:
     def name(self) -> str:
         wanted = [name for name in ("rows", "columns", "hadamard", "sums") if getattr(self, name)]
         parts = (short(self.arch), self.dtype, *wanted, str(self.ctas))
-        return "amax_tile_" + "_".join(parts) + ("" if self.vectorized else "_scalar")
+        return "amax_tile_" + "_".join(parts) + _flags(self.vectorized, self.gradient)
 
     def why_not(self) -> str | None:
         if not self.rows and not self.columns:
             return "rows, columns: got False for both"
         if (self.hadamard or self.sums) and not self.columns:
             return f"{'hadamard' if self.hadamard else 'sums'}: expected columns, which it is of"
-        return _tile_problem(self.ctas)
+        return _gradient_problem(self.gradient, self.dtype) or _tile_problem(self.ctas)
 
 
 @dataclass(frozen=True)

@@ -18,6 +18,12 @@ from fp4gemm import builder, cache
 from fp4gemm.compile import compile_source, read_ints
 from fp4gemm.division import mma_shared_bytes, wgmma_shared_bytes
 from fp4gemm.formats import NORMS
+from fp4gemm.group.calls import (
+    GROUP_AMAX_ARGUMENTS,
+    GROUP_ROWS_ARGUMENTS,
+    GROUP_SUMS_ARGUMENTS,
+    GROUP_TILE_ARGUMENTS,
+)
 from fp4gemm.launch import (
     AMAX_ARGUMENTS,
     DEQUANTIZE_ARGUMENTS,
@@ -32,6 +38,8 @@ from fp4gemm.spec import (
     AmaxSpec,
     DequantizeSpec,
     GemmSpec,
+    GroupSpec,
+    GroupSumsSpec,
     KernelSpec,
     PackedCollectiveSpec,
     PackedMmaSpec,
@@ -57,6 +65,12 @@ ARGUMENTS = {
     PackSpec: PACK_ARGUMENTS,
     TileQuantizeSpec: TILE_QUANTIZE_ARGUMENTS,
     TileAmaxSpec: TILE_AMAX_ARGUMENTS,
+    GroupSumsSpec: GROUP_SUMS_ARGUMENTS,
+}
+GROUP_ARGUMENTS = {  # by the kernel that goes through a group
+    QuantizeSpec: GROUP_ROWS_ARGUMENTS,
+    TileQuantizeSpec: GROUP_TILE_ARGUMENTS,
+    TileAmaxSpec: GROUP_AMAX_ARGUMENTS,
 }
 # Dynamic shared memory that a CTA may ask for.
 SHARED = {"sm_90a": 232448, "sm_100a": 232448, "sm_120a": 101376}
@@ -130,6 +144,16 @@ def test_small_kernels(entry: cache.Entry, spec: KernelSpec) -> None:
     assert entry.meta["threads"] == spec.threads * (spec.rows if isinstance(spec, QuantizeSpec) else 1)
     assert entry.meta["cluster"] == [1, 1, 1]
     assert (entry.meta["smem_bytes"] > 0) == isinstance(spec, (TileQuantizeSpec, TileAmaxSpec))
+
+
+@variants([spec for spec in VARIANTS if isinstance(spec, GroupSpec)])
+def test_kernels_of_groups(entry: cache.Entry, spec: GroupSpec) -> None:
+    """Also that as many CTAs as a launch counts on fit on an SM."""
+    meta = entry.meta
+    assert meta["params_bytes"] == GROUP_ARGUMENTS[type(spec.kernel)].size
+    assert meta["threads"] == spec.threads
+    assert meta["registers"] * meta["threads"] * spec.ctas <= REGISTER_FILE
+    assert (meta["smem_bytes"] + 1024) * spec.ctas <= SHARED[spec.arch] + 1024
 
 
 @variants(ENGINE)

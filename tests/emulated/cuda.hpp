@@ -120,14 +120,16 @@ inline void sync_named(int id, int threads) { meet(current->cta->named[id], thre
 inline void __syncthreads() { sync_named(0, cta_threads); }
 
 template <class T> T shuffle(T v, int from) {
-  std::memcpy(warp().words[lane()], &v, 4);
+  std::memcpy(warp().words[lane()], &v, sizeof(T));
   __syncwarp();
-  std::memcpy(&v, warp().words[from], 4);
+  std::memcpy(&v, warp().words[from], sizeof(T));
   __syncwarp();
   return v;
 }
 template <class T> T __shfl_sync(unsigned, T v, int from) { return shuffle(v, from); }
-template <class T> T __shfl_up_sync(unsigned, T v, int step) { return shuffle(v, std::max(0, lane() - step)); }
+template <class T> T __shfl_up_sync(unsigned, T v, int step) {
+  return shuffle(v, lane() < step ? lane() : lane() - step);
+}
 template <class T> T __shfl_xor_sync(unsigned, T v, int mask) { return shuffle(v, lane() ^ mask); }
 
 // Runs kernel() in `ctas` CTAs, in `layers` of them along y; what went wrong, or null.

@@ -87,6 +87,8 @@ _RULES: dict[str, tuple[tuple[str, str], ...]] = {
         (r'uint16_t pair;\s*asm\("cvt\.rn\.satfinite.*?return pair;', "return to_e4m3_byte(v);"),
         (r'float r;\s*asm\("rcp.*?return r;', "return 1.0f / v;"),
     ),
+    "group.hpp": (),
+    "quantize_group.hpp": (),
     "tile.hpp": ((r'asm volatile\("" : "\+r"\(v\)\);', ""),),
     "encode.hpp": (),
     "adaptive.hpp": (),

@@ -21,10 +21,11 @@ os.environ.setdefault("PYTORCH_NO_CUDA_MEMORY_CACHING", "1")
 sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[2])]
 
 import gpu_cases as cases  # noqa: E402 - the two lines above must come first
+import group_cases as groups  # noqa: E402
 import torch  # noqa: E402
 
 import fp4gemm  # noqa: E402
-from fp4gemm import calls, reference, select  # noqa: E402
+from fp4gemm import calls, reference, search, select  # noqa: E402
 from fp4gemm.formats import PRODUCERS, SF_LAYOUTS  # noqa: E402
 from fp4gemm.spec import check  # noqa: E402
 
@@ -92,6 +93,29 @@ def _quantize(
     got = fp4gemm.quantize(x.to(device), outer_scale=None if outer is None else outer.to(device), **options)
     cases.assert_same(got, want, what)
     return what
+
+
+def quantize_grouped_cases(device: torch.device) -> Iterator[str]:
+    """Every kind and way: members that end inside of a tile, empty ones, more of them than lanes that sum their sizes,
+    with poison around what is read and written."""
+    for kind, options in product(
+        groups.KINDS,
+        (
+            {},
+            {"scaling": "per_tensor"},
+            {"both": True, "hadamard": 0xACE1, "seed": 3, "dbias": True},
+            {"gradient": "silu"},
+        ),
+    ):
+        for seed, members in ((0, 3), (1, 70)):
+            case = groups.GroupCase.draw(seed, kind, members, 280, torch.bfloat16, options)
+            x, arguments = case.make(torch.device("cpu"))
+            want = fp4gemm.quantize_grouped(x, **arguments)
+            x, arguments = case.make(device)
+            with groups.guarded():
+                got = fp4gemm.quantize_grouped(x, **arguments)
+            groups.assert_results(got, want, case.columns, str(case), guarded=device.type == "cuda")
+            yield str(case)
 
 
 def dequantize_cases(device: torch.device) -> Iterator[str]:
@@ -193,6 +217,28 @@ def _engine(config: cases.Config, shape: tuple[int, int, int], device: torch.dev
     return what
 
 
+def search_cases(device: torch.device) -> Iterator[str]:
+    """Both errors and block sizes, every layout, ragged edges; one outer scale or many; feedback."""
+    for (rows, k), block, sf_layout in product(((1, 16), (5, 33), (33, 144)), (16, 32), SF_LAYOUTS):
+        w, units = torch.randn(rows, k).bfloat16(), -(-k // block)
+        z = torch.randn(units, 4 * block, block)
+        found = search.factor(z.mT @ z)
+        there = search.Factor(*(part.to(device) for part in found))
+        for options in ({}, {"candidates": "4/6"}, {"scaling": "per_tensor"}):
+            what = f"search {rows}x{k} {block} {sf_layout} {options}"
+            for metric, here, on_device in (("sse", None, None), ("hessian", found, there)):
+                same = {"block": block, "sf_layout": sf_layout, **options}
+                want = fp4gemm.search_scales(w, metric, hessian=here, **same)
+                got = fp4gemm.search_scales(w.to(device), metric, hessian=on_device, **same)
+                cases.assert_same(got, want, f"{what} {metric}")
+                yield f"{what} {metric}"
+    w, x = torch.randn(33, 40), torch.randn(200, 40)
+    h = (x.mT @ x).to(device)
+    got = fp4gemm.search_scales(w.to(device), "hessian", hessian=h, feedback=True)
+    assert float((got.dequantize().cpu() - w).norm()) < 0.2 * float(w.norm())
+    yield "search with feedback"
+
+
 GROUPED_CONFIGS = (
     (8, 2, 1, 4, 1, 1, 28),
     (16, 1, 1, 4, 1, 2, 16),
@@ -227,7 +273,15 @@ def grouped_cases(device: torch.device) -> Iterator[str]:
 SUITES = {
     suite.__name__.removesuffix("_cases"): suite
     for suite in (
-        *(quantize_cases, options_cases, dequantize_cases, packed_cases, values_cases, gemm_cases, engine_cases),
+        quantize_cases,
+        options_cases,
+        search_cases,
+        dequantize_cases,
+        packed_cases,
+        values_cases,
+        gemm_cases,
+        engine_cases,
+        quantize_grouped_cases,
         grouped_cases,
     )
 }

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from fp4gemm import report, select
-from fp4gemm.bench import gemm, grouped, humming, tables, timing
+from fp4gemm.bench import gemm, grouped, groups, humming, tables, timing
 from fp4gemm.bench.common import Config
 from fp4gemm.bench.routing import ROUTINGS
 
@@ -116,3 +116,26 @@ def test_a_row_is_a_document(on_cpu):
     environment = report.Environment("0123456789abcdef", False, "NVIDIA H200", "580.159", {"torch": "2.11.0"})
     written = report.Report("grouped", "fp4gemm bench grouped", environment, 4.2, measured("text")).document()
     assert report.problems(written) == []
+
+
+@pytest.mark.parametrize("options", groups.OPTIONS, ids=str)
+def test_rows_of_quantizing(options, monkeypatch):
+    us = {"quantize_grouped": 4.0, "copy_same_bytes": 3.0, "dense": 3.5}
+
+    def compare(candidates, mode, repeats):
+        assert {name: len(calls) for name, calls in candidates.items()} == dict.fromkeys(us, 2)
+        for calls in candidates.values():
+            calls[0]()
+        return dict(us)
+
+    monkeypatch.setattr(timing, "DEVICE", "cpu")
+    monkeypatch.setattr(timing, "rotation", lambda nbytes: 2)
+    monkeypatch.setattr(timing, "compare", compare)
+    (row,) = groups._rows(4, 64, 48, "zipf", options, 1)
+    read = 64 * 48 * 2 * (2 if options else 1)
+    assert row["bytes"] == read + 64 * 48 * 9 // 16 * (2 if options.get("both") else 1)
+    assert (row["us"], row["vs_us"]) == (4.0, {"copy_same_bytes": 3.0, "dense": 3.5})
+    shown = tables.table("quantize_grouped", [row])
+    assert shown is not None
+    assert shown.rows[0][shown.columns.index("of copy bandwidth")] == "75%"
+    assert ("Hadamard" in shown.rows[0][3]) == ("hadamard" in options)

@@ -31,7 +31,7 @@ def call(*arguments, code=0):
 def test_help_names_every_subcommand_and_loads_no_extra():
     script = "import sys; from fp4gemm.cli import app; app(['--help'], standalone_mode=False); print(*sys.modules)"
     output = subprocess.run([sys.executable, "-c", script], check=True, capture_output=True, text=True).stdout
-    for name in ("generate", "list", "build", "doctor", "demo", "bench"):
+    for name in ("generate", "list", "build", "doctor", "demo", "quantize-model", "bench"):
         assert re.search(rf"\b{name}\b", output)
     loaded = set(output.splitlines()[-1].split())
     assert not loaded & {"matplotlib", "transformers", "fp4gemm.demo", "fp4gemm.bench"}

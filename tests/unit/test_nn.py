@@ -18,7 +18,19 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import fp4gemm
-from fp4gemm.nn import Linear, Recipe, autocast, convert, linear, micro_batches, per_tensor, per_token, w4a16, weights
+from fp4gemm.nn import (
+    FP4Linear,
+    Linear,
+    Recipe,
+    autocast,
+    convert,
+    linear,
+    micro_batches,
+    per_tensor,
+    per_token,
+    w4a16,
+    weights,
+)
 from fp4gemm.reference import quantize as reference_quantize
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "gpu"))
@@ -601,6 +613,15 @@ def test_the_examples_of_the_docs_run(page):
     exec(example, names)
     assert type(names["model"][0]) is Linear
     assert names["model"][0].recipe == ALL
+
+
+def test_the_example_of_calibration_runs():
+    text = (Path(__file__).resolve().parents[2] / "docs" / "search.md").read_text(encoding="utf-8")
+    (example,) = (block.partition("```")[0] for block in text.split("```python\n")[1:])
+    names = {}
+    exec(example, names)
+    assert type(names["model"][0]) is FP4Linear
+    assert names["y"].shape == (8, 32)
 
 
 def test_the_package_exports_what_docs_name():

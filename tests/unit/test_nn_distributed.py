@@ -1,4 +1,4 @@
-"""Layers under DDP and FSDP2: two processes with gloo on the CPU train as one does."""
+"""Layers under DDP and FSDP2, and sums of Hessians: two processes with gloo on the CPU do what one does."""
 
 from __future__ import annotations
 

@@ -11,7 +11,7 @@ from reference_cases import assert_same, normal
 
 import fp4gemm
 from fp4gemm import reference
-from fp4gemm.formats import PRODUCERS
+from fp4gemm.formats import GRADIENTS, PRODUCERS
 from fp4gemm.reference.producers import fma
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -39,6 +39,42 @@ def test_producers_are_their_functions(producer, dtype):
     # 1e-5 of the function, or 2^-64 of x where it is less than that; then one rounding, of fp16 perhaps to a subnormal.
     bound = want.abs() * (1e-5 + torch.finfo(dtype).eps / 2) + (2.0**-25 if dtype == torch.float16 else 2.0**-55)
     assert bool(((got.double() - want).abs() <= bound).all())
+
+
+ACTIVATIONS = {
+    "relu": F.relu,
+    "relu2": lambda h: F.relu(h).square(),
+    "silu": F.silu,
+    "gelu_tanh": lambda h: F.gelu(h, approximate="tanh"),
+    "quick_gelu": lambda h: h * torch.sigmoid(1.702 * h),
+}
+
+
+@pytest.mark.parametrize("gradient", GRADIENTS)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_gradients_are_those_of_autograd(gradient, dtype):
+    h = (normal(64, 96, seed=4) * torch.linspace(0.01, 8, 96)).to(dtype)
+    h[0, :6] = torch.tensor([0.0, -0.0, 60.0, -60.0, -1e4, 1e4])
+    g = normal(64, 96, seed=5).to(dtype)
+    inputs = h.double().requires_grad_()
+    ACTIVATIONS[gradient](inputs).backward(g.double())
+    got = reference.produce_gradient(g, h, gradient)
+    assert got.dtype == dtype
+    want, scale = inputs.grad, g.double().abs()
+    bound = want.abs() * torch.finfo(dtype).eps + scale * 2e-5 + (2.0**-25 if dtype == torch.float16 else 0)
+    assert bool(((got.double() - want).abs() <= bound).all())
+
+
+@pytest.mark.parametrize("gradient", GRADIENTS)
+def test_a_member_gets_its_gradient(gradient):
+    g, h = normal(40, 64, seed=6).bfloat16(), normal(40, 64, seed=7).bfloat16()
+    made = reference.produce_gradient(g, h, gradient)
+    dims = torch.tensor([7, 33])
+    *got, dbias = fp4gemm.quantize_grouped(g, first_dims=dims, gradient=gradient, h=h, both=True, dbias=True)
+    for i, part in enumerate(made.split([7, 33])):
+        assert_same(got[0].member(i), fp4gemm.quantize(part))
+        assert_same(got[1].member(i), fp4gemm.quantize(part, transposed=True))
+        torch.testing.assert_close(dbias[i], part.float().sum(0))
 
 
 @pytest.mark.parametrize("producer", PRODUCERS)

@@ -10,8 +10,11 @@ import torch
 
 import fp4gemm
 from fp4gemm import search
-from fp4gemm.formats import decode_e2m1
+from fp4gemm.formats import decode_e2m1, unpack_e2m1
+from fp4gemm.reference import search as reference_search
 from fp4gemm.reference.rounding import encode_e2m1
+from fp4gemm.search import feedback, scales
+from fp4gemm.search.factor import diagonal_blocks
 
 
 def brute_force(x: list[float], encode: float) -> int:
@@ -68,6 +71,13 @@ def test_diagonal_hessians_weigh_squares() -> None:
         assert torch.equal(got.block_scale.view(torch.uint8), plain.block_scale.view(torch.uint8))
 
 
+def test_a_parameter_has_no_gradient_here() -> None:
+    w = torch.nn.Parameter(torch.randn(4, 32))
+    got = search.search_scales(w)
+    assert not got.outer_scale.requires_grad
+    assert torch.equal(got.data, search.search_scales(w.detach()).data)
+
+
 def test_transposed() -> None:
     w = torch.randn(48, 40, generator=torch.Generator().manual_seed(2))
     assert torch.equal(search.search_scales(w, dim=0).data, search.search_scales(w.t().contiguous()).data)
@@ -78,6 +88,8 @@ _SKEW = _GOOD.clone()
 _SKEW[1, 0, 1] = 0.1
 _NEGATIVE = _GOOD.clone()
 _NEGATIVE[1, 3, 3] = -0.5
+_CROSS = torch.eye(32)
+_CROSS[3, 20] = _CROSS[20, 3] = 2
 
 
 @pytest.mark.parametrize(
@@ -95,6 +107,10 @@ _NEGATIVE[1, 3, 3] = -0.5
         ({"candidates": range(5)}, "candidates: expected a range"),
         ({"candidates": "some"}, "candidates: expected one of"),
         ({"scaling": "per_column"}, "scaling: expected one of"),
+        ({"feedback": True}, "feedback: expected metric='hessian'"),
+        ({"metric": "hessian", "feedback": True, "hessian": _GOOD}, r"hessian: expected shape \(32, 32\)"),
+        ({"metric": "hessian", "feedback": True, "hessian": _CROSS}, r"hessian: expected a positive definite \[K, K\]"),
+        ({"metric": "hessian", "feedback": True, "hessian": _CROSS.triu()}, "hessian: expected symmetric"),
     ],
 )
 def test_what_is_refused(arguments: dict[str, Any], words: str) -> None:
@@ -117,6 +133,14 @@ def test_factors(kind: str) -> None:
     d = torch.randn(8, 16, generator=generator).double()
     norm = (found.upper.double() @ d.unsqueeze(-1)).norm(dim=1)
     assert bool((d.abs() <= found.reach.double() * norm).all())
+
+
+def test_a_split_factor_is_that_of_each_block() -> None:
+    for n in (16, 32):
+        x = torch.randn(5, 40, n, generator=torch.Generator().manual_seed(15))
+        h = (x.mT @ x) * torch.tensor([1, 1e-6, 30, 0, 1e9]).reshape(5, 1, 1)
+        for i, one in enumerate(search.factor(h).split()):
+            assert all(torch.equal(a, b) for a, b in zip(one, search.factor(h[i : i + 1]), strict=True))
 
 
 def test_accumulator(tmp_path: Path) -> None:
@@ -164,3 +188,130 @@ def test_outer_scales(metric: str) -> None:
     assert torch.allclose(error(got), grid.amin(0), rtol=1e-5)
     assert bool((error(got) <= error(plain) * (1 + 1e-5)).all())
     assert int((error(got) < error(plain)).sum()) >= 4
+
+
+def _activations(k: int, seed: int, tokens: int = 400) -> torch.Tensor:
+    """Correlated over all columns, and of different sizes."""
+    generator = torch.Generator().manual_seed(seed)
+    mix = torch.eye(k) + 2 * torch.randn(k, k, generator=generator) / k**0.5
+    size = torch.exp(0.5 * torch.randn(k, generator=generator))
+    return torch.randn(tokens, k, generator=generator) @ mix * size
+
+
+def _full(x: torch.Tensor, damping: float = 0.01) -> tuple[torch.Tensor, torch.Tensor]:
+    found = search.HessianAccumulator(x.shape[1], full=True)
+    found.add(x)
+    return found.full_hessian(damping=damping), found.hessian(damping=damping)
+
+
+def _form(d: torch.Tensor, h: torch.Tensor) -> torch.Tensor:
+    return torch.einsum("ri,ij,rj->r", d.double(), h.double(), d.double())
+
+
+@pytest.mark.parametrize(
+    "k, arguments",
+    [
+        (96, {}),
+        (96, {"block": 32}),
+        (70, {}),
+        (70, {"block": 32, "sf_layout": "8x4"}),
+        (64, {"scaling": "per_tensor", "dim": 0}),
+        (64, {"candidates": "4/6", "sf_layout": "linear"}),
+        (64, {"outer": "search"}),
+    ],
+)
+def test_feedback_lowers_the_error_of_outputs(k: int, arguments: dict[str, Any]) -> None:
+    """Of every row, or it is left as it was; of all rows by far more than rounding of the sums could."""
+    full, _ = _full(_activations(k, 7))
+    block = arguments.get("block", 16)
+    w = torch.randn(24, k, generator=torch.Generator().manual_seed(8)).bfloat16()
+    given = w.t() if arguments.get("dim") == 0 else w
+    plain = search.search_scales(given, "hessian", hessian=diagonal_blocks(full, block), **arguments)
+    got = search.search_scales(given, "hessian", hessian=full, feedback=True, **arguments)
+    assert (got.shape, got.sf_layout) == (plain.shape, plain.sf_layout)
+    assert torch.equal(got.outer_scale, plain.outer_scale)
+    assert not unpack_e2m1(got.data)[:, k:].any()
+    before, after = (_form(t.dequantize() - w.float(), full) for t in (plain, got))
+    assert bool((after <= before * (1 + 1e-6)).all())
+    assert float(after.sum()) < 0.7 * float(before.sum())
+    again = search.search_scales(given, "hessian", hessian=full, feedback=True, **arguments)
+    for one, other in zip(_leaves(got), _leaves(again), strict=True):
+        assert torch.equal(one.view(torch.uint8), other.view(torch.uint8))
+
+
+def _leaves(t: fp4gemm.FP4Tensor) -> list[torch.Tensor]:
+    return [t.data, t.block_scale, t.outer_scale.reshape(-1)]
+
+
+def test_feedback_aims_where_real_numbers_would() -> None:
+    """Targets and Hessians of blocks against a solve for all columns behind: the Schur complement, and its minimum."""
+    full, _ = _full(_activations(64, 9))
+    w = torch.randn(5, 64, generator=torch.Generator().manual_seed(10))
+    plain = search.search_scales(w, "hessian", hessian=diagonal_blocks(full, 16))
+    seen: list[tuple[torch.Tensor, torch.Tensor]] = []
+
+    def choose(args: Any, one: Any) -> fp4gemm.FP4Tensor:
+        upper = one.upper[0].double()
+        seen.append((args.source.double(), upper.T @ upper * 4.0 ** float(one.exponent)))
+        return reference_search.search(args).tensor
+
+    scale = w.abs().amax(1)
+    ones = search.factor(diagonal_blocks(full, 16))
+    args = reference_search.SearchArguments(w, scale, False, "128x4", "hessian", 16, ones.upper, ones.reach)
+    got = feedback.improve(args, plain, full, choose)
+    assert bool((got.data != plain.data).any(1).all())  # every row is one of feedback, so what it holds came of `seen`
+    order = full.diagonal().reshape(4, 16).sum(1).argsort(descending=True)
+    columns = (order[:, None] * 16 + torch.arange(16)).flatten()
+    h, exact = full.double()[columns][:, columns], w.double()[:, columns]
+    d = got.dequantize().double()[:, columns] - exact
+    for at, (target, metric) in zip(range(0, 64, 16), seen, strict=True):
+        inverse = torch.linalg.inv(h[at:, at:])
+        assert torch.allclose(metric, torch.linalg.inv(inverse[:16, :16]), rtol=1e-5, atol=1e-6)
+        answer = -(d[:, :at] @ h[:at, at:]) @ inverse
+        assert torch.allclose(target, (exact[:, at:] + answer)[:, :16], rtol=1e-4, atol=1e-5)
+
+
+def test_feedback_leaves_alone_what_it_cannot_improve() -> None:
+    """Without correlation there is nothing to make up for; NaN and Inf have no error; inputs that are never there."""
+    w = torch.randn(6, 48, generator=torch.Generator().manual_seed(11))
+    diagonal = torch.diag(torch.rand(48, generator=torch.Generator().manual_seed(12)) + 0.1)
+    x = _activations(48, 13)
+    x[:, 20] = 0
+    full, _ = _full(x, damping=0)
+    bad = w.clone()
+    bad[1, 3], bad[2, 40], bad[3] = float("nan"), float("inf"), 0
+    for values, h, same in ((w, diagonal, slice(None)), (bad, full, slice(1, 4))):
+        plain = search.search_scales(values, "hessian", hessian=diagonal_blocks(h, 16), sf_layout="linear")
+        got = search.search_scales(values, "hessian", hessian=h, feedback=True, sf_layout="linear")
+        for one, other in zip(_leaves(got), _leaves(plain), strict=True):
+            assert torch.equal(one[same].view(torch.uint8), other[same].view(torch.uint8))
+    assert bool((_form(got.dequantize() - w, full) < _form(plain.dequantize() - w, full))[[0, 4, 5]].all())
+    with pytest.raises(TypeError, match=r"hessian: expected a tensor \[48, 48\], got Factor"):
+        search.search_scales(w, "hessian", hessian=search.factor(diagonal_blocks(full, 16)), feedback=True)
+
+
+def _cases() -> list[dict[str, Any]]:
+    full, blocks = _full(_activations(48, 14))
+    return [
+        {"outer": "search"},
+        {"candidates": "4/6", "outer_scale": torch.tensor(0.01), "sf_layout": "linear"},
+        {"metric": "hessian", "hessian": blocks},
+        {"metric": "hessian", "hessian": search.factor(blocks), "dim": 0},
+        {"metric": "hessian", "hessian": full, "feedback": True, "scaling": "per_tensor"},
+    ]
+
+
+@pytest.mark.parametrize("case", range(5))
+def test_compiled(case: int) -> None:
+    """In one graph, as an operator whose fake is right."""
+    arguments = _cases()[case]
+    w = torch.randn(*((48, 20) if arguments.get("dim") == 0 else (20, 48)), dtype=torch.bfloat16)
+    compiled = torch.compile(lambda t: search.search_scales(t, **arguments), fullgraph=True, backend="aot_eager")
+    for one, other in zip(_leaves(compiled(w)), _leaves(search.search_scales(w, **arguments)), strict=True):
+        assert torch.equal(one.view(torch.uint8), other.view(torch.uint8))
+    request = scales._checked(
+        w, arguments.get("metric", "sse"), arguments.get("hessian"), 16, arguments.get("dim", -1),
+        arguments.get("candidates", "all"), arguments.get("outer_scale"), arguments.get("scaling", "per_row"),
+        arguments.get("sf_layout", "128x4"), arguments.get("outer", "amax"), arguments.get("feedback", False),
+    )  # fmt: skip
+    torch.library.opcheck(torch.ops.fp4gemm.search_scales.default, tuple(request))

@@ -90,19 +90,19 @@ def test_arguments_of_a_launch():
     flag, seed = torch.ones((), dtype=torch.float32), torch.tensor([7])
     values = tile_calls.quantize_values(x, rows, columns, 0x8001, seed, flag)
     TILE_QUANTIZE_ARGUMENTS.pack(*values)
-    assert values[:6] == (x.data_ptr(), 300, 1, 40, 300, 3)
-    assert values[8:12] == (
+    assert values[:7] == (x.data_ptr(), 0, 300, 1, 40, 300, 3)
+    assert values[9:13] == (
         rows.data.data_ptr(), rows.block_scale.data_ptr(), rows.outer_scale.data_ptr(), rows.scale_in.data_ptr()
     )  # fmt: skip
-    assert values[16:19] == (flag.data_ptr(), seed.data_ptr(), 0)
-    assert values[19:27] == (1 << 15, 0, 0, 0, 0, 0, 0, 1 << 31)  # the signs of values 0 and 15
-    assert values[27:] == (1, 0, 0x7FFFFFFF)
+    assert values[17:20] == (flag.data_ptr(), seed.data_ptr(), 0)
+    assert values[20:28] == (1 << 15, 0, 0, 0, 0, 0, 0, 1 << 31)  # the signs of values 0 and 15
+    assert values[28:] == (1, 0, 0x7FFFFFFF)
     assert (rows.outer_scale.shape, columns.outer_scale.shape) == ((40,), ())
-    assert tile_calls.quantize_values(x, rows, None, None, -1, None)[12:19] == (0, 0, 0, 0, 0, 0, 2**64 - 1)
+    assert tile_calls.quantize_values(x, rows, None, None, -1, None)[13:20] == (0, 0, 0, 0, 0, 0, 2**64 - 1)
     assert tile_calls.tiles(x) == 3
     values = tile_calls.amax_values(x, (None, torch.zeros(300), None, None), None)
     TILE_AMAX_ARGUMENTS.pack(*values)
-    assert values[8] == values[10] == values[11] == 0
+    assert values[9] == values[11] == values[12] == 0
 
 
 @pytest.mark.parametrize(

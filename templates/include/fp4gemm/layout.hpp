@@ -14,6 +14,7 @@ struct LinearScales {
   __device__ static int padded_columns(int columns) { return columns; }
   __device__ static int64_t row_offset(int64_t m, int columns) { return m * columns; }
   __device__ static int column_offset(int k) { return k; }
+  __device__ static int64_t bytes(int64_t rows, int columns) { return rows * columns; }
   template <int kRows> __device__ static int64_t row(int cta, int i) { return static_cast<int64_t>(cta) * kRows + i; }
 };
 
@@ -24,6 +25,9 @@ template <int kTile> struct TiledScales {
   __device__ static int padded_columns(int columns) { return ceil_div(columns, 4) * 4; }
   __device__ static int column_offset(int k) { return k / 4 * (kTile * 4) + k % 4; }
   __device__ static int64_t tile_offset(int64_t tile, int columns) { return tile * (kTile * 4) * ceil_div(columns, 4); }
+  __device__ static int64_t bytes(int64_t rows, int columns) {
+    return tile_offset((rows + kTile - 1) / kTile, columns);
+  }
 };
 
 struct Scales8x4 : TiledScales<8> {

@@ -16,6 +16,13 @@ __device__ __forceinline__ uint2 philox_key(uint64_t seed, int round) {
   return {static_cast<uint32_t>(seed) + round * 0x9E3779B9u, static_cast<uint32_t>(seed >> 32) + round * 0xBB67AE85u};
 }
 
+// Of member i of a group: far apart, so that those of neighbouring seeds do not meet. Member 0 has the seed itself.
+inline constexpr uint64_t kMemberSeed = 0x9E3779B97F4A7C15;
+
+__device__ __forceinline__ uint64_t member_seed(uint64_t seed, int member) {
+  return member == 0 ? seed : (seed + member * kMemberSeed) & 0x7FFFFFFFFFFFFFFF;
+}
+
 // Counter: (block, 0), block = row * ceil(K / 16) + column of the result. key(round) is a philox_key.
 template <class Key> __device__ __forceinline__ PhiloxBlock philox_block_of(Key const& key, uint64_t block) {
   uint32_t c0 = static_cast<uint32_t>(block), c1 = static_cast<uint32_t>(block >> 32), c2 = 0, c3 = 0;

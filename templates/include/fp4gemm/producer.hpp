@@ -6,11 +6,26 @@
 
 namespace fp4gemm {
 
-enum class Producer { kNone, kSiluMul, kGeluTanh, kRelu2, kRmsNorm, kAddRmsNorm };
+enum class Producer {
+  kNone,
+  kSiluMul,
+  kGeluTanh,
+  kRelu2,
+  kRmsNorm,
+  kAddRmsNorm,
+  // A gradient times the derivative of an activation.
+  kDRelu,
+  kDRelu2,
+  kDSilu,
+  kDGeluTanh,
+  kDQuickGelu,
+};
 
 constexpr bool is_norm(Producer producer) {
   return producer == Producer::kRmsNorm || producer == Producer::kAddRmsNorm;
 }
+
+constexpr bool is_gradient(Producer producer) { return producer >= Producer::kDRelu; }
 
 // 1 / (1 + 2^t). There is no division: its slow path would cost more than two steps from a guess by the exponent.
 __device__ __forceinline__ float logistic(float t) {
@@ -40,6 +55,43 @@ __device__ __forceinline__ float gelu_tanh(float x) {
 __device__ __forceinline__ float relu2(float x) {
   float const positive = x < 0.0f ? 0.0f : x;  // NaN stays
   return __fmul_rn(positive, positive);
+}
+
+// g times the derivative of an activation at h. Those with a logistic function s are s (1 + a (1 - s)).
+template <Producer kProducer> __device__ __forceinline__ float gradient(float g, float h) {
+  if constexpr (kProducer == Producer::kDRelu) {
+    return h <= 0.0f ? 0.0f : g;
+  } else if constexpr (kProducer == Producer::kDRelu2) {
+    return h <= 0.0f ? 0.0f : __fmul_rn(g, __fadd_rn(h, h));
+  } else {
+    float t, a = h;
+    if constexpr (kProducer == Producer::kDGeluTanh) {
+      float const square = __fmul_rn(h, h);
+      t = __fmul_rn(h, __fmaf_rn(square, -0x1.a5a7d0p-4f, -0x1.26aec2p+1f));
+      a = __fmul_rn(h, __fmaf_rn(square, 0x1.b6676cp-3f, 0x1.988454p+0f));
+    } else if constexpr (kProducer == Producer::kDQuickGelu) {
+      t = __fmul_rn(h, -0x1.3a4cbep+1f);
+      a = __fmul_rn(h, 0x1.b3b646p+0f);
+    } else {
+      t = __fmul_rn(h, -0x1.715476p+0f);
+    }
+    // As far below as logistic() goes, a is large enough to show.
+    float const s = t >= 64.0f ? 0.0f : logistic(t);
+    return __fmul_rn(g, __fmul_rn(s, __fmaf_rn(a, __fadd_rn(1.0f, -s), 1.0f)));
+  }
+}
+
+// Of the values in 16 bytes, rounded.
+template <Producer kProducer, class Element> __device__ __forceinline__ uint4 gradients(uint4 g, uint4 h) {
+  auto const word = [](uint32_t g, uint32_t h) {
+    if constexpr (Element::kBytes == 4) {
+      return __float_as_uint(gradient<kProducer>(__uint_as_float(g), __uint_as_float(h)));
+    } else {
+      return Element::pack(gradient<kProducer>(Element::low(g), Element::low(h)),
+                           gradient<kProducer>(Element::high(g), Element::high(h)));
+    }
+  };
+  return {word(g.x, h.x), word(g.y, h.y), word(g.z, h.z), word(g.w, h.w)};
 }
 
 // Value i of 16 in fp32 -> a block of them, rounded.

@@ -28,14 +28,19 @@ template <class Config> class RowQuantizer {
   using Arguments = typename Config::Arguments;
 
   Arguments const& args_;
+  int const cta_;
   int64_t const row_;
   int const thread_;
   bool const real_;  // false for a row that exists only as scale-factor padding
 
  public:
-  __device__ explicit RowQuantizer(Arguments const& args)
+  __device__ explicit RowQuantizer(Arguments const& args) : RowQuantizer(args, blockIdx.x) {}
+
+  // cta: which of those that share the rows of a tensor, or of a member of a group.
+  __device__ RowQuantizer(Arguments const& args, int cta)
       : args_(args),
-        row_(Scales::template row<Config::kRows>(blockIdx.x, threadIdx.x / Config::kThreads)),
+        cta_(cta),
+        row_(Scales::template row<Config::kRows>(cta, threadIdx.x / Config::kThreads)),
         thread_(threadIdx.x % Config::kThreads),
         real_(row_ < args.rows) {}
 
@@ -81,8 +86,7 @@ template <class Config> class RowQuantizer {
   // Keeps memory busy while the CTAs of an SM all compute: they start together and stay in step.
   __device__ void prefetch_ahead() const {
     if (!Config::kVectorized || thread_ != 0 || args_.prefetch == 0) return;
-    int64_t const row =
-        Scales::template row<Config::kRows>(blockIdx.x + args_.prefetch, threadIdx.x / Config::kThreads);
+    int64_t const row = Scales::template row<Config::kRows>(cta_ + args_.prefetch, threadIdx.x / Config::kThreads);
     if (row >= args_.rows) return;
     int const bytes = args_.k * Element::kBytes;
     prefetch_l2(static_cast<char const*>(args_.x) + row * args_.x_stride * Element::kBytes,
@@ -96,7 +100,8 @@ template <class Config> class RowQuantizer {
   __device__ typename Convention::Outer outer_scale(float row_amax) const {
     typename Convention::Outer outer;
     if constexpr (Config::kScaling == Scaling::kGiven) {
-      outer = Convention::from_decode(real_ ? args_.scale_in[row_ * args_.scale_in_stride] : 1.0f);
+      bool const given = real_ || args_.scale_in_stride == 0;  // one for all covers what has no rows, too
+      outer = Convention::from_decode(given ? args_.scale_in[row_ * args_.scale_in_stride] : 1.0f);
     } else if constexpr (Config::kScaling == Scaling::kAmaxes) {
       outer = Convention::from_amax(real_ ? args_.scale_in[row_] : 0.0f);
     } else {
@@ -266,7 +271,7 @@ template <class Config> class RowQuantizer {
 
   __device__ void store_packed(int first, Block const (&x)[Config::kBlocks], float const (&amax)[Config::kBlocks],
                                typename Convention::Outer const& outer) const {
-    ScaleWriter<Config, kStaged> const writer(args_, row_, first);
+    ScaleWriter<Config, kStaged> const writer(args_, cta_, row_, first);
     auto* data = static_cast<uint2*>(args_.data) + row_ * out_columns<Config>(args_);
     uint64_t const seed = this->seed();
     if constexpr (kEarly) {

@@ -25,10 +25,13 @@ struct TileOutput {
   float const* scale_in;  // amaxes, or decode multipliers: [lines], or [1]
 };
 
-// Packed by fp4gemm/tile_calls.py (TILE_QUANTIZE_ARGUMENTS): keep both alike.
-struct TileQuantizeArguments {
+// A tensor, or a member of a group, and its results.
+struct TileView {
   TileSource source;
   TileOutput rows, columns;
+};
+
+struct TileOptions {
   void const* noop;  // null, or the kernel does nothing where this is not 0
   uint64_t const* seed_at;  // null, or where the seed is
   uint64_t seed;
@@ -37,8 +40,15 @@ struct TileQuantizeArguments {
   uint32_t noop_mask;  // 0xFF: a byte; else a word, of which these bits count
 };
 
+// Packed by fp4gemm/tile_calls.py (TILE_QUANTIZE_ARGUMENTS): keep both alike.
+struct TileQuantizeArguments {
+  TileView view;
+  TileOptions options;
+};
+
 template <class Element_, class Convention_, class RowScales_, class ColumnScales_, bool kGiven_, bool kRows_,
-          bool kColumns_, bool kHadamard_, bool kStochastic_, bool kSquare_, bool kVectorized_>
+          bool kColumns_, bool kHadamard_, bool kStochastic_, bool kSquare_, bool kVectorized_,
+          Producer kProducer_ = Producer::kNone>
 struct TileQuantizeConfig {
   using Element = Element_;
   using Convention = Convention_;
@@ -50,6 +60,7 @@ struct TileQuantizeConfig {
   static constexpr bool kStochastic = kStochastic_;
   static constexpr bool kSquare = kSquare_;  // one block scale for 16 x 16 values
   static constexpr bool kVectorized = kVectorized_;  // rows are 16-byte aligned
+  static constexpr Producer kProducer = kProducer_;  // kNone, or a gradient
   static constexpr int kThreads = kTileThreads;
   static constexpr int kSharedBytes = Tile<Element>::kBytes + 2 * kTile * kTileBlocks + 2 * kTile * 12 +
                                       (kSquare ? kTileBlocks * kTileBlocks * 4 : 0) +
@@ -94,7 +105,8 @@ template <> struct TileScales<LinearScales> {
     if (line0 + thread >= lines) return;
     uint8_t* const to = scales + (line0 + thread) * blocks + block0;
     uint8_t const* const from = staged + thread * kTileBlocks;
-    if (blocks % kTileBlocks == 0) {
+    // A row of a member of a group may begin anywhere.
+    if (block0 + kTileBlocks <= blocks && reinterpret_cast<uint64_t>(to) % 8 == 0) {
       *reinterpret_cast<uint2*>(to) = *reinterpret_cast<uint2 const*>(from);
     } else {
       for (int i = 0; i < min(kTileBlocks, blocks - block0); ++i) to[i] = from[i];
@@ -194,11 +206,13 @@ template <class Config> class TileQuantizer {
   using Outer = typename Convention::Outer;
   static constexpr int kScaleBytes = kTile * kTileBlocks;
 
-  TileQuantizeArguments const& args_;
+  TileView const& view_;
+  TileOptions const& options_;
   uint8_t* const shared_;
   Tile const tile_;
   int64_t const row0_;
   int const column0_;
+  int const member_;  // of a group, of which each has a seed of its own
 
   // Behind the tile: scales of either result, then for each line of either a level and the quick form of it, then the squares' amaxes and the keys of
   // Philox, which would take two instructions a round to make again for each block.
@@ -213,16 +227,23 @@ template <class Config> class TileQuantizer {
   __device__ uint2* keys() const { return reinterpret_cast<uint2*>(square(Config::kSquare ? kTileBlocks : 0, 0)); }
 
  public:
+  // The tile that a CTA has of a whole tensor.
   __device__ TileQuantizer(TileQuantizeArguments const& args, uint8_t* shared)
-      : args_(args),
+      : TileQuantizer(args.view, args.options, shared, args.view.source.place(blockIdx.x), 0) {}
+
+  __device__ TileQuantizer(TileView const& view, TileOptions const& options, uint8_t* shared, TilePlace place,
+                           int member)
+      : view_(view),
+        options_(options),
         shared_(shared),
         tile_(shared),
-        row0_(args.source.row_tile(blockIdx.x) * int64_t{kTile}),
-        column0_((blockIdx.x - args.source.row_tile(blockIdx.x) * args.source.column_tiles) * kTile) {}
+        row0_(place.row * int64_t{kTile}),
+        column0_(place.column * kTile),
+        member_(member) {}
 
   __device__ void run() const {
-    if (args_.noop != nullptr && skips()) return;
-    tile_.template load<Config::kVectorized>(args_.source, row0_, column0_);
+    if (options_.noop != nullptr && skips()) return;
+    tile_.template load<Config::kVectorized, Config::kProducer>(view_.source, row0_, column0_);
     prepare_levels();
     tile_.wait();
     if constexpr (Config::kSquare) reduce_squares();
@@ -240,41 +261,44 @@ template <class Config> class TileQuantizer {
 
  private:
   __device__ bool skips() const {
-    return (args_.noop_mask == 0xFF ? *static_cast<uint8_t const*>(args_.noop)
-                                    : *static_cast<uint32_t const*>(args_.noop) & args_.noop_mask) != 0;
+    return (options_.noop_mask == 0xFF ? *static_cast<uint8_t const*>(options_.noop)
+                                       : *static_cast<uint32_t const*>(options_.noop) & options_.noop_mask) != 0;
   }
 
   // Of the result along columns, or of the other.
-  template <bool kColumn> __device__ TileOutput const& output() const { return kColumn ? args_.columns : args_.rows; }
+  template <bool kColumn> __device__ TileOutput const& output() const { return kColumn ? view_.columns : view_.rows; }
   template <bool kColumn> __device__ int64_t line0() const { return kColumn ? column0_ : row0_; }
   template <bool kColumn> __device__ int64_t lines() const {
-    return kColumn ? args_.source.columns : args_.source.rows;
+    return kColumn ? view_.source.columns : view_.source.rows;
   }
   template <bool kColumn> __device__ int block0() const {
     return kColumn ? static_cast<int>(row0_ / kBlock) : column0_ / kBlock;
   }
   template <bool kColumn> __device__ int blocks() const {
-    return kColumn ? static_cast<int>((args_.source.rows + kBlock - 1) / kBlock)
-                   : ceil_div(args_.source.columns, kBlock);
+    return kColumn ? static_cast<int>((view_.source.rows + kBlock - 1) / kBlock)
+                   : ceil_div(view_.source.columns, kBlock);
   }
 
   __device__ void prepare_levels() const {
     if constexpr (Config::kStochastic) {
-      if (threadIdx.x < kPhiloxRounds)
-        keys()[threadIdx.x] = philox_key(args_.seed_at == nullptr ? args_.seed : *args_.seed_at, threadIdx.x);
+      if (threadIdx.x < kPhiloxRounds) {
+        uint64_t const seed = options_.seed_at == nullptr ? options_.seed : *options_.seed_at;
+        keys()[threadIdx.x] = philox_key(member_seed(seed, member_), threadIdx.x);
+      }
     }
     if constexpr (Config::kSquare) {
       if (threadIdx.x < kTileBlocks * kTileBlocks) *square(0, threadIdx.x) = 0;
     }
     int const line = threadIdx.x % kTile;
-    if (Config::kRows && threadIdx.x < kTile) prepare_level<false>(line, args_.rows_stride, column0_ == 0);
-    if (Config::kColumns && threadIdx.x >= kTile) prepare_level<true>(line, args_.columns_stride, row0_ == 0);
+    if (Config::kRows && threadIdx.x < kTile) prepare_level<false>(line, options_.rows_stride, column0_ == 0);
+    if (Config::kColumns && threadIdx.x >= kTile) prepare_level<true>(line, options_.columns_stride, row0_ == 0);
   }
 
   template <bool kColumn> __device__ void prepare_level(int line, int stride, bool writes) const {
     int64_t const at = line0<kColumn>() + line;
     bool const real = at < lines<kColumn>();
-    float const given = real ? output<kColumn>().scale_in[at * stride] : 1.0f;
+    // One for all covers what has no lines, too.
+    float const given = real || stride == 0 ? output<kColumn>().scale_in[at * stride] : 1.0f;
     Outer outer;
     if constexpr (Config::kGiven) {
       outer = Convention::from_decode(given);
@@ -309,7 +333,8 @@ template <class Config> class TileQuantizer {
     int const row_blocks = blocks<kColumn>(), left = row_blocks - block0<kColumn>() - 2 * place.pair;
     int64_t const lines_left = lines<kColumn>() - line0<kColumn>();
     // All of the tile is there, and rows of the result begin on 16 bytes: the same for all threads.
-    bool const whole = lines_left >= kTile && row_blocks - block0<kColumn>() >= kTileBlocks && row_blocks % 2 == 0;
+    bool const whole = lines_left >= kTile && row_blocks - block0<kColumn>() >= kTileBlocks && row_blocks % 2 == 0 &&
+                       reinterpret_cast<uint64_t>(output<kColumn>().data) % 16 == 0;
     int64_t number = (line0<kColumn>() + place.line) * row_blocks + block0<kColumn>() + 2 * place.pair;
     uint8_t* to = output<kColumn>().data + number * (kBlock / 2);
     int64_t const step_blocks = static_cast<int64_t>(kStep) * row_blocks;
@@ -344,7 +369,8 @@ template <class Config> class TileQuantizer {
     if constexpr (Config::kSquare)
       bmax = __int_as_float(kColumn ? *square(block, line / kBlock) : *square(line / kBlock, block));
     if constexpr (kColumn && Config::kHadamard) {
-      return encode_values<Fp32, true>(hadamard_sums<Element>(x, args_.hadamard), bmax, kColumn, level, line, number);
+      return encode_values<Fp32, true>(hadamard_sums<Element>(x, options_.hadamard), bmax, kColumn, level, line,
+                                       number);
     } else {
       return encode_values<Element, false>(x, bmax, kColumn, level, line, number);
     }
@@ -375,22 +401,28 @@ template <class Config> class TileQuantizer {
   }
 };
 
-// Packed by fp4gemm/tile_calls.py (TILE_AMAX_ARGUMENTS): keep both alike.
 // Largest magnitudes without NaN, of lines and of the tensor, as it is and with its columns transformed. All that is not null
 // must be 0 at launch: non-negative floats order as their bits do. Sums of columns are those of each 128 rows.
-struct TileAmaxArguments {
+struct TileAmaxView {
   TileSource source;
   float *rows, *columns;  // [rows], [columns]
   float *tensor, *transformed;  // [1]: the largest of rows, and of columns
-  HadamardSigns hadamard;
   float* sums;  // [ceil(rows / 128), columns] (kSums)
 };
 
-template <class Element_, bool kRows_, bool kColumns_, bool kHadamard_, bool kVectorized_, bool kSums_ = false>
+// Packed by fp4gemm/tile_calls.py (TILE_AMAX_ARGUMENTS): keep both alike.
+struct TileAmaxArguments {
+  TileAmaxView view;
+  HadamardSigns hadamard;
+};
+
+template <class Element_, bool kRows_, bool kColumns_, bool kHadamard_, bool kVectorized_, bool kSums_ = false,
+          Producer kProducer_ = Producer::kNone>
 struct TileAmaxConfig {
   using Element = Element_;
   static constexpr bool kRows = kRows_, kColumns = kColumns_, kHadamard = kHadamard_, kVectorized = kVectorized_;
   static constexpr bool kSums = kSums_;
+  static constexpr Producer kProducer = kProducer_;
   static_assert(kColumns || !kSums, "sums are those of columns");
   static constexpr int kThreads = kTileThreads;
   static constexpr int kSharedBytes = Tile<Element>::kBytes + 2 * kTile * 4;
@@ -400,7 +432,8 @@ template <class Config> class TileAmax {
   using Tile = fp4gemm::Tile<typename Config::Element>;
   using Element = typename Tile::Value;
 
-  TileAmaxArguments const& args_;
+  TileAmaxView const& view_;
+  HadamardSigns const& hadamard_;
   Tile const tile_;
   float* const lines_;  // of rows, then of columns
   int64_t const row0_;
@@ -408,14 +441,18 @@ template <class Config> class TileAmax {
 
  public:
   __device__ TileAmax(TileAmaxArguments const& args, uint8_t* shared)
-      : args_(args),
+      : TileAmax(args.view, args.hadamard, shared, args.view.source.place(blockIdx.x)) {}
+
+  __device__ TileAmax(TileAmaxView const& view, HadamardSigns const& hadamard, uint8_t* shared, TilePlace place)
+      : view_(view),
+        hadamard_(hadamard),
         tile_(shared),
         lines_(reinterpret_cast<float*>(shared + Tile::kBytes)),
-        row0_(args.source.row_tile(blockIdx.x) * int64_t{kTile}),
-        column0_((blockIdx.x - args.source.row_tile(blockIdx.x) * args.source.column_tiles) * kTile) {}
+        row0_(place.row * int64_t{kTile}),
+        column0_(place.column * kTile) {}
 
   __device__ void run() const {
-    tile_.template load<Config::kVectorized>(args_.source, row0_, column0_);
+    tile_.template load<Config::kVectorized, Config::kProducer>(view_.source, row0_, column0_);
     tile_.wait();
     if constexpr (Config::kRows) {
 #pragma unroll
@@ -440,9 +477,9 @@ template <class Config> class TileAmax {
     // A line for each thread, so that a warp's atomics go to neighbours.
     int const line = threadIdx.x % kTile;
     if (Config::kRows && threadIdx.x < kTile)
-      put(lines_[line], row0_ + line, args_.source.rows, args_.rows, args_.tensor);
+      put(lines_[line], row0_ + line, view_.source.rows, view_.rows, view_.tensor);
     if (Config::kColumns && threadIdx.x >= kTile)
-      put(lines_[kTile + line], column0_ + line, args_.source.columns, args_.columns, args_.transformed);
+      put(lines_[kTile + line], column0_ + line, view_.source.columns, view_.columns, view_.transformed);
   }
 
  private:
@@ -452,7 +489,7 @@ template <class Config> class TileAmax {
   __device__ float column_amax(int step, int half) const {
     auto const x = tile_.column_block(step, half);
     if constexpr (Config::kHadamard) {
-      return block_amax<Fp32>(hadamard_sums<Element>(x, args_.hadamard));
+      return block_amax<Fp32>(hadamard_sums<Element>(x, hadamard_));
     } else {
       return block_amax<Element>(x);
     }
@@ -463,8 +500,8 @@ template <class Config> class TileAmax {
     sum = __fadd_rn(sum, __shfl_xor_sync(~0u, sum, 1));
     sum = __fadd_rn(sum, __shfl_xor_sync(~0u, sum, 2));
     int const column = column0_ + place.line + step * Tile::kColumnStep;
-    if (place.pair == 0 && column < args_.source.columns)
-      args_.sums[row0_ / kTile * args_.source.columns + column] = sum;
+    if (place.pair == 0 && column < view_.source.columns)
+      view_.sums[row0_ / kTile * view_.source.columns + column] = sum;
   }
   __device__ float column_sum(int step, int half) const {
     auto const x = tile_.column_block(step, half);

@@ -17,7 +17,7 @@ template <class Config, bool kStaged> class ScaleWriter {
   int const end_;
 
  public:
-  __device__ ScaleWriter(QuantizeArguments const& args, int64_t row, int /*first*/)
+  __device__ ScaleWriter(QuantizeArguments const& args, int /*cta*/, int64_t row, int /*first*/)
       : row_(args.block_scale + Scales::row_offset(row, out_columns<Config>(args))),
         end_(row < args.padded_rows ? Scales::padded_columns(out_columns<Config>(args)) : 0) {}
   __device__ void put(int column, uint8_t scale) const {
@@ -36,7 +36,7 @@ template <class Config> class ScaleWriter<Config, true> {
   using Stage = uint8_t[Config::kRows][kStep];
 
   QuantizeArguments const& args_;
-  int const first_;
+  int const cta_, first_;
 
   __device__ static Stage& stage() {
     __shared__ __align__(16) Stage shared;
@@ -44,7 +44,8 @@ template <class Config> class ScaleWriter<Config, true> {
   }
 
  public:
-  __device__ ScaleWriter(QuantizeArguments const& args, int64_t, int first) : args_(args), first_(first) {
+  __device__ ScaleWriter(QuantizeArguments const& args, int cta, int64_t, int first)
+      : args_(args), cta_(cta), first_(first) {
     if (first_ != 0) __syncthreads();  // the last step's scales have been read
   }
   __device__ void put(int column, uint8_t scale) const {
@@ -52,7 +53,7 @@ template <class Config> class ScaleWriter<Config, true> {
   }
   __device__ void flush() const {
     __syncthreads();
-    int64_t const row = Scales::template row<Config::kRows>(blockIdx.x, 0);
+    int64_t const row = Scales::template row<Config::kRows>(cta_, 0);
     int const columns = out_columns<Config>(args_);
     uint8_t* const chunks = args_.block_scale + Scales::row_offset(row, columns);
     int const end = min(kStep, Scales::padded_columns(columns) - first_);

@@ -3,6 +3,7 @@
 #pragma once
 
 #include "fp4gemm/async.hpp"
+#include "fp4gemm/producer.hpp"
 
 namespace fp4gemm {
 
@@ -16,9 +17,14 @@ __device__ __forceinline__ uint32_t keep(uint32_t v) {
   return v;
 }
 
+struct TilePlace {
+  int row, column;  // in tiles
+};
+
 // x [rows, columns], as kernels' arguments hold it.
 struct TileSource {
   void const* x;
+  void const* h;  // where x is a gradient: what the activation's derivative is taken at, as x is stored
   int64_t row_stride, column_stride;  // in elements; the second is 1 where loads are vectorized
   int64_t rows;
   int columns;
@@ -26,8 +32,9 @@ struct TileSource {
   uint32_t magic;  // t / column_tiles for 0 <= t < 2^31 is (t * magic >> 32) >> shift; 0: column_tiles is 1
   int shift;
 
-  __device__ int row_tile(uint32_t tile) const {
-    return static_cast<int>(magic == 0 ? tile : __umulhi(tile, magic) >> shift);
+  __device__ TilePlace place(uint32_t tile) const {
+    int const row = static_cast<int>(magic == 0 ? tile : __umulhi(tile, magic) >> shift);
+    return {row, static_cast<int>(tile - row * column_tiles)};
   }
 };
 
@@ -63,9 +70,12 @@ template <class Source> class Tile {
       : shared_(shared), rows_(keep(first_of_rows())), columns_(keep(first_of_columns())) {}
 
   // Starts to copy the tile at (row, column); what is outside of x becomes 0.
-  template <bool kVectorized> __device__ void load(TileSource const& source, int64_t row0, int column0) const {
+  template <bool kVectorized, Producer kProducer = Producer::kNone>
+  __device__ void load(TileSource const& source, int64_t row0, int column0) const {
     auto const* const x = static_cast<char const*>(source.x);
-    if constexpr (kVectorized && Source::kBytes == 1) {
+    if constexpr (is_gradient(kProducer)) {
+      load_gradients<kVectorized, kProducer>(source, row0, column0);
+    } else if constexpr (kVectorized && Source::kBytes == 1) {
       load_bytes(source, row0, column0);
     } else if constexpr (kVectorized) {
       constexpr int kPerChunk = 16 / Element::kBytes, kRows = kTileThreads / kChunks;  // at a time
@@ -151,6 +161,39 @@ template <class Source> class Tile {
   }
 
  private:
+  // Through registers; kVectorized: rows are whole 16 bytes.
+  template <bool kVectorized, Producer kProducer>
+  __device__ void load_gradients(TileSource const& source, int64_t row0, int column0) const {
+    if constexpr (kVectorized) {
+      constexpr int kPerChunk = 16 / Element::kBytes, kRows = kTileThreads / kChunks;
+      int const first = threadIdx.x / kChunks, chunk = threadIdx.x % kChunks, column = column0 + chunk * kPerChunk;
+      int64_t const at = ((row0 + first) * source.row_stride + column) / kPerChunk;
+      auto const* g = static_cast<uint4 const*>(source.x) + at;
+      auto const* h = static_cast<uint4 const*>(source.h) + at;
+      int64_t const step = source.row_stride / kPerChunk * kRows;
+#pragma unroll 4
+      for (int row = first; row < kTile; row += kRows, g += step, h += step) {
+        uint4 values{};
+        if (row0 + row < source.rows && column < source.columns)
+          values = gradients<kProducer, Element>(__ldcs(g), __ldcs(h));
+        *reinterpret_cast<uint4*>(shared_ + offset(row, chunk)) = values;
+      }
+    } else {
+      using Raw = typename Element::Raw;
+      for (int i = threadIdx.x; i < kTile * kTile; i += kTileThreads) {
+        int const row = i / kTile, column = i % kTile;
+        Raw value{};
+        if (row0 + row < source.rows && column0 + column < source.columns) {
+          int64_t const from = (row0 + row) * source.row_stride + (column0 + column) * source.column_stride;
+          uint32_t const g = static_cast<Raw const*>(source.x)[from], h = static_cast<Raw const*>(source.h)[from];
+          value = static_cast<Raw>(gradients<kProducer, Element>({g, 0, 0, 0}, {h, 0, 0, 0}).x);
+        }
+        int const at = column * Element::kBytes;
+        *reinterpret_cast<Raw*>(shared_ + offset(row, at / 16) + at % 16) = value;
+      }
+    }
+  }
+
   // 16 bytes are a block, which becomes two chunks of the tile on its way through registers.
   __device__ void load_bytes(TileSource const& source, int64_t row0, int column0) const {
     int const column = column0 + threadIdx.x % kTileBlocks * kBlock;
