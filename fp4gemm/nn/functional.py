@@ -108,17 +108,13 @@ def multiply(x: Tensor, w4: FP4Tensor, bias: Tensor | None, recipe: Recipe) -> T
     return ops.gemm(x4, w4, bias, out_dtype=x.dtype)
 
 
-def _weight(w: Tensor, recipe: Recipe, columns: bool, keep: bool, serving: bool) -> tuple[FP4Tensor, FP4Tensor | None]:
-    if keep and direct(w):
-        rows, transposed = kept_weight(w, recipe, columns, serving)
-    else:
-        rows, transposed = quantize_weight(w, recipe, columns)
-    assert rows is not None
-    return rows, transposed
+def weight_forms(w: Tensor, recipe: Recipe, columns: bool, keep: bool, serving: bool) -> tuple[Any, Any]:
+    """Quantized w, and its transpose, None unless ``columns``; FP4Tensors, or GroupedWeights of w [E, N, K]."""
+    return kept_weight(w, recipe, columns, serving) if keep and direct(w) else quantize_weight(w, recipe, columns)
 
 
 def _infer(x: Tensor, w: Tensor, bias: Tensor | None, recipe: Recipe, keep: bool, serving: bool) -> Tensor:
-    return multiply(x, _weight(w, recipe, False, keep, serving)[0], bias, recipe)
+    return multiply(x, weight_forms(w, recipe, False, keep, serving)[0], bias, recipe)
 
 
 class _Linear(torch.autograd.Function):
@@ -127,7 +123,7 @@ class _Linear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, w: Tensor, bias: Tensor | None, recipe: Recipe, keep: bool) -> Tensor:
         needs_x, needs_w = ctx.needs_input_grad[0], ctx.needs_input_grad[1]
-        w4, w4t = _weight(w, recipe, needs_x, keep, False)
+        w4, w4t = weight_forms(w, recipe, needs_x, keep, False)
         x4t: FP4Tensor | Tensor | None = None
         if needs_w and recipe.activations is not None:
             x4, x4t = quantize_forms(x, True, True, recipe.activations, hadamard=recipe.hadamard)
@@ -140,7 +136,7 @@ class _Linear(torch.autograd.Function):
         saved_w, ctx.w_kind = _leaves(w4t if needs_x else None)
         ctx.save_for_backward(*saved_x, *saved_w)
         ctx.recipe, ctx.dtypes = recipe, (x.dtype, w.dtype, None if bias is None else bias.dtype)
-        ctx.weight = w if needs_w and _has_main_grad(w) else None
+        ctx.weight = w if needs_w and has_main_grad(w) else None
         return y
 
     @staticmethod
@@ -166,7 +162,12 @@ def gradients(
     return dx, dw, db
 
 
-def _has_main_grad(w: Tensor) -> bool:
+def draw_seed(dy: Tensor) -> Tensor:
+    """From the generator of the device: torch.manual_seed repeats it, and a CUDA graph draws anew in every replay."""
+    return torch.randint(0, 2**63 - 1, (1,), dtype=torch.int64, device=dy.device)
+
+
+def has_main_grad(w: Tensor) -> bool:
     # A compiled graph cannot set Megatron-LM's flag: there its hooks add the gradient, as for any other layer.
     compiling = torch.compiler.is_compiling() and hasattr(w, "grad_added_to_main_grad")
     return hasattr(w, "main_grad") and not compiling
@@ -176,10 +177,7 @@ def _gradient_forms(
     dy: Tensor, needs_x: bool, needs_w: bool, needs_bias: bool, recipe: Recipe
 ) -> tuple[tuple[Any, Any], Tensor | None]:
     """dy for dx and its transpose for dw; and its sums for the bias."""
-    seed = None
-    if recipe.stochastic and (needs_x or needs_w):
-        # The generator of the device: torch.manual_seed repeats it, and a CUDA graph draws anew in every replay.
-        seed = torch.randint(0, 2**63 - 1, (1,), dtype=torch.int64, device=dy.device)
+    seed = draw_seed(dy) if recipe.stochastic and (needs_x or needs_w) else None
     if recipe.activations == "per_row" and needs_w and needs_bias:
         return quantize_forms_and_sum(dy, needs_x, hadamard=recipe.hadamard, seed=seed)
     sums = dy.sum(0, dtype=torch.float32) if needs_bias else None
@@ -197,6 +195,11 @@ def _weight_gradient(dyt: Any, xt: Any, dtype: torch.dtype, owner: Tensor | None
         ops.gemm(dyt, xt, c=main, out=main, out_dtype=torch.float32)
     else:
         main.add_(_product(dyt, xt, torch.float32))
+    return added_to_main_grad(owner)
+
+
+def added_to_main_grad(owner: Tensor) -> Tensor | None:
+    """What autograd gets in place of a gradient that ``owner.main_grad`` has now."""
     if not hasattr(owner, "grad_added_to_main_grad"):
         return None
     # Megatron-LM: its hooks run on a gradient, which this tells them to drop.

@@ -13,7 +13,27 @@ from fp4gemm.nn.recipes import Recipe
 from fp4gemm.nn.weights import forget
 
 
-class Linear(nn.Linear):
+class KeepsWeight(nn.Module):
+    """A module whose quantized ``weight`` is kept in eval mode: when that ends."""
+
+    weight: Tensor
+
+    def train(self, mode: bool = True) -> Self:
+        forget(self.weight)
+        return super().train(mode)
+
+    def requantize(self) -> None:
+        """Drops the quantized weight; the next call makes it again."""
+        forget(self.weight)
+
+    def __setattr__(self, name: str, value: Tensor | nn.Module) -> None:
+        # FSDP2 gathers into one parameter object again and again, keeps its version, and sets it each time.
+        if name == "weight" and isinstance(value, Tensor):
+            forget(value)
+        super().__setattr__(name, value)
+
+
+class Linear(KeepsWeight, nn.Linear):
     """``torch.nn.Linear`` that multiplies as ``recipe`` says, forward and backward: :func:`fp4gemm.nn.linear`.
 
     The same parameters, initialization and ``state_dict``: the weight stays what it was, and is quantized when it is
@@ -47,19 +67,5 @@ class Linear(nn.Linear):
     def forward(self, input: Tensor) -> Tensor:
         return run(input, self.weight, self.bias, self.recipe, keep=True, serving=not self.training)
 
-    def train(self, mode: bool = True) -> Self:
-        forget(self.weight)
-        return super().train(mode)
-
-    def requantize(self) -> None:
-        """Drops the quantized weight; the next call makes it again."""
-        forget(self.weight)
-
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, recipe={self.recipe}"
-
-    def __setattr__(self, name: str, value: Tensor | nn.Module) -> None:
-        # FSDP2 gathers into one parameter object again and again, keeps its version, and sets it each time.
-        if name == "weight" and isinstance(value, Tensor):
-            forget(value)
-        super().__setattr__(name, value)

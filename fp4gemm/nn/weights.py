@@ -18,11 +18,19 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from fp4gemm import ops, select
 from fp4gemm.dispatch import direct
+from fp4gemm.formats import BLOCK, PACKED_BLOCK, packed_shape, padded_k
+from fp4gemm.group.ops import quantize_grouped
+from fp4gemm.group.tensor import GroupedFP4Tensor
+from fp4gemm.grouped import GroupedWeight, stack_weights
 from fp4gemm.nn.recipes import Recipe
 from fp4gemm.tensor import FP4Tensor
 
 Forms = tuple[FP4Tensor | None, FP4Tensor | None]
 """An FP4Tensor of a matrix, and of its transpose, each None where nothing needs it."""
+
+Weight = FP4Tensor | GroupedWeight
+WeightForms = tuple[Weight | None, Weight | None]
+"""The same of a weight [N, K], or of those of experts, [E, N, K]."""
 
 
 @dataclass
@@ -30,8 +38,8 @@ class _Held:
     """What is kept of one weight; ``captured``: what CUDA graphs read, which lives as long as the weight."""
 
     key: tuple[object, ...] = ()
-    forms: Forms = (None, None)
-    captured: list[FP4Tensor] = field(default_factory=list)
+    forms: WeightForms = (None, None)
+    captured: list[Weight] = field(default_factory=list)
 
 
 _serving = WeakTensorKeyDictionary()
@@ -48,9 +56,9 @@ _current = _Current()
 class micro_batches:
     """``with fp4gemm.nn.micro_batches():`` around the forward and backward passes between two steps of the optimizer.
 
-    Inside, in this thread, the weight of a ``Linear`` is quantized once, not once for each forward pass. A change that
-    autograd's version counter sees is noticed; one by a fused optimizer is not, so steps belong outside. Compiled
-    layers take no notice of it.
+    Inside, in this thread, the weight of a ``Linear`` or ``GroupedLinear`` is quantized once, not once for each forward
+    pass. A change that autograd's version counter sees is noticed; one by a fused optimizer is not, so steps belong
+    outside. Compiled layers take no notice of it.
     """
 
     def __init__(self) -> None:
@@ -90,8 +98,10 @@ def quantize_forms_and_sum(t: Tensor, rows: bool, *, hadamard: int | None, seed:
     return (None, ops.quantize(t, transposed=True, hadamard=hadamard, seed=seed, amax=by_column)), sums
 
 
-def quantize_weight(w: Tensor, recipe: Recipe, columns: bool) -> Forms:
-    """w [N, K] row-wise, and its transpose where ``columns``; prepacked where that is how GEMMs read them."""
+def quantize_weight(w: Tensor, recipe: Recipe, columns: bool) -> WeightForms:
+    """w [N, K], or [E, N, K] of experts, row-wise, and transposed where ``columns``; in the form that GEMMs read."""
+    if w.dim() == 3:
+        return _quantize_experts(w, recipe, columns)
     rows, transposed = quantize_forms(w, True, columns, recipe.weights, block=recipe.weight_block)
     if direct(w) and w.is_cuda and w.numel() and select.arch_of(w.device.index) == "sm_90a":
         rows = None if rows is None else rows.prepack()
@@ -99,7 +109,34 @@ def quantize_weight(w: Tensor, recipe: Recipe, columns: bool) -> Forms:
     return rows, transposed
 
 
-def kept_weight(w: Tensor, recipe: Recipe, columns: bool, serving: bool) -> Forms:
+def _quantize_experts(w: Tensor, recipe: Recipe, columns: bool) -> WeightForms:
+    experts, n, k = w.shape
+    if recipe.weight_2d:  # blocks that groups do not have
+        forms = [quantize_forms(each, True, columns, recipe.weights, block=recipe.weight_block) for each in w.unbind()]
+        rows, transposed = ([t for t in side if t is not None] for side in zip(*forms, strict=True))
+        return stack_weights(rows), stack_weights(transposed) if columns else None
+    w = w.contiguous()
+    if not columns:
+        group = quantize_grouped(w, scaling=recipe.weights, sf_layout="linear")
+        return _prepacked(group, (experts, n, k)), None
+    group, group_t = quantize_grouped(w, scaling=recipe.weights, sf_layout="linear", both=True)
+    return _prepacked(group, (experts, n, k)), _prepacked(group_t, (experts, k, n))
+
+
+def _prepacked(t: GroupedFP4Tensor, shape: tuple[int, int, int]) -> GroupedWeight:
+    """Members of one shape; in one launch where none of them ends within a block of rows."""
+    experts, n, k = shape
+    whole = n % PACKED_BLOCK == 0
+    parts, rows = (1, experts * n) if whole else (experts, n)
+    data = t.data.view(parts, rows, padded_k(k) // 2)
+    scales = t.block_scale.view(parts, rows, padded_k(k) // BLOCK)
+    none = t.outer_scale.new_empty(())  # the packed form has codes and block scales
+    packed = [FP4Tensor(data[i], scales[i], none, (rows, k), "linear").prepack().data for i in range(parts)]
+    outer = t.outer_scale.view(experts, n) if t.scaling == "per_row" else t.outer_scale
+    return GroupedWeight((packed[0] if whole else torch.cat(packed)).view(experts, *packed_shape(n, k)), outer, shape)
+
+
+def kept_weight(w: Tensor, recipe: Recipe, columns: bool, serving: bool) -> WeightForms:
     """The same, from what is kept of ``w`` where that is allowed; ``serving``: no gradient, in eval mode."""
     if w.is_inference() or not w.is_leaf:  # without a version, or made anew by each call
         return quantize_weight(w, recipe, columns)
@@ -114,7 +151,7 @@ def kept_weight(w: Tensor, recipe: Recipe, columns: bool, serving: bool) -> Form
     return _look_up(_serving, w, recipe, columns)
 
 
-def _look_up(kept: WeakTensorKeyDictionary, w: Tensor, recipe: Recipe, columns: bool) -> Forms:
+def _look_up(kept: WeakTensorKeyDictionary, w: Tensor, recipe: Recipe, columns: bool) -> WeightForms:
     held: _Held | None = kept.get(w)  # type: ignore[no-untyped-call]
     if held is None:
         held = kept[w] = _Held()
@@ -136,7 +173,7 @@ def _place(w: Tensor) -> tuple[object, ...]:
     return torch._C._cuda_getCurrentRawStream(w.device.index), torch.cuda.is_current_stream_capturing()
 
 
-def _captured(w: Tensor, recipe: Recipe) -> Forms:
+def _captured(w: Tensor, recipe: Recipe) -> WeightForms:
     """For a graph: what is kept, from whatever stream, as capturing began by waiting for all of them."""
     held: _Held | None = _serving.get(w)  # type: ignore[no-untyped-call]
     if held is None or held.key[: -len(_place(w))] != _key(w, recipe):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import gpu_cases as cases
@@ -10,7 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import fp4gemm
-from fp4gemm.nn import Linear, Recipe, linear, per_tensor, per_token, w4a16
+from fp4gemm.nn import GroupedLinear, Linear, Recipe, linear, per_tensor, per_token, w4a16
+from fp4gemm.reference.group import member_seed
 
 RECIPES = {
     "per_token": per_token(),
@@ -40,8 +42,10 @@ def problem(
     )  # type: ignore[return-value]  # fmt: skip
 
 
-def operands(x: Tensor, w: Tensor, dy: Tensor, recipe: Recipe, seed: int) -> tuple[tuple[Any, Any], ...]:
-    """What y, dx and dw are products of, each quantized by a call of its own."""
+def operands(
+    x: Tensor, w: Tensor, dy: Tensor, recipe: Recipe, seed: int, member: int = 0
+) -> tuple[tuple[Any, Any], ...]:
+    """What y, dx and dw are products of, each quantized by a call of its own; ``member``: the number of an expert."""
     x, w = x.detach(), w.detach()
     block = (16, 16) if recipe.weight_2d else (1, 16)
     weight = {"scaling": recipe.weights, "block": block}
@@ -54,7 +58,7 @@ def operands(x: Tensor, w: Tensor, dy: Tensor, recipe: Recipe, seed: int) -> tup
     noise: dict[str, Any] = {}
     if recipe.stochastic:
         torch.manual_seed(seed)
-        noise["seed"] = torch.randint(0, 2**63 - 1, (1,), device=x.device)
+        noise["seed"] = member_seed(torch.randint(0, 2**63 - 1, (1,), device=x.device), member)
     return (
         (fp4gemm.quantize(x, **row), w4),
         (fp4gemm.quantize(dy, **row, **noise), w4t),
@@ -83,6 +87,93 @@ def check_gradients(name: str, shape: tuple[int, int, int], dtype: torch.dtype, 
     assert bool(((bias.grad.double() - dy.double().sum(0)).abs() <= bound).all()), f"db, {what}"
 
 
+GROUPED_RECIPES = {name: recipe for name, recipe in RECIPES.items() if recipe.activations != "per_tensor"}
+COUNTS = (17, 0, 40, 1, 0, 70)  # tokens of experts
+
+
+def rows_of(counts: tuple[int, ...]) -> list[slice]:
+    ends = list(itertools.accumulate(counts, initial=0))
+    return [slice(a, b) for a, b in itertools.pairwise(ends)]
+
+
+def offsets_of(counts: tuple[int, ...], device: torch.device) -> Tensor:
+    return torch.tensor([0, *itertools.accumulate(counts)], dtype=torch.int64, device=device)
+
+
+def grouped_problem(
+    counts: tuple[int, ...], n: int, k: int, device: torch.device, dtype: torch.dtype = torch.bfloat16, spare: int = 0,
+    recipe: Recipe | None = None,
+) -> tuple[GroupedLinear, Tensor, Tensor, Tensor]:  # fmt: skip
+    """A layer, x, offsets and dy; the last ``spare`` rows belong to no expert, and are NaN."""
+    g = torch.Generator().manual_seed(len(counts) + n + k)
+    layer = GroupedLinear(len(counts), k, n, recipe=recipe)
+    with torch.no_grad():
+        for p in layer.parameters():
+            p.copy_(torch.randn(p.shape, generator=g))
+    x, dy = (torch.randn(sum(counts) + spare, columns, generator=g).to(device, dtype) for columns in (k, n))
+    for t in (x, dy):
+        t[sum(counts) :] = float("nan")
+    return layer.to(device), x.requires_grad_(), offsets_of(counts, device), dy
+
+
+def loop(
+    layer: GroupedLinear, x: Tensor, dy: Tensor, counts: tuple[int, ...]
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """y, dx, dw and db of ``linear`` for one expert after the other."""
+    leaves = [t.detach().clone().requires_grad_() for t in (x, layer.weight, layer.bias) if t is not None]
+    x, w, *rest = leaves
+    rows = rows_of(counts)
+    y = torch.cat([linear(x[r], w[e], rest[0][e] if rest else None, layer.recipe) for e, r in enumerate(rows)])
+    y.backward(dy[: len(y)])
+    return y.detach(), *(t.grad for t in leaves)  # type: ignore[return-value]
+
+
+def check_grouped(
+    name: str, counts: tuple[int, ...], n: int, k: int, dtype: torch.dtype, device: torch.device, spare: int = 0
+) -> None:
+    """Of every expert what ``check_gradients`` checks, against products in float64 of its own operands."""
+    recipe = GROUPED_RECIPES[name]
+    layer, x, offsets, dy = grouped_problem(counts, n, k, device, dtype, spare, recipe)
+    y = layer(x, offsets)
+    torch.manual_seed(11)
+    y.backward(dy)
+    for e, rows in enumerate(rows_of(counts)):
+        what = f"{name} {counts} {n} x {k} {dtype}, expert {e}"
+        dw, db = layer.weight.grad[e], layer.bias.grad[e]
+        if counts[e] == 0:
+            assert not dw.any(), what
+            assert not db.any(), what
+            continue
+        xe, dye = x.detach()[rows], dy[rows]
+        forward, data, weight = operands(xe, layer.weight[e], dye, recipe, 11, e)
+        cases.assert_within_bound(y.detach()[rows], *forward, layer.bias[e].detach(), dtype, f"y, {what}")
+        cases.assert_within_bound(x.grad[rows], *data, None, dtype, f"dx, {what}")
+        if recipe.activations is None:
+            dyt, xt = (t.double() for t in weight)
+            want = dyt @ xt.t()
+            bound = 2.0**-8 * want.abs() + counts[e] * 2.0**-22 * (dyt.abs() @ xt.t().abs())
+        else:  # fp32 sums are rounded to bf16 before the outer scales, which errs as much as a rounding after them
+            want, bound = cases.gemm_exact_and_bound(*weight, None, torch.bfloat16)
+            bound = bound + 2.0**-22 * want.abs()
+        assert bool(((dw.double() - want).abs() <= bound).all()), f"dw, {what}"
+        bound = counts[e] * 2.0**-23 * dye.double().abs().sum(0)
+        assert bool(((db.double() - dye.double().sum(0)).abs() <= bound).all()), f"db, {what}"
+    assert not x.grad[sum(counts) :].any(), "rows of no expert"
+
+
+class Experts(nn.Module):
+    """A gated MLP of experts."""
+
+    def __init__(self, experts: int, width: int = 64, recipe: Recipe | None = None) -> None:
+        super().__init__()
+        self.up = GroupedLinear(experts, width, 4 * width, recipe=recipe)
+        self.down = GroupedLinear(experts, 2 * width, width, bias=False, recipe=recipe)
+
+    def forward(self, x: Tensor, offsets: Tensor) -> Tensor:
+        gate, up = self.up(x, offsets).chunk(2, dim=-1)
+        return self.down(F.silu(gate) * up, offsets)
+
+
 def exact(rows: int, columns: int, seed: int) -> Tensor:
     """Values of e2m1 with a 6 in every 16 of a row and of a column: quantizing them either way changes nothing."""
     g = torch.Generator().manual_seed(seed)
@@ -106,6 +197,27 @@ def check_exact(name: str, device: torch.device) -> None:
     for a, b in zip(ours, right, strict=True):
         tolerance = 2.0**-8 if RECIPES[name].activations is None else 1e-6
         torch.testing.assert_close(a.grad.double(), b.grad, rtol=tolerance, atol=1e-4)
+
+
+def check_grouped_exact(name: str, device: torch.device) -> None:
+    """Experts whose problems quantizing does not change have the gradients of torch's own linear in float64."""
+    counts, n, k, recipe = (48, 0, 16, 96), 32, 64, GROUPED_RECIPES[name]
+    layer, _, offsets, _ = grouped_problem(counts, n, k, device, recipe=recipe)
+    with torch.no_grad():
+        layer.weight.copy_(torch.stack([exact(n, k, 10 + e) for e in range(len(counts))]))
+    x = torch.cat([exact(m, k, 20 + e) for e, m in enumerate(counts)]).to(device).requires_grad_()
+    dy = torch.cat([exact(m, n, 30 + e) for e, m in enumerate(counts)]).to(device)
+    y = layer(x, offsets)
+    y.backward(dy)
+    for e, rows in enumerate(rows_of(counts)):
+        right = [t.detach().double().requires_grad_() for t in (x[rows], layer.weight[e], layer.bias[e])]
+        want = F.linear(*right)
+        want.backward(dy[rows].double())
+        torch.testing.assert_close(y[rows].double(), want, rtol=1e-6, atol=1e-4)
+        for got, t, tolerance in zip(
+            (x.grad[rows], layer.weight.grad[e], layer.bias.grad[e]), right, (1e-6, 2.0**-8, 1e-6), strict=True
+        ):
+            torch.testing.assert_close(got.double(), t.grad, rtol=tolerance, atol=1e-4)
 
 
 def relative_error(got: Tensor, want: Tensor) -> float:
@@ -140,12 +252,12 @@ def grads(model: nn.Module) -> dict[str, Tensor]:
     return {name.removeprefix("_orig_mod."): p.grad.clone() for name, p in model.named_parameters()}
 
 
-def run_block(model: nn.Module, x: Tensor, seed: int = 5) -> tuple[Tensor, dict[str, Tensor]]:
+def run_block(model: nn.Module, x: Tensor, *rest: Tensor, seed: int = 5) -> tuple[Tensor, dict[str, Tensor]]:
     """Result and gradients of one step, parameters and x."""
     model.zero_grad()
     x = x.detach().clone().requires_grad_()
     torch.manual_seed(seed)
-    y = model(x)
+    y = model(x, *rest)
     y.float().square().mean().backward()
     return y.detach(), {**grads(model), "x": x.grad}
 
