@@ -17,8 +17,9 @@ from torch import Tensor
 from fp4gemm import select
 from fp4gemm.engine import Output, begins_on_16_bytes, has_tma_rows, is_row_major
 from fp4gemm.formats import padded_k, scale_columns, scale_layout
+from fp4gemm.grouped import GroupedWeight
 from fp4gemm.launch import NO_BATCH, Batch, GemmProblem, Operands, beta_bits, gemm_plan
-from fp4gemm.spec import GemmSpec
+from fp4gemm.spec import GemmSpec, GroupedGemmSpec
 from fp4gemm.tensor import FP4Batch, FP4Tensor
 
 _ROW_VALUES = 32  # of 4 bits that are 16 bytes
@@ -73,6 +74,22 @@ def gemm_fp4(
     return launch_fp4_spec(spec, left, right, bias, outer_scale)
 
 
+def gemm_grouped(
+    a: FP4Tensor | Tensor, b: FP4Batch | GroupedWeight, offsets: Tensor, bias: Tensor | None, tokens: int, out: Output
+) -> None:
+    """Rows offsets[e] to offsets[e + 1] of ``gemm`` of a and member e of b, bias [E, N], into a row-major ``out.d``,
+    whose other rows stay; ``tokens``: about how many rows an expert has."""
+    if isinstance(b, GroupedWeight):
+        raise NotImplementedError("w: a GroupedWeight is prepacked for Hopper: on Blackwell weights are an FP4Batch")
+    left, right = _readable("x", a), _readable("w", b)
+    d = out.d
+    bias_dtype = None if bias is None else bias.dtype
+    spec = _grouped_spec(
+        d.device.index, _members(right), tokens, right.rows, d.dtype, bias_dtype, out.c is not None
+    )  # fmt: skip
+    launch_grouped_spec(spec, left, right, offsets, bias, out)
+
+
 @lru_cache(maxsize=8192)
 def _spec(
     device: int, m: int, n: int, k: int, out_dtype: torch.dtype | None, bias: torch.dtype | None, source: bool,
@@ -98,6 +115,35 @@ def launch_spec(
     batch = _batch(left, right, bias, d=target.stride(0), c=0 if c is None else c.stride(0))
     problem = _problem(left, right, batch, ldc=0 if c is None else _row_stride(c), ldd=_row_stride(target))
     _launch(spec, problem, left, right, bias, d=target, c=c, beta=out.beta)
+    if target is not d:
+        d.copy_(target)
+
+
+@lru_cache(maxsize=8192)
+def _grouped_spec(
+    device: int, experts: int, tokens: int, n: int, out_dtype: torch.dtype, bias: torch.dtype | None, source: bool
+) -> GroupedGemmSpec:
+    names = select.DTYPE_NAMES
+    bias_name = None if bias is None else names[bias]
+    arch, sms = select.arch_of(device), select.gpu_of(device)[1]
+    return select.grouped_gemm_spec(arch, sms, experts, tokens, n, names[out_dtype], bias_name, source)
+
+
+def launch_grouped_spec(
+    spec: GroupedGemmSpec, a: FP4Tensor | FP4Batch, b: FP4Tensor | FP4Batch, offsets: Tensor, bias: Tensor | None,
+    out: Output,
+) -> None:  # fmt: skip
+    """``gemm_grouped`` by this kernel."""
+    left, right = _operand(a), _operand(b)
+    d, c = out.d, out.c
+    target = d if has_tma_rows(d) else _padded_rows(d).copy_(d)  # with the rows of no expert
+    if c is not None and not begins_on_16_bytes(c):
+        c = _padded_rows(c).copy_(c)
+    outer_b = right.rows if right.per_row else 1
+    own_bias = 0 if bias is None else right.rows
+    batch = Batch(right.data.shape[0], b=right.rows * right.k, outer_b=outer_b, bias=own_bias)
+    problem = _problem(left, right, batch, ldc=0 if c is None else _row_stride(c), ldd=_row_stride(target))
+    _launch(spec, problem, left, right, bias, d=target, c=c, beta=out.beta, offsets=offsets)
     if target is not d:
         d.copy_(target)
 
@@ -174,6 +220,7 @@ def _batch(
 def _launch(
     spec: GemmSpec, problem: GemmProblem, a: _Operand, b: _Operand, bias: Tensor | None, *, d: Tensor,
     c: Tensor | None = None, beta: float = 0.0, sfd: Tensor | None = None, outer_d: Tensor | None = None,
+    offsets: Tensor | None = None,
 ) -> None:  # fmt: skip
     def address(t: Tensor | None) -> int:
         return 0 if t is None else t.data_ptr()
@@ -182,7 +229,7 @@ def _launch(
     operands = Operands(
         a=address(a.data), b=address(b.data), sfa=address(a.block_scale), sfb=address(b.block_scale), c=address(c),
         d=address(d), sfd=address(sfd), outer_a=address(a.outer_scale), outer_b=address(b.outer_scale),
-        outer_d=address(outer_d), bias=address(bias), beta=beta_bits(beta),
+        outer_d=address(outer_d), bias=address(bias), beta=beta_bits(beta), offsets=address(offsets),
     )  # fmt: skip
     gemm_plan(spec, problem, device)(torch._C._cuda_getCurrentRawStream(device), False, operands)
 

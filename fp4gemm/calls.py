@@ -399,32 +399,37 @@ def gemm(a: FP4Tensor | Tensor, b: FP4Tensor, bias: Tensor | None, out: Output, 
     engine.gemm(_activations(a), weight, bias, out, None if b.prepacked else False)
 
 
-def _grouped(w: GroupedWeight, offsets: Tensor, tokens: int) -> engine.GroupedWeights:
-    """Raises NotImplementedError on an arch without a kernel."""
-    if not on_hopper(w.device.index):
-        arch = select.arch_of(w.device.index)
-        raise NotImplementedError(f"gemm_grouped: no kernel for {arch} yet; multiply by expert with gemm")
-    return engine.GroupedWeights(_aligned(w.data, 16), w.outer_scale, offsets.contiguous(), *w.shape, tokens)
+def _grouped(w: GroupedWeight | FP4Batch, offsets: Tensor, tokens: int) -> engine.GroupedWeights:
+    data = w.prepack().data if isinstance(w, FP4Batch) else w.data
+    return engine.GroupedWeights(_aligned(data, 16), w.outer_scale, offsets.contiguous(), *w.shape, tokens)
 
 
 def gemm_grouped(
-    x: FP4Tensor | Tensor, w: GroupedWeight, offsets: Tensor, bias: Tensor | None, tokens: int, out: Output
+    x: FP4Tensor | Tensor, w: GroupedWeight | FP4Batch, offsets: Tensor, bias: Tensor | None, tokens: int, out: Output
 ) -> None:
     """The product of each expert of non-empty operands into ``out``; see ``ops.gemm_grouped``."""
-    weights = _grouped(w, offsets, tokens)
-    engine.gemm_grouped(_activations(x), weights, None if bias is None else bias.contiguous(), out)
+    bias = None if bias is None else bias.contiguous()
+    if not on_hopper(out.d.device.index):
+        blockscaled.gemm_grouped(x, w, offsets.contiguous(), bias, tokens, out)
+        return
+    engine.gemm_grouped(_activations(x), _grouped(w, offsets, tokens), bias, out)
 
 
 def quantize_gemm_grouped(
-    x: Tensor, w: GroupedWeight, offsets: Tensor, bias: Tensor | None, outer_scale: Tensor | None, tokens: int,
-    d: Tensor, options: QuantizeOptions = PLAIN,
+    x: Tensor, w: GroupedWeight | FP4Batch, offsets: Tensor, bias: Tensor | None, outer_scale: Tensor | None,
+    tokens: int, d: Tensor, options: QuantizeOptions = PLAIN,
 ) -> None:  # fmt: skip
     """The values of x, quantized, times the weight of their expert into ``d``; see ``ops.quantize_gemm_grouped``."""
-    weights = _grouped(w, offsets, tokens)
     per_tensor = outer_scale is not None and outer_scale.dim() == 0
+    if not on_hopper(x.device.index):
+        codes = quantize(x, per_tensor, "128x4", _FUSED_CONVENTION, outer_scale, None, options)
+        left = FP4Tensor(*codes[:3], (x.shape[0], w.k), codes.sf_layout)
+        gemm_grouped(left, w, offsets, bias, tokens, Output(d, None, 0.0))
+        return
+    weights = _grouped(w, offsets, tokens)
     values, outer = quantize_values(x, per_tensor, _FUSED_CONVENTION, outer_scale, options)
     bias = None if bias is None else bias.contiguous()
-    engine.gemm_grouped(Activations(values, outer), weights, bias, Output(d, None, 0.0), True)
+    engine.gemm_grouped(Activations(values, outer), weights, bias, Output(d, None, 0.0), not isinstance(w, FP4Batch))
 
 
 def bmm(a: FP4Batch, b: FP4Batch, bias: Tensor | None, out: Output, activation: str | None) -> None:

@@ -13,14 +13,14 @@ from fp4gemm.grouped import GroupedWeight
 from fp4gemm.quantize_ops import run
 from fp4gemm.reference.arguments import QuantizeArguments, check_float, check_quantize
 from fp4gemm.reference.grouped import check_grouped, check_rest, check_weight
-from fp4gemm.tensor import FP4Tensor
+from fp4gemm.tensor import FP4Batch, FP4Tensor
 
 _LAYOUT, _CONVENTION = "linear", "te_per_token"  # of activations between the quantizer and the products
 
 
 def gemm_grouped(
     x: FP4Tensor | Tensor,
-    w: GroupedWeight,
+    w: GroupedWeight | FP4Batch,
     offsets: Tensor,
     bias: Tensor | None = None,
     *,
@@ -32,13 +32,14 @@ def gemm_grouped(
 ) -> Tensor:
     """D [T, N]: rows offsets[e] to offsets[e + 1] of ``x`` [T, K] times the weight of expert e, in one launch.
 
-    Each row is a row of ``gemm(x, w.expert(e), bias[e], ...)``. The device reads ``offsets``: nothing waits for them,
+    Each row is a row of ``gemm(x, w_e, bias[e], ...)``. The device reads ``offsets``: nothing waits for them,
     and a captured graph follows what stands there when it is replayed. On CUDA nobody checks them: values are clamped
     to 0..T, and an expert whose rows would end before they begin has none. Rows of no expert are not written.
 
     Args:
-        x: bf16 or fp16 activations, or NVFP4, sorted by expert.
-        w: weights of E experts: see :func:`fp4gemm.stack_weights`.
+        x: bf16 or fp16 activations, or NVFP4, sorted by expert; on Blackwell NVFP4.
+        w: weights of E experts: on Hopper best what :func:`fp4gemm.stack_weights` makes, on Blackwell an
+            :class:`fp4gemm.FP4Batch` [E, N, K].
         offsets: int64 [E + 1], not decreasing, from 0 to T; on the device of ``x``.
         bias: [E, N], bf16, fp16 or fp32.
         out_dtype: bf16, fp16 or fp32; default: that of ``out``, of plain activations, else bf16.
@@ -54,15 +55,16 @@ def gemm_grouped(
         NotImplementedError: the operands are on a CUDA device for which there is no kernel.
     """
     dtype = check_grouped(x, w, offsets, bias, out_dtype, c, out, tokens)
+    w = _prepacked(w)
     x = x.unpack() if isinstance(x, FP4Tensor) else x
     flat = (x, None, None, "") if isinstance(x, Tensor) else (x.data, x.block_scale, x.outer_scale, x.sf_layout)
     source, _, outer, _ = flat
-    tokens = tokens or mean_tokens(source.shape[0], w.experts)
+    tokens = tokens or mean_tokens(source.shape[0], w.shape[0])
     if direct(source, outer, w.outer_scale, bias, c, out):
         d = source.new_empty((source.shape[0], w.rows), dtype=dtype) if out is None else out
         _multiply(x, w, offsets, bias, c, beta, tokens, d)
         return d
-    operands = (*flat, w.data, w.outer_scale, *w.shape[1:], offsets, bias, c, 0.0 if c is None else beta, tokens)
+    operands = (*flat, *_flat(w), offsets, bias, c, 0.0 if c is None else beta, tokens)
     if out is None:
         result: Tensor = torch.ops.fp4gemm.gemm_grouped(*operands, dtype)
         return result
@@ -72,7 +74,7 @@ def gemm_grouped(
 
 def quantize_gemm_grouped(
     x: Tensor,
-    w: GroupedWeight,
+    w: GroupedWeight | FP4Batch,
     offsets: Tensor,
     bias: Tensor | None = None,
     *,
@@ -89,6 +91,7 @@ def quantize_gemm_grouped(
     :func:`gemm_grouped`; ``out_dtype`` is by default the dtype of ``x``.
     """
     check_weight(w)
+    w = _prepacked(w)
     args = check_quantize(x, sf_layout=_LAYOUT, outer_scale=outer_scale, producer=producer)
     check_float("x.dtype", x.dtype)
     if args.shape[1] != w.k:
@@ -99,11 +102,11 @@ def quantize_gemm_grouped(
     if x.device != w.device:
         raise ValueError(f"w: expected device {x.device} (that of x), got {w.device}")
     check_rest(w, offsets, bias, out_dtype, tokens)
-    dtype, tokens = out_dtype or x.dtype, tokens or mean_tokens(x.shape[0], w.experts)
+    dtype, tokens = out_dtype or x.dtype, tokens or mean_tokens(x.shape[0], w.shape[0])
     if direct(x, w.outer_scale, bias, args.outer_scale):
         return _quantize_multiply(args, w, offsets, bias, tokens, dtype)
     result: Tensor = torch.ops.fp4gemm.quantize_gemm_grouped(
-        x, w.data, w.outer_scale, *w.shape[1:], offsets, bias, args.outer_scale, producer, tokens, dtype
+        x, *_flat(w), offsets, bias, args.outer_scale, producer, tokens, dtype
     )
     return result
 
@@ -113,9 +116,14 @@ def mean_tokens(total: int, experts: int) -> int:
     return max(1, -(-total // experts))
 
 
+def _prepacked(w: GroupedWeight | FP4Batch) -> GroupedWeight | FP4Batch:
+    """A prepacked batch as what it is beside its name."""
+    return GroupedWeight(w.data, w.outer_scale, w.shape) if isinstance(w, FP4Batch) and w.prepacked else w
+
+
 def _multiply(
-    x: FP4Tensor | Tensor, w: GroupedWeight, offsets: Tensor, bias: Tensor | None, c: Tensor | None, beta: float,
-    tokens: int, d: Tensor,
+    x: FP4Tensor | Tensor, w: GroupedWeight | FP4Batch, offsets: Tensor, bias: Tensor | None, c: Tensor | None,
+    beta: float, tokens: int, d: Tensor,
 ) -> None:  # fmt: skip
     """D into ``d``."""
     if d.is_cuda and d.numel() > 0 and w.k > 0:
@@ -125,8 +133,9 @@ def _multiply(
 
 
 def _quantize_multiply(
-    args: QuantizeArguments, w: GroupedWeight, offsets: Tensor, bias: Tensor | None, tokens: int, dtype: torch.dtype
-) -> Tensor:
+    args: QuantizeArguments, w: GroupedWeight | FP4Batch, offsets: Tensor, bias: Tensor | None, tokens: int,
+    dtype: torch.dtype,
+) -> Tensor:  # fmt: skip
     x = args.source
     d = x.new_empty((x.shape[0], w.rows), dtype=dtype)
     if on_kernels(x) and d.numel() > 0:
@@ -144,51 +153,67 @@ def _operand(
     return FP4Tensor(data, block_scale, outer_scale, (data.shape[0], k), sf_layout)
 
 
-def _weight(data: Tensor, outer_scale: Tensor, n: int, k: int) -> GroupedWeight:
-    return GroupedWeight(data, outer_scale, (data.shape[0], n, k))
+def _flat(w: GroupedWeight | FP4Batch) -> tuple[Tensor, Tensor | None, Tensor, str, int, int]:
+    """A weight as a custom op passes it: without block scales where it is prepacked."""
+    scales, layout = (w.block_scale, w.sf_layout) if isinstance(w, FP4Batch) else (None, "")
+    return w.data, scales, w.outer_scale, layout, w.rows, w.k
+
+
+def _weight(
+    data: Tensor, block_scale: Tensor | None, outer_scale: Tensor, sf_layout: str, n: int, k: int
+) -> GroupedWeight | FP4Batch:
+    shape = data.shape[0], n, k
+    if block_scale is None:
+        return GroupedWeight(data, outer_scale, shape)
+    return FP4Batch(data, block_scale, outer_scale, shape, sf_layout)
 
 
 def _gemm_grouped(
     x: Tensor, x_block_scale: Tensor | None, x_outer_scale: Tensor | None, x_layout: str,
-    w: Tensor, w_outer_scale: Tensor, n: int, k: int, offsets: Tensor, bias: Tensor | None, c: Tensor | None,
-    beta: float, tokens: int, out_dtype: torch.dtype,
+    w: Tensor, w_block_scale: Tensor | None, w_outer_scale: Tensor, w_layout: str, n: int, k: int, offsets: Tensor,
+    bias: Tensor | None, c: Tensor | None, beta: float, tokens: int, out_dtype: torch.dtype,
 ) -> Tensor:  # fmt: skip
     d = x.new_empty((x.shape[0], n), dtype=out_dtype)
     activations = x, x_block_scale, x_outer_scale, x_layout
-    _gemm_grouped_out(d, *activations, w, w_outer_scale, n, k, offsets, bias, c, beta, tokens)
+    weights = w, w_block_scale, w_outer_scale, w_layout
+    _gemm_grouped_out(d, *activations, *weights, n, k, offsets, bias, c, beta, tokens)
     return d
 
 
 def _gemm_grouped_out(
     out: Tensor, x: Tensor, x_block_scale: Tensor | None, x_outer_scale: Tensor | None, x_layout: str,
-    w: Tensor, w_outer_scale: Tensor, n: int, k: int, offsets: Tensor, bias: Tensor | None, c: Tensor | None,
-    beta: float, tokens: int,
+    w: Tensor, w_block_scale: Tensor | None, w_outer_scale: Tensor, w_layout: str, n: int, k: int, offsets: Tensor,
+    bias: Tensor | None, c: Tensor | None, beta: float, tokens: int,
 ) -> None:  # fmt: skip
     activations = _operand(x, x_block_scale, x_outer_scale, x_layout, k)
-    _multiply(activations, _weight(w, w_outer_scale, n, k), offsets, bias, c, beta, tokens, out)
+    weights = _weight(w, w_block_scale, w_outer_scale, w_layout, n, k)
+    _multiply(activations, weights, offsets, bias, c, beta, tokens, out)
 
 
 def _quantize_gemm_grouped(
-    x: Tensor, w: Tensor, w_outer_scale: Tensor, n: int, k: int, offsets: Tensor, bias: Tensor | None,
-    outer_scale: Tensor | None, producer: str | None, tokens: int, out_dtype: torch.dtype,
+    x: Tensor, w: Tensor, w_block_scale: Tensor | None, w_outer_scale: Tensor, w_layout: str, n: int, k: int,
+    offsets: Tensor, bias: Tensor | None, outer_scale: Tensor | None, producer: str | None, tokens: int,
+    out_dtype: torch.dtype,
 ) -> Tensor:  # fmt: skip
     options = PLAIN if producer is None else QuantizeOptions(producer=producer)
     per_tensor = outer_scale is not None and outer_scale.dim() == 0
     args = QuantizeArguments(x, per_tensor, _LAYOUT, _CONVENTION, (1, BLOCK), outer_scale, options=options)
-    return _quantize_multiply(args, _weight(w, w_outer_scale, n, k), offsets, bias, tokens, out_dtype)
+    weights = _weight(w, w_block_scale, w_outer_scale, w_layout, n, k)
+    return _quantize_multiply(args, weights, offsets, bias, tokens, out_dtype)
 
 
 def _fake_gemm_grouped(
     x: Tensor, x_block_scale: Tensor | None, x_outer_scale: Tensor | None, x_layout: str,
-    w: Tensor, w_outer_scale: Tensor, n: int, k: int, offsets: Tensor, bias: Tensor | None, c: Tensor | None,
-    beta: float, tokens: int, out_dtype: torch.dtype,
+    w: Tensor, w_block_scale: Tensor | None, w_outer_scale: Tensor, w_layout: str, n: int, k: int, offsets: Tensor,
+    bias: Tensor | None, c: Tensor | None, beta: float, tokens: int, out_dtype: torch.dtype,
 ) -> Tensor:  # fmt: skip
     return x.new_empty((x.shape[0], n), dtype=out_dtype)
 
 
 def _fake_quantize_gemm_grouped(
-    x: Tensor, w: Tensor, w_outer_scale: Tensor, n: int, k: int, offsets: Tensor, bias: Tensor | None,
-    outer_scale: Tensor | None, producer: str | None, tokens: int, out_dtype: torch.dtype,
+    x: Tensor, w: Tensor, w_block_scale: Tensor | None, w_outer_scale: Tensor, w_layout: str, n: int, k: int,
+    offsets: Tensor, bias: Tensor | None, outer_scale: Tensor | None, producer: str | None, tokens: int,
+    out_dtype: torch.dtype,
 ) -> Tensor:  # fmt: skip
     return x.new_empty((x.shape[0], n), dtype=out_dtype)
 

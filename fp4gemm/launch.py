@@ -18,13 +18,13 @@ from fp4gemm.load import DriverError, Kernel, bind_context, check, load
 from fp4gemm.spec import GemmSpec, KernelSpec, PackedCollectiveSpec
 from fp4gemm.tensor_map import SIZE, address_word, find_requests
 
-# The structs of templates/include/fp4gemm/{quantize,dequantize,pack,gemm}.hpp: keep both alike.
+# The structs of templates/include/fp4gemm/{quantize,dequantize,pack,gemm,grouped}.hpp: keep both alike.
 QUANTIZE_ARGUMENTS = struct.Struct("<5Q4q4i4QIi")
 NORM_ARGUMENTS = struct.Struct(QUANTIZE_ARGUMENTS.format + "3Qqf4x")
 AMAX_ARGUMENTS = struct.Struct("<2Q2q2i")
 DEQUANTIZE_ARGUMENTS = struct.Struct("<4QI2i4x")
 PACK_ARGUMENTS = struct.Struct("<3Q2q2i")
-GEMM_ARGUMENTS = struct.Struct("<12Q13q8i")
+GEMM_ARGUMENTS = struct.Struct("<12Q13q8iQ")  # GroupedArguments, of which other kernels read all but the offsets
 
 
 @cache
@@ -162,7 +162,10 @@ class GemmProblem:
 
 
 class Operands(NamedTuple):
-    """What a launch writes into Params: addresses, 0 for what the kernel has not, and the bits of beta (float64)."""
+    """What a launch writes into Params: addresses, 0 for what the kernel has not, and the bits of beta (float64).
+
+    ``offsets``: of a grouped product, the first row of each expert and the end of the last one's.
+    """
 
     a: int
     b: int
@@ -176,6 +179,7 @@ class Operands(NamedTuple):
     outer_d: int
     bias: int
     beta: int
+    offsets: int = 0
 
 
 OPERANDS = Operands._fields
@@ -246,11 +250,11 @@ class _ParamsMaker:
         if size > self._BUFFER_BYTES:
             raise DriverError(f"{kernel.spec.name}: Params of {size} bytes, expected at most {self._BUFFER_BYTES}")
         p, (members, *batch) = problem, problem.batch
-        addresses = [_stand_in(i) for i in range(len(OPERANDS))]
+        *addresses, offsets = (_stand_in(i) for i in range(len(OPERANDS)))
         arguments, host = ctypes.create_string_buffer(GEMM_ARGUMENTS.size), ctypes.create_string_buffer(size)
         strides, flags = (p.lda, p.ldb, p.ldc, p.ldd), (p.outer_a_per_row, p.outer_b_per_row, p.outer_d_per_row)
         GEMM_ARGUMENTS.pack_into(
-            arguments, 0, *addresses, *strides, *batch, p.m, p.n, p.k, members, self._sms, *flags
+            arguments, 0, *addresses, *strides, *batch, p.m, p.n, p.k, members, self._sms, *flags, offsets
         )  # fmt: skip
         pointer = ctypes.c_uint64(int(self._buffer))
         pointers = (ctypes.c_void_p * 2)(ctypes.addressof(arguments), ctypes.addressof(pointer))

@@ -14,6 +14,7 @@ from fp4gemm.spec import (
     AmaxSpec,
     DequantizeSpec,
     GemmSpec,
+    GroupedGemmSpec,
     GroupSpec,
     GroupSumsSpec,
     KernelSpec,
@@ -27,6 +28,7 @@ from fp4gemm.spec import (
     TileQuantizeSpec,
     check,
 )
+from fp4gemm.spec.gemm import GROUPED_TILES
 
 DTYPE_NAMES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
 INPUT_NAMES = {**DTYPE_NAMES, torch.float8_e4m3fn: "e4m3"}  # what quantizers read
@@ -439,13 +441,29 @@ def gemm_spec(
     return min(possible, key=lambda choice: _estimate(choice[1].tile, choice[0], rows, columns, sms, members))[1]
 
 
+def grouped_gemm_spec(
+    arch: str, sms: int, experts: int, tokens: int, n: int, out_dtype: str, bias: str | None, source: bool
+) -> GroupedGemmSpec:
+    """The block-scaled GEMM of ``experts`` weights of n rows with about so many ``tokens`` each, on Blackwell: the one
+    that ``gemm_spec`` would take for a batch of them, by its estimate."""
+    specs = _grouped_gemms(arch, out_dtype, bias, out_dtype if source else None)
+    costs = {tile: cost for tile, _, cost in _SM100_CHOICES}
+    possible = (spec for spec in specs if check(spec) is None)
+    return min(possible, key=lambda spec: _estimate(spec.tile, costs.get(spec.tile, 1), tokens, n, sms, experts))
+
+
+def _grouped_gemms(arch: str, out_dtype: str, bias: str | None, source: str | None) -> list[GroupedGemmSpec]:
+    schedule = "static" if arch == "sm_100a" else "cooperative"
+    return [GroupedGemmSpec(arch, out_dtype, bias, tile, (1, 1), schedule, source) for tile in GROUPED_TILES[arch]]
+
+
 def _plain_gemms(arch: str) -> list[KernelSpec]:
-    """Every block-scaled GEMM that bf16 results without bias may get."""
+    """Every block-scaled GEMM that bf16 results without bias may get, of groups too."""
     if arch == "sm_100a":
         chosen = [(tile, cluster, "static") for tile, cluster, _ in _SM100_CHOICES]
     else:
         chosen = [(tile, (1, 1), "cooperative") for tile in ((128, 128, 128), (256, 128, 128))]
-    return [GemmSpec(arch, "bf16", None, *each) for each in chosen]
+    return [*(GemmSpec(arch, "bf16", None, *each) for each in chosen), *_grouped_gemms(arch, "bf16", None, None)]
 
 
 def _estimate(tile: tuple[int, int, int], cost: int, rows: int, columns: int, sms: int, members: int) -> int:

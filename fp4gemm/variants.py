@@ -10,6 +10,7 @@ from fp4gemm.spec import (
     AmaxSpec,
     DequantizeSpec,
     GemmSpec,
+    GroupedGemmSpec,
     GroupSpec,
     GroupSumsSpec,
     KernelSpec,
@@ -116,6 +117,7 @@ def _sm100_gemms() -> list[KernelSpec]:
         GemmSpec(arch, "bf16", "fp16", (256, 128, 256), (2, 1), "static", source="bf16", column_major=True),
         GemmSpec(*bf16, (256, 256, 256), (4, 2), "clc", activation="relu"),
         GemmSpec(arch, "fp4", None, (256, 256, 256), (2, 1), "static", activation="relu", sf_layout="linear"),
+        GroupedGemmSpec(*bf16, (128, 128, 256), (1, 1), "static"),
     ]
 
 
@@ -129,6 +131,7 @@ def _sm120_gemms() -> list[KernelSpec]:
         GemmSpec(*bf16, (128, 128, 128), (1, 1), "pingpong", activation="silu"),
         GemmSpec(arch, "fp4", None, (128, 128, 256), (1, 1), "pingpong", activation="relu", sf_layout="128x4"),
         GemmSpec(arch, "fp4", "bf16", (128, 128, 128), (1, 1), "cooperative", sf_layout="linear"),
+        GroupedGemmSpec(*bf16, (128, 128, 128), (1, 1), "cooperative"),
     ]
 
 

@@ -7,15 +7,15 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from fp4gemm.grouped import GroupedWeight
+from fp4gemm.grouped import MAX_EXPERTS, GroupedWeight
 from fp4gemm.reference.arguments import ACTIVATIONS, check_float, check_output
 from fp4gemm.reference.matmul import gemm
-from fp4gemm.tensor import FP4Tensor
+from fp4gemm.tensor import FP4Batch, FP4Tensor
 
 
 def check_grouped(
-    x: FP4Tensor | Tensor, w: GroupedWeight, offsets: Tensor, bias: Tensor | None, out_dtype: torch.dtype | None,
-    c: Tensor | None = None, out: Tensor | None = None, tokens: int | None = None,
+    x: FP4Tensor | Tensor, w: GroupedWeight | FP4Batch, offsets: Tensor, bias: Tensor | None,
+    out_dtype: torch.dtype | None, c: Tensor | None = None, out: Tensor | None = None, tokens: int | None = None,
 ) -> torch.dtype:  # fmt: skip
     """Checks x [T, K], offsets [E + 1], bias [E, N], c and out [T, N] of ``gemm_grouped``; returns the dtype of D.
 
@@ -41,17 +41,21 @@ def check_grouped(
     return dtype
 
 
-def check_weight(w: GroupedWeight) -> None:
-    """Raises TypeError unless ``w`` is a GroupedWeight."""
-    if not isinstance(w, GroupedWeight):
-        raise TypeError(f"w: expected a GroupedWeight, as stack_weights makes it, got {type(w).__name__}")
+def check_weight(w: GroupedWeight | FP4Batch) -> None:
+    """Raises TypeError unless ``w`` is a GroupedWeight or an FP4Batch, ValueError where that has too many members."""
+    if not isinstance(w, (GroupedWeight, FP4Batch)):
+        raise TypeError(
+            f"w: expected a GroupedWeight, as stack_weights makes it, or an FP4Batch, got {type(w).__name__}"
+        )
+    if w.shape[0] > MAX_EXPERTS:
+        raise ValueError(f"w: expected at most {MAX_EXPERTS} experts, got {w.shape[0]}")
 
 
 def check_rest(
-    w: GroupedWeight, offsets: Tensor, bias: Tensor | None, out_dtype: torch.dtype | None, tokens: int | None
+    w: GroupedWeight | FP4Batch, offsets: Tensor, bias: Tensor | None, out_dtype: torch.dtype | None, tokens: int | None
 ) -> None:
     """What all grouped calls have beside x and w. Raises TypeError or ValueError."""
-    for name, t, shape in (("offsets", offsets, (w.experts + 1,)), ("bias", bias, (w.experts, w.rows))):
+    for name, t, shape in (("offsets", offsets, (w.shape[0] + 1,)), ("bias", bias, w.shape[:2])):
         if t is None and name == "bias":
             continue
         if not isinstance(t, Tensor):
@@ -80,7 +84,7 @@ def members(offsets: Tensor, total: int) -> list[slice]:
 
 @torch.no_grad()
 def gemm_grouped(
-    x: FP4Tensor | Tensor, w: GroupedWeight, offsets: Tensor, bias: Tensor | None = None,
+    x: FP4Tensor | Tensor, w: GroupedWeight | FP4Batch, offsets: Tensor, bias: Tensor | None = None,
     out_dtype: torch.dtype | None = None, *, c: Tensor | None = None, beta: float = 1.0, out: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     """``reference.gemm`` of the rows of each expert; see ``fp4gemm.gemm_grouped``. Rows of no expert are 0 without
@@ -90,8 +94,12 @@ def gemm_grouped(
     d = x_tensor(x).new_zeros((x.shape[0], w.rows), dtype=dtype) if out is None else out
     for e, rows in enumerate(members(offsets, x.shape[0])):
         bias_e, c_e = (None if bias is None else bias[e]), (None if c is None else c[rows])
-        d[rows] = gemm(take_rows(x, rows), w.expert(e), bias_e, dtype, c=c_e, beta=beta)
+        d[rows] = gemm(take_rows(x, rows), expert(w, e), bias_e, dtype, c=c_e, beta=beta)
     return d
+
+
+def expert(w: GroupedWeight | FP4Batch, index: int) -> FP4Tensor:
+    return w[index] if isinstance(w, FP4Batch) else w.expert(index)
 
 
 def x_tensor(x: FP4Tensor | Tensor) -> Tensor:

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from fp4gemm.formats import SF_LAYOUTS
 from fp4gemm.spec.common import ARCHS, DTYPES, INPUT_DTYPES, unknown
-from fp4gemm.spec.gemm import ACTIVATIONS, GemmSpec
+from fp4gemm.spec.gemm import ACTIVATIONS, GemmSpec, GroupedGemmSpec
 from fp4gemm.spec.group import GroupSpec, GroupSumsSpec
 from fp4gemm.spec.packed import (
     SM90_SHARED_BYTES,
@@ -43,6 +43,7 @@ __all__ = [
     "GemmSpec",
     "GroupSpec",
     "GroupSumsSpec",
+    "GroupedGemmSpec",
     "KernelSpec",
     "PackSpec",
     "PackedCollectiveSpec",

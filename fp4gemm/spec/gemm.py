@@ -15,6 +15,10 @@ _Tile = tuple[int, int, int]
 SM100_TILES = ((128, 64, 256), (128, 128, 256), (128, 192, 256), (128, 256, 256), (256, 128, 256), (256, 256, 256))
 SM100_CLUSTERS = ((1, 1), (2, 1), (2, 2), (4, 2))
 SM100_SCHEDULES = ("static", "clc")
+GROUPED_TILES = {
+    "sm_100a": ((128, 128, 256), (128, 256, 256)),
+    "sm_120a": ((128, 128, 128),),
+}
 SM120_TILES: dict[str, tuple[_Tile, ...]] = {
     "cooperative": ((128, 128, 128), (256, 128, 128), (128, 128, 256)),
     "pingpong": ((128, 128, 128), (128, 128, 256)),  # a warpgroup has no registers for 256 x 128 sums
@@ -110,3 +114,26 @@ class GemmSpec:
         if self.source is not None or self.column_major:
             return "source, column_major: expected neither for an fp4 D"
         return None
+
+
+@dataclass(frozen=True)
+class GroupedGemmSpec(GemmSpec):
+    """The same for rows of A and D that are sorted by expert, each of which has a B: one launch, which reads on the
+    device where an expert's rows begin (grouped.hpp). A CTA has a tile of 128 rows; D is row-major."""
+
+    template: ClassVar[str] = "gemm_grouped.cu.jinja"
+
+    @property
+    def name(self) -> str:
+        return f"{super().name}_grouped"
+
+    def why_not(self) -> str | None:
+        tiles = GROUPED_TILES.get(self.arch, ())
+        if self.arch in GROUPED_TILES and self.tile not in tiles:
+            return f"tile of a grouped GEMM: got {self.tile}, expected one of {', '.join(map(str, tiles))}"
+        if self.cluster != (1, 1) or self.schedule not in ("static", "cooperative"):
+            got = f"{self.cluster}, {self.schedule!r}"
+            return f"cluster, schedule of a grouped GEMM: got {got}, expected (1, 1), static or cooperative"
+        if self.out_dtype == "fp4" or self.column_major or self.activation is not None:
+            return "out_dtype, column_major, activation of a grouped GEMM: expected a row-major D that is none of these"
+        return super().why_not()

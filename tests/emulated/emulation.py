@@ -21,7 +21,7 @@ from fp4gemm import compile as compiler
 from fp4gemm.cache import Entry
 from fp4gemm.engine import Output
 from fp4gemm.select import DTYPE_NAMES
-from fp4gemm.spec import GemmSpec
+from fp4gemm.spec import GemmSpec, GroupedGemmSpec
 from fp4gemm.tensor import FP4Batch, FP4Tensor
 
 DTYPES = {name: dtype for dtype, name in DTYPE_NAMES.items()}
@@ -151,7 +151,7 @@ def check_faults(kernel: load.Kernel, what: str) -> None:
 
 
 @contextmanager
-def _launched_as(spec: GemmSpec, sms: int | None, clusters: int | None) -> Iterator[None]:
+def launched_as(spec: GemmSpec, sms: int | None = None, clusters: int | None = None) -> Iterator[None]:
     """Launches inside are emulated, are over at the end, and the emulator had nothing to say about them."""
     with emulate(spec.arch):
         kernel = load.load(spec)
@@ -200,7 +200,7 @@ def run(
     guarded = torch.full(shape, float("nan"), dtype=DTYPES[spec.out_dtype], device=a.data.device)
     d = guarded[..., 1 : rows + 1, :columns]
     d = d.mT if spec.column_major else d
-    with _launched_as(spec, sms, clusters):
+    with launched_as(spec, sms, clusters):
         blockscaled.launch_spec(spec, a, b, bias, Output(d, c, beta))
     outside = guarded.clone()
     outside[..., 1 : rows + 1, :columns] = float("nan")
@@ -214,11 +214,27 @@ def run_fp4(
 ) -> FP4Tensor | FP4Batch:  # fmt: skip
     """The same for a D in NVFP4."""
     assert spec.sf_layout is not None
-    with _launched_as(spec, sms, clusters):
+    with launched_as(spec, sms, clusters):
         data, scales = blockscaled.launch_fp4_spec(spec, a, b, bias, outer_scale)
     if isinstance(a, FP4Batch):
         return FP4Batch(data, scales, outer_scale, (len(a), a.rows, b.rows), spec.sf_layout)
     return FP4Tensor(data, scales, outer_scale, (a.rows, b.rows), spec.sf_layout)
+
+
+def run_grouped(
+    spec: GroupedGemmSpec, a: FP4Tensor, b: FP4Batch, offsets: torch.Tensor, bias: torch.Tensor | None = None,
+    c: torch.Tensor | None = None, beta: float = 0.0, *, sms: int | None = None,
+) -> torch.Tensor:  # fmt: skip
+    """D of a grouped kernel, NaN where it wrote nothing; beside D's columns is checked to be left alone."""
+    leading = -(-b.rows // 16) * 16 + 16
+    guarded = torch.full((a.rows + 2, leading), float("nan"), dtype=DTYPES[spec.out_dtype], device=a.data.device)
+    d = guarded[1 : a.rows + 1, : b.rows]
+    with launched_as(spec, sms):
+        blockscaled.launch_grouped_spec(spec, a, b, offsets, bias, Output(d, c, beta))
+    outside = guarded.clone()
+    outside[1 : a.rows + 1, : b.rows] = float("nan")
+    assert bool(outside.isnan().all()), f"{spec.name} {a.shape} {b.shape}: wrote outside D"
+    return d
 
 
 @contextmanager

@@ -16,12 +16,12 @@ sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[2])]
 
 import emulation  # noqa: E402 - the line above must come first
 from mutations import MUTATIONS, Mutation  # noqa: E402
-from specs import API, SPECS  # noqa: E402
+from specs import API, GROUPED, SPECS  # noqa: E402
 
 from fp4gemm import builder, cache  # noqa: E402
 from fp4gemm.spec import GemmSpec  # noqa: E402
 
-KERNELS: list[Any] = [*SPECS, *API, *MUTATIONS]
+KERNELS: list[Any] = [*SPECS, *API, *GROUPED, *MUTATIONS]
 
 
 def build(kernel: GemmSpec | Mutation) -> dict[str, Any]:

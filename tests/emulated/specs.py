@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from fp4gemm.spec import GemmSpec
+from fp4gemm.spec import GemmSpec, GroupedGemmSpec
 from fp4gemm.variants import default_variants
 
-VARIANTS = [spec for spec in default_variants(("sm_100a", "sm_120a")) if isinstance(spec, GemmSpec)]
+_BLOCK_SCALED = [spec for spec in default_variants(("sm_100a", "sm_120a")) if isinstance(spec, GemmSpec)]
+VARIANTS = [spec for spec in _BLOCK_SCALED if not isinstance(spec, GroupedGemmSpec)]
 
 
 def _sm100(
@@ -45,6 +46,22 @@ EXTRA = [
     _sm120((128, 128, 128), "cooperative", "fp4", activation="relu", sf_layout="128x4"),
 ]
 SPECS = [*VARIANTS, *EXTRA]
+
+
+def _grouped(arch: str, columns: int, out: str, bias: str | None = None, source: str | None = None) -> GroupedGemmSpec:
+    k, schedule = (256, "static") if arch == "sm_100a" else (128, "cooperative")
+    return GroupedGemmSpec(arch, out, bias, (128, columns, k), (1, 1), schedule, source)
+
+
+# Each tile with a source and without, and each dtype: a thread stores the rows of a tile on the border itself.
+GROUPED = [
+    *(spec for spec in _BLOCK_SCALED if isinstance(spec, GroupedGemmSpec)),
+    _grouped("sm_100a", 128, "fp32", "bf16", source="fp32"),
+    _grouped("sm_100a", 256, "bf16"),
+    _grouped("sm_100a", 256, "fp16", "fp16", source="fp16"),
+    _grouped("sm_120a", 128, "fp32", "bf16", source="fp32"),
+    _grouped("sm_120a", 128, "fp16", "fp32"),
+]
 
 # What test_blackwell_api_gpu.py launches beside those: what select takes for its calls.
 _EVERYTHING = {"source": "fp32", "activation": "relu", "column_major": True}

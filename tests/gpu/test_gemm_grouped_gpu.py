@@ -125,6 +125,16 @@ def test_many_rounds_give_the_same_bits_every_time(config: tuple[int, ...], cuda
 # --- the public calls -------------------------------------------------------------------------------------------------
 
 
+def test_a_batch_of_weights_is_packed_on_the_way(device: torch.device) -> None:
+    plain, w = weights(3, 72, 80, True, device)
+    batch, offsets = fp4gemm.FP4Batch.stack(plain), offsets_of((5, 0, 140), device)
+    x = cases.exact_activations(145, 80, torch.bfloat16, 3).to(device)
+    for function in (fp4gemm.gemm_grouped, fp4gemm.quantize_gemm_grouped):
+        want = function(x, w, offsets)
+        cases.assert_same_bits(function(x, batch, offsets), want, f"{function.__name__}, packed on the way")
+        cases.assert_same_bits(function(x, batch.prepack(), offsets), want, f"{function.__name__}, packed before")
+
+
 @pytest.mark.parametrize("tokens", [None, 1, 16, 32, 64, 128, 1000])
 @pytest.mark.parametrize("experts", [1, 2, 128, 1024])
 def test_random_groups(experts: int, tokens: int | None, device: torch.device) -> None:

@@ -9,7 +9,7 @@ from fp4gemm.engine import Output
 from fp4gemm.formats import scale_layout
 from fp4gemm.launch import NO_BATCH, Batch, GemmProblem, Operands, beta_bits
 from fp4gemm.reference.activation import activate
-from fp4gemm.spec import GemmSpec
+from fp4gemm.spec import GemmSpec, GroupedGemmSpec
 from fp4gemm.tensor import FP4Batch, FP4Tensor
 
 ARCHS = ("sm_100a", "sm_120a")
@@ -150,6 +150,64 @@ def test_a_launch_of_a_batch_says_how_far_members_are_apart(plans):
     assert problems[2].batch == Batch(3, 48 * 96, 64 * 96, d=48 * 64, sfd=48 * 4, outer_a=48, outer_b=1, outer_d=48)
     assert problems[3].batch == problems[2].batch._replace(outer_d=1)
     assert [p.outer_d_per_row for p in problems] == [False, False, True, False]
+
+
+def test_a_grouped_launch_says_what_experts_share(plans):
+    spec = GroupedGemmSpec("sm_120a", "fp32", "fp32", (128, 128, 128), (1, 1), "cooperative", source="fp32")
+    x, _ = problem(48, 8, 96)
+    _, w = batches(8, 64, 96)
+    offsets, bias, d, c = torch.tensor([0, 3, 3, 48]), torch.ones(3, 64), torch.empty(48, 64), torch.ones(48, 64)
+    blockscaled.launch_grouped_spec(spec, x, w, offsets, bias, Output(d, c, 0.5))
+    ((_, asked, _, _, operands),) = plans
+    assert asked == GemmProblem(48, 64, 96, 96, 96, 64, 64, True, False, batch=Batch(3, b=64 * 96, outer_b=1, bias=64))
+    named = {"a": x.data, "b": w.data, "sfa": x.block_scale, "sfb": w.block_scale, "c": c, "d": d, "bias": bias}
+    named |= {"offsets": offsets, "outer_a": x.outer_scale, "outer_b": w.outer_scale}
+    assert operands._asdict() == dict.fromkeys(Operands._fields, 0) | {
+        "beta": beta_bits(0.5),
+        **{name: t.data_ptr() for name, t in named.items()},
+    }
+
+
+def grouped_kernel(spec, problem, a, b, bias, *, d, c=None, beta=0.0, offsets=None):
+    """What a grouped kernel computes: the dense one on the rows of each expert."""
+    strides = problem.batch
+    assert strides == Batch(
+        len(b.data), b=b.data[0].numel() * 2, outer_b=b.rows if b.per_row else 1, bias=0 if bias is None else b.rows
+    )
+    assert (problem.m, problem.n, problem.k) == (a.rows, b.rows, a.k)
+    assert problem.ldd * d.element_size() % 16 == 0
+    assert rows_on_16_bytes(d)
+    left, right = operand(a), [
+        operand(b._replace(data=b.data[e], block_scale=b.block_scale[e], outer_scale=b.outer_scale[e]))
+        for e in range(len(b.data))
+    ]  # fmt: skip
+    result = reference.gemm_grouped(left, FP4Batch.stack(right), offsets, bias, d.dtype, c=c, beta=beta)
+    rows = slice(int(offsets[0]), int(offsets[-1]))
+    d[rows] = result[rows]
+
+
+@pytest.mark.parametrize("m, n, k", SHAPES)
+def test_grouped_products(arch, m, n, k, monkeypatch):
+    """Whatever alignment D, C and K have; rows of no expert stay."""
+    monkeypatch.setattr(blockscaled, "_launch", grouped_kernel)
+    x = fp4gemm.quantize(torch.randint(-4, 5, (m + 3, k)).float(), sf_layout="linear")
+    w = FP4Batch.stack([fp4gemm.quantize(torch.randint(-4, 5, (n, k)).float(), scaling="per_tensor") for _ in range(3)])
+    offsets, bias, c = torch.tensor([2, 2 + m // 3, 2 + m // 3, 2 + m]), torch.ones(3, n), torch.ones(m + 3, n)
+    d = torch.full((m + 3, n), -1.0)
+    want = reference.gemm_grouped(x, w, offsets, bias, torch.float32, c=c, beta=0.5, out=d.clone())
+    calls.gemm_grouped(x, w, offsets, bias, 1, Output(d, c, 0.5))
+    assert torch.equal(d, want)
+    assert bool((d[:2] == -1).all())
+    assert bool((d[2 + m :] == -1).all())
+
+
+def test_grouped_operands_that_only_hopper_reads_are_refused(arch):
+    x, w = problem(8, 64, 64)
+    out = Output(torch.empty(8, 64), None, 0.0)
+    with pytest.raises(NotImplementedError, match="w: a GroupedWeight is prepacked for Hopper"):
+        calls.gemm_grouped(x, fp4gemm.stack_weights([w]), torch.tensor([0, 8]), None, 8, out)
+    with pytest.raises(NotImplementedError, match=r"x: plain torch\.bfloat16 activations: .* quantize them"):
+        calls.gemm_grouped(torch.ones(8, 64).bfloat16(), FP4Batch.stack([w]), torch.tensor([0, 8]), None, 8, out)
 
 
 @pytest.fixture(params=ARCHS)

@@ -5,7 +5,7 @@ import torch
 from torch.utils import _pytree as pytree
 
 import fp4gemm
-from fp4gemm import GroupedWeight, reference, select
+from fp4gemm import FP4Batch, GroupedWeight, reference, select
 from fp4gemm.bench import routing
 from fp4gemm.division import SHARED_BYTES, divide
 from fp4gemm.grouped_ops import mean_tokens
@@ -92,6 +92,34 @@ def test_rows_of_no_expert_are_left_alone():
     assert bool(out[11:].isnan().all())
 
 
+@pytest.mark.parametrize("scaling", ["per_row", "per_tensor"])
+@pytest.mark.parametrize("prepacked", [False, True])
+def test_a_batch_is_a_weight_of_experts(scaling, prepacked):
+    plain, w = make(scaling)
+    batch = FP4Batch.stack(plain)
+    batch = batch.prepack() if prepacked else batch
+    x, bias = tokens(), torch.randn(E, N)
+
+    def both(x, w):
+        return fp4gemm.gemm_grouped(x, w, OFFSETS, bias), fp4gemm.quantize_gemm_grouped(x, w, OFFSETS, bias)
+
+    compiled = torch.compile(both, fullgraph=True, backend="aot_eager")
+    for of_batch, through_dispatcher, want in zip(both(x, batch), compiled(x, batch), both(x, w), strict=True):
+        assert torch.equal(of_batch, want)
+        assert torch.equal(through_dispatcher, want)
+    out = torch.zeros(20, N)
+    assert torch.equal(
+        fp4gemm.gemm_grouped(x, batch, OFFSETS, out=out), fp4gemm.gemm_grouped(x, w, OFFSETS, out_dtype=torch.float32)
+    )
+
+
+def test_a_batch_of_too_many():
+    one = fp4gemm.quantize(torch.ones(1, 16))
+    parts = (t.expand(1025, *t.shape).contiguous() for t in (one.data, one.block_scale, one.outer_scale))
+    with pytest.raises(ValueError, match="w: expected at most 1024 experts, got 1025"):
+        fp4gemm.gemm_grouped(torch.ones(1, 16).bfloat16(), FP4Batch(*parts, (1025, 1, 16)), torch.zeros(1026).long())
+
+
 WRONG = (
     (
         {"x": torch.zeros(20, K)},
@@ -99,7 +127,7 @@ WRONG = (
         "x: expected an FP4Tensor, or a bf16 or fp16 tensor, got dtype torch.float32",
     ),
     ({"x": tokens()[:, :40]}, ValueError, r"x: expected shape \[T, K\] with K = 48"),
-    ({"w": None}, TypeError, "w: expected a GroupedWeight, as stack_weights makes it, got NoneType"),
+    ({"w": None}, TypeError, "w: expected a GroupedWeight, as stack_weights makes it, or an FP4Batch, got NoneType"),
     ({"offsets": OFFSETS.int()}, TypeError, "offsets: expected dtype torch.int64, got torch.int32"),
     ({"offsets": OFFSETS[1:]}, ValueError, r"offsets: expected shape \[4\] .*, got \[3\]"),
     ({"offsets": [0, 3, 3, 20]}, TypeError, "offsets: expected a torch.Tensor, got list"),

@@ -268,6 +268,24 @@ def test_block_scaled_tiles_follow_the_shape():
     assert tile("sm_120a", 4096, 16, column_major=True) == (128, 128, 128)  # rows of D^T
 
 
+@pytest.mark.parametrize("arch", ["sm_100a", "sm_120a"])
+@pytest.mark.parametrize("out, bias, source", [("bf16", None, False), ("fp32", "bf16", True), ("fp16", "fp32", True)])
+def test_grouped_gemms_are_possible_whatever_their_terms(arch, out, bias, source):
+    for experts in (1, 8, 1024):
+        for tokens in (1, 129, 10_000):
+            spec = select.grouped_gemm_spec(arch, 148, experts, tokens, 1000, out, bias, source)
+            assert check(spec) is None
+            assert (spec.out_dtype, spec.bias, spec.source) == (out, bias, out if source else None)
+
+
+def test_grouped_tiles_follow_the_shape():
+    def tile(experts, tokens, n):
+        return select.grouped_gemm_spec("sm_100a", 148, experts, tokens, n, "bf16", None, False).tile
+
+    assert tile(8, 4096, 8192) == (128, 256, 256)
+    assert tile(8, 1, 2048) == (128, 128, 256)  # one wave of the narrower
+
+
 def test_the_prepacked_form_is_that_of_hopper():
     with pytest.raises(NotImplementedError, match="sm_120a: the prepacked form is Hopper's"):
         select.pack_spec("sm_120a", "linear", "pack")

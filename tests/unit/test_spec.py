@@ -12,6 +12,7 @@ from fp4gemm.spec import (
     AmaxSpec,
     DequantizeSpec,
     GemmSpec,
+    GroupedGemmSpec,
     PackedCollectiveSpec,
     PackedMmaSpec,
     PackedWgmmaSpec,
@@ -28,12 +29,13 @@ DEQUANTIZE = DequantizeSpec("sm_90a", "bf16", "linear", outer=True)
 PACK = PackSpec("sm_90a", "128x4", "pack")
 GEMM = GemmSpec("sm_100a", "bf16", None, (128, 128, 256), (1, 1), "static")
 GEMM120 = GemmSpec("sm_120a", "bf16", None, (128, 128, 128), (1, 1), "cooperative")
+GROUPED = GroupedGemmSpec("sm_100a", "bf16", None, (128, 256, 256), (1, 1), "static")
 FP4_GEMM = replace(GEMM, out_dtype="fp4", sf_layout="128x4")
 PACKED_MMA = PackedMmaSpec("sm_90a", "bf16", "bf16", None, False, 1, 8, 4, 2, 2, 0, 0)
 PACKED_WGMMA = PackedWgmmaSpec("sm_90a", "bf16", "bf16", None, False, 128, 2, 2, 1, 1, 1, 6)
 PACKED_GEMM = PackedCollectiveSpec("sm_90a", "bf16", "bf16", None, (128, 256, 64), (2, 1), "cooperative")
 PACKED = (PACKED_MMA, PACKED_WGMMA, PACKED_GEMM)
-ALL = (QUANTIZE, AMAX, DEQUANTIZE, GEMM, PACK, *PACKED)
+ALL = (QUANTIZE, AMAX, DEQUANTIZE, GEMM, GROUPED, PACK, *PACKED)
 
 
 def kind(value):
@@ -115,6 +117,20 @@ def test_the_examples_are_possible(good):
         (GEMM, {"activation": "tanh"}, "activation: got 'tanh', expected one of relu, gelu, silu"),
         (GEMM, {"sf_layout": "linear"}, "sf_layout of bf16: got 'linear', expected None"),
         (GEMM, {"out_dtype": "fp4"}, "sf_layout of fp4: got None, expected one of 128x4, linear"),
+        (
+            GROUPED,
+            {"tile": (256, 256, 256), "cluster": (2, 1)},
+            "tile of a grouped GEMM: got (256, 256, 256), expected",
+        ),
+        (GROUPED, {"arch": "sm_120a", "schedule": "cooperative"}, "tile of a grouped GEMM: got (128, 256, 256)"),
+        (GROUPED, {"arch": "sm_90a"}, "arch: got 'sm_90a', which has no block-scaled tensor cores"),
+        (GROUPED, {"cluster": (2, 1)}, "cluster, schedule of a grouped GEMM: got (2, 1), 'static', expected (1, 1)"),
+        (GROUPED, {"schedule": "clc"}, "cluster, schedule of a grouped GEMM: got (1, 1), 'clc', expected (1, 1)"),
+        (GROUPED, {"source": "fp16"}, "source of bf16: got 'fp16', expected None or 'bf16'"),
+        *(
+            (GROUPED, change, "out_dtype, column_major, activation of a grouped GEMM: expected a row-major D")
+            for change in ({"out_dtype": "fp4"}, {"column_major": True}, {"activation": "relu"})
+        ),
         (FP4_GEMM, {"sf_layout": "8x4"}, "sf_layout of fp4: got '8x4', expected one of 128x4, linear"),
         *(
             (FP4_GEMM, {name: value}, "source, column_major: expected neither for an fp4 D")
@@ -227,13 +243,14 @@ def test_every_default_variant_is_possible():
 def test_default_gemms_have_every_tile_cluster_schedule_and_term_once_or_more():
     for arch in ("sm_100a", "sm_120a"):
         gemms = [v for v in default_variants([arch]) if isinstance(v, GemmSpec)]
-        assert len(gemms) <= 7  # CI compiles all of them on two cores
+        assert len(gemms) <= 8  # CI compiles all of them on two cores
         assert {v.out_dtype for v in gemms} == {*spec.DTYPES, "fp4"}
         assert {v.activation for v in gemms} == {None, *spec.ACTIVATIONS}
         assert {v.sf_layout for v in gemms} == {None, "128x4", "linear"}
         assert {v.column_major for v in gemms} == {False, True}
         assert any(v.source for v in gemms)
         assert any(v.bias for v in gemms)
+        assert sum(isinstance(v, GroupedGemmSpec) for v in gemms) == 1
         if arch == "sm_100a":
             assert {v.tile for v in gemms} == set(SM100_TILES)
             assert {v.cluster for v in gemms} == set(SM100_CLUSTERS)
@@ -271,7 +288,7 @@ def test_names_are_unique_and_are_file_names():
         *((DEQUANTIZE, field, other) for field, other in
           (("arch", "sm_100a"), ("dtype", "fp32"), ("sf_layout", "8x4"), ("outer", False), ("threads", 64),
            ("units", 2))),
-        *((GEMM, field, other) for field, other in
+        *((good, field, other) for good in (GEMM, GROUPED) for field, other in
           (("arch", "sm_120a"), ("out_dtype", "fp32"), ("bias", "bf16"), ("tile", (128, 128, 64)),
            ("cluster", (2, 1)), ("schedule", "pingpong"), ("source", "bf16"), ("activation", "relu"),
            ("column_major", True), ("sf_layout", "linear"))),
