@@ -167,19 +167,12 @@ def region(document: dict[str, Any], file: str) -> str:
     )
 
 
-def newest(folder: Path) -> tuple[Path, dict[str, Any]] | None:
-    """The newest document with rows of this kind."""
-    documents = report.read_all(folder) if folder.is_dir() else []
-    return next(((p, d) for p, d in documents if any(row["bench"] == "quality" for row in d["rows"])), None)
-
-
 def render(folder: Path, page: Path) -> str | None:
     """`page` with its region rendered from the newest document; None where there is no document."""
-    found = newest(folder)
+    found = report.newest(folder, "quality")
     if found is None:
         return None
-    before, _, rest = page.read_text(encoding="utf-8").partition(BEGIN)
-    return f"{before}{BEGIN}\n{region(found[1], found[0].name)}\n{END}{rest.partition(END)[2]}"
+    return report.filled(page.read_text(encoding="utf-8"), BEGIN, END, region(found[1], found[0].name))
 
 
 def plot(rows: Sequence[Row], path: Path) -> None:
@@ -244,7 +237,8 @@ def run(options: argparse.Namespace, words: Sequence[str]) -> Path:
     model = encoder.load(encoder.model_folder(options.model), torch.device(options.device))
     environment = report.environment(options.commit)
     rows = examine(model, "\n".join(topics[key] for key in sorted(topics)), options)
-    document = report.Report("quality", " ".join(["examples/quality.py", *words]), environment, 0.0, rows).document()
+    command = report.command_line("examples/quality.py", words, ("--folder", "--page", "--commit"))
+    document = report.Report("quality", command, environment, 0.0, rows).document()
     path = report.write(document, report.free_path(options.folder, report.file_name(document)))
     print(f"\n{summary(rows)}\n\n{path}")
     return path
@@ -255,7 +249,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parse(arguments)
     if not options.render:
         run(options, sys.argv[1:] if arguments is None else arguments)
-    found = newest(options.folder)
+    found = report.newest(options.folder, "quality")
     if found is None:
         print(f"examples/quality.py: no quality rows in {options.folder}", file=sys.stderr)
         return 1

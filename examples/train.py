@@ -292,19 +292,12 @@ def region(document: dict[str, Any], file: str) -> str:
     )
 
 
-def newest(folder: Path) -> tuple[Path, dict[str, Any]] | None:
-    """The newest document with training rows."""
-    documents = report.read_all(folder) if folder.is_dir() else []
-    return next(((p, d) for p, d in documents if any(row["bench"] == "training" for row in d["rows"])), None)
-
-
 def render(folder: Path, page: Path) -> str | None:
     """`page` with its region rendered from the newest document; None where there is no document."""
-    found = newest(folder)
+    found = report.newest(folder, "training")
     if found is None:
         return None
-    before, _, rest = page.read_text(encoding="utf-8").partition(BEGIN)
-    return f"{before}{BEGIN}\n{region(found[1], found[0].name)}\n{END}{rest.partition(END)[2]}"
+    return report.filled(page.read_text(encoding="utf-8"), BEGIN, END, region(found[1], found[0].name))
 
 
 def plot(rows: Sequence[dict[str, Any]], path: Path) -> None:
@@ -370,7 +363,8 @@ def run(options: argparse.Namespace, words: Sequence[str]) -> Path:
         rows.append({"text": options.text, **row})
         print(f"{row['recipe']:32} seed {seed}: {row['train_loss']:.4f}, validation {row['val_loss']:.4f}, "
               f"{row['seconds']:.1f} s", flush=True)  # fmt: skip
-    document = report.Report("training", " ".join(["examples/train.py", *words]), environment, 0.0, rows).document()
+    command = report.command_line("examples/train.py", words, ("--folder", "--page", "--commit"))
+    document = report.Report("training", command, environment, 0.0, rows).document()
     path = report.write(document, report.free_path(options.folder, report.file_name(document)))
     print(f"\n{table(rows)}\n\n{path}")
     return path
@@ -382,7 +376,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if not options.render:
         options.folder.mkdir(parents=True, exist_ok=True)
         run(options, sys.argv[1:] if arguments is None else arguments)
-    found = newest(options.folder)
+    found = report.newest(options.folder, "training")
     if found is None:
         print(f"examples/train.py: no training rows in {options.folder}", file=sys.stderr)
         return 1

@@ -10,6 +10,7 @@ import contextlib
 import json
 import math
 import os
+import shlex
 import subprocess
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -282,6 +283,24 @@ def read_all(folder: Path) -> list[tuple[Path, dict[str, Any]]]:
     """Every document of a folder, newest first (by the date inside, then by name)."""
     found = [(path, read(path)) for path in sorted(folder.glob("*.json"))]
     return sorted(found, key=lambda item: (item[1]["date"], item[0].name), reverse=True)
+
+
+def newest(folder: Path, bench: str) -> tuple[Path, dict[str, Any]] | None:
+    """The newest document of a folder with rows of this bench; None where there is none."""
+    documents = read_all(folder) if folder.is_dir() else []
+    return next(((path, d) for path, d in documents if any(row["bench"] == bench for row in d["rows"])), None)
+
+
+def filled(page: str, begin: str, end: str, text: str) -> str:
+    """``page`` with ``text`` between the two markers."""
+    before, _, rest = page.partition(begin)
+    return f"{before}{begin}\n{text}\n{end}{rest.partition(end)[2]}"
+
+
+def command_line(script: str, words: Sequence[str], without: Sequence[str]) -> str:
+    """What a document says was run; options in ``without``, and their values, say only where results went."""
+    kept = [word for at, word in enumerate(words) if word not in without and (at == 0 or words[at - 1] not in without)]
+    return shlex.join([script, *kept])
 
 
 def read_tests(path: Path) -> TestCounts:

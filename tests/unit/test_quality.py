@@ -134,7 +134,7 @@ def test_the_page_is_what_the_measurements_say() -> None:
 
 def test_what_is_measured_keeps_the_promises() -> None:
     """In every layer each method has no more of what it minimizes than the one before, and of outputs in the mean."""
-    found = example.newest(ROOT / "docs" / "measurements")
+    found = report.newest(ROOT / "docs" / "measurements", "quality")
     assert found is not None
     rows = [row for row in found[1]["rows"] if row["bench"] == "quality"]
     assert len(rows) == 36 * len(example.METHODS)

@@ -235,3 +235,13 @@ def test_environment_names_the_machine() -> None:
     assert environment.commit == "abc"
     assert environment.gpu
     assert environment.driver
+
+
+def test_a_command_line_leaves_out_where_results_went():
+    words = ["--text", "a b", "--folder", "/somewhere", "--page", "x.md", "--render"]
+    line = report.command_line("examples/train.py", words, ("--folder", "--page"))
+    assert line == "examples/train.py --text 'a b' --render"
+
+
+def test_a_region_is_filled_between_its_markers():
+    assert report.filled("a\n<b>\nold\n<e>\nc\n", "<b>", "<e>", "new") == "a\n<b>\nnew\n<e>\nc\n"
