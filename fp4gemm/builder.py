@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from fp4gemm.spec import KernelSpec
 
 GB = 1 << 30
-GEMM_BYTES = {"sm_90a": 6 * GB, "sm_100a": 6 * GB, "sm_120a": 8 * GB}
+GEMM_BYTES = {"sm_90a": 6 * GB, "sm_100a": 6 * GB, "sm_120a": 7 * GB}
 OTHER_BYTES = 1 * GB
 
 

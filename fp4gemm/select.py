@@ -356,7 +356,7 @@ _GROUPED = (
     (16, (16, 7, 4, 1, 1, 1, 11), (16, 2, 1, 4, 1, 1, 24), (16, 1, 1, 4, 1, 2, 16)),
     (32, (32, 7, 4, 1, 1, 1, 10), (32, 2, 1, 4, 1, 1, 16), (32, 1, 1, 4, 1, 2, 16)),
     (64, None, (64, 4, 4, 1, 1, 1, 11), (64, 1, 1, 2, 1, 2, 14)),
-    (192, None, (128, 2, 2, 1, 2, 1, 10), (128, 1, 1, 1, 1, 2, 8)),
+    (256, None, (128, 2, 2, 1, 2, 1, 10), (128, 1, 1, 1, 1, 2, 8)),
 )
 _FILLED = 0.9  # of the SMs of all rounds
 # More tokens: 256 a tile, which two CTAs share; and where many products are short, what has the quicker epilogue.

@@ -222,6 +222,9 @@ inline uint32_t __vimin3_u32(uint32_t a, uint32_t b, uint32_t c) { return std::m
 inline uint32_t __funnelshift_l(uint32_t low, uint32_t high, int n) {
   return static_cast<uint32_t>((static_cast<uint64_t>(high) << 32 | low) << (n % 32) >> 32);
 }
+inline bool __isGlobal(void const*) { return true; }
+inline void __builtin_assume(bool) {}
+inline int __clz(int a) { return a == 0 ? 32 : __builtin_clz(a); }
 inline uint32_t __umulhi(uint32_t a, uint32_t b) { return static_cast<uint32_t>(static_cast<uint64_t>(a) * b >> 32); }
 inline uint32_t __byte_perm(uint32_t a, uint32_t b, uint32_t selector) {
   uint64_t const bytes = static_cast<uint64_t>(b) << 32 | a;

@@ -35,6 +35,10 @@ class Mutation:
         return self.spec.arch
 
     @property
+    def tile(self) -> tuple[int, int, int]:
+        return self.spec.tile
+
+    @property
     def entry_points(self) -> tuple[str, ...]:
         return self.spec.entry_points
 

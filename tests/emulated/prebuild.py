@@ -7,6 +7,7 @@ where there are any or where a build failed.
 from __future__ import annotations
 
 import argparse
+import math
 import sys
 import time
 from pathlib import Path
@@ -21,7 +22,10 @@ from specs import API, GROUPED, SPECS  # noqa: E402
 from fp4gemm import builder, cache  # noqa: E402
 from fp4gemm.spec import GemmSpec  # noqa: E402
 
-KERNELS: list[Any] = [*SPECS, *API, *GROUPED, *MUTATIONS]
+# Large tiles first: they take longest, and nothing is left to share the last one's time with.
+KERNELS: list[GemmSpec | Mutation] = sorted(
+    [*SPECS, *API, *GROUPED, *MUTATIONS], key=lambda kernel: math.prod(kernel.tile), reverse=True
+)
 
 
 def build(kernel: GemmSpec | Mutation) -> dict[str, Any]:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 
 import emulation
 import mutations
@@ -21,9 +23,8 @@ on_gpu = [
 ]
 
 
-def outcome(kernel: Mutation) -> str:
-    """right, wrong or hangs. Building is no part of what is timed."""
-    kernel.build()
+def run(kernel: Mutation) -> str:
+    """right, wrong or hangs."""
     command = [sys.executable, mutations.__file__, kernel.name]
     environ = {**os.environ, "FP4GEMM_DISABLE_JIT": "1"}
     try:
@@ -33,6 +34,17 @@ def outcome(kernel: Mutation) -> str:
     print(done.stdout)
     assert done.returncode in (0, mutations.WRONG), f"{kernel.name} neither passed nor failed:\n{done.stderr}"
     return "wrong" if done.returncode else "right"
+
+
+@pytest.fixture(scope="module")
+def outcomes(request: pytest.FixtureRequest) -> Iterator[dict[str, Future[str]]]:
+    """Of all kernels that tests here run: at once, as each process takes seconds to begin. They were built before."""
+    parameters = [getattr(item, "callspec", None) for item in request.session.items if item.path == request.path]
+    kernels = [found.params["ran"] for found in parameters if found is not None and "ran" in found.params]
+    for kernel in kernels:
+        kernel.build()
+    with ThreadPoolExecutor(len(kernels)) as pool:
+        yield {kernel.name: pool.submit(run, kernel) for kernel in kernels}
 
 
 @pytest.mark.parametrize("kernel", MUTATIONS, ids=lambda kernel: kernel.name)
@@ -48,11 +60,11 @@ def test_a_fault_is_an_edit_of_this_cutlass(kernel: Mutation) -> None:
         assert after != before
 
 
-@pytest.mark.parametrize("kernel", [pytest.param(kernel, marks=on_gpu, id=kernel.name) for kernel in INTACT])
-def test_an_intact_kernel_is_right(kernel: Mutation) -> None:
-    assert outcome(kernel) == "right"
+@pytest.mark.parametrize("ran", [pytest.param(kernel, marks=on_gpu, id=kernel.name) for kernel in INTACT])
+def test_an_intact_kernel_is_right(ran: Mutation, outcomes: dict[str, Future[str]]) -> None:
+    assert outcomes[ran.name].result() == "right"
 
 
-@pytest.mark.parametrize("mutation", [pytest.param(kernel, marks=on_gpu, id=kernel.name) for kernel in MUTATIONS])
-def test_a_fault_is_noticed(mutation: Mutation) -> None:
-    assert outcome(mutation) in ("wrong", "hangs")
+@pytest.mark.parametrize("ran", [pytest.param(kernel, marks=on_gpu, id=kernel.name) for kernel in MUTATIONS])
+def test_a_fault_is_noticed(ran: Mutation, outcomes: dict[str, Future[str]]) -> None:
+    assert outcomes[ran.name].result() in ("wrong", "hangs")

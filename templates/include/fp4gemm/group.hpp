@@ -54,14 +54,16 @@ struct Member {
   int64_t rows;
   int columns;
   int64_t at;  // in x
+  int64_t items;  // that it has even where it does not fit
   Sums before;
 };
 
 __device__ inline int64_t parts(int64_t size, int part) { return (size + part - 1) / part; }
 __device__ inline int64_t at_least_one(int64_t v) { return v < 1 ? 1 : v; }
 
-// kAlignment: elements on which a member must begin. items(rows, columns) is how much work a member is.
-template <class RowScales, class ColumnScales, int kAlignment, class Items> class GroupIndex {
+// kAlignment: elements on which a member must begin. items(rows, columns) is how much work a member is. kUsed: how many of the
+// sums are made.
+template <class RowScales, class ColumnScales, int kAlignment, class Items, int kUsed = kSums> class GroupIndex {
   static constexpr int kBuckets = 32;  // of members, a lane for each
   Group const& group_;
   Items const items_;
@@ -88,13 +90,13 @@ template <class RowScales, class ColumnScales, int kAlignment, class Items> clas
 #pragma unroll
       for (int distance = 1; distance < kBuckets; distance *= 2) {
 #pragma unroll
-        for (int i = 0; i < kSums; ++i) {
+        for (int i = 0; i < kUsed; ++i) {
           int64_t const other = __shfl_up_sync(~0u, all.of[i], distance);
           if (lane >= distance) all.of[i] += other;
         }
       }
 #pragma unroll
-      for (int i = 0; i < kSums; ++i) {
+      for (int i = 0; i < kUsed; ++i) {
         storage_.before[lane].of[i] = all.of[i] - own.of[i];
         if (lane == kBuckets - 1) storage_.before[kBuckets].of[i] = all.of[i];
       }
@@ -186,9 +188,11 @@ template <class RowScales, class ColumnScales, int kAlignment, class Items> clas
     sums.of[kItems] += items_(rows, columns);
     sums.of[kRowBlocks] += rows * blocks;
     sums.of[kRowScales] += RowScales::bytes(rows, blocks);
-    sums.of[kColumnBlocks] += columns * row_blocks;
-    sums.of[kColumnScales] += ColumnScales::bytes(columns, row_blocks);
-    sums.of[kPartials] += at_least_one(parts(rows, 128)) * columns;
+    if constexpr (kUsed > kColumnBlocks) {
+      sums.of[kColumnBlocks] += columns * row_blocks;
+      sums.of[kColumnScales] += ColumnScales::bytes(columns, row_blocks);
+      sums.of[kPartials] += at_least_one(parts(rows, 128)) * columns;
+    }
   }
 
   // Adds the members of a bucket to what is before it, until stop(number, sums with it).
@@ -209,7 +213,13 @@ template <class RowScales, class ColumnScales, int kAlignment, class Items> clas
     bool const fits = valid && inside && before.of[kElements] + size <= group_.elements &&
                       before.of[kRows] + rows <= group_.row_bound &&
                       before.of[kColumns] + columns <= group_.column_bound;
-    return {number, fits, fits ? rows : 0, fits ? static_cast<int>(columns) : 0, fits && size != 0 ? at : 0, before};
+    return {number,
+            fits,
+            fits ? rows : 0,
+            fits ? static_cast<int>(columns) : 0,
+            fits && size != 0 ? at : 0,
+            items_(rows, columns),
+            before};
   }
 };
 

@@ -20,6 +20,12 @@ constexpr int ceil_div(int a, int b) { return (a + b - 1) / b; }
 
 __device__ __forceinline__ bool is_finite(float v) { return fabsf(v) <= kFloatMax; }
 
+// A pointer that came through shared memory, as one to global memory: accesses then need not find out.
+template <class T> __device__ __forceinline__ T* in_global(T* p) {
+  __builtin_assume(__isGlobal(p));
+  return p;
+}
+
 // Round to nearest even, saturating at 448; never NaN for the non-negative, non-NaN inputs of this package.
 __device__ __forceinline__ uint8_t to_e4m3(float v) {
   uint16_t pair;

@@ -11,7 +11,8 @@
 
 namespace fp4gemm {
 
-template <class Config> class RowQuantizer {
+// kStages: of block scales in shared memory, of which a CTA that goes through rows takes another each time.
+template <class Config, int kStages = 1> class RowQuantizer {
   using Element = typename Config::Element;
   using Convention = typename Config::Convention;
   using Scales = typename Config::Scales;
@@ -20,26 +21,28 @@ template <class Config> class RowQuantizer {
   using Options = typename Config::Options;
   using Rounding = typename RoundingOf<Options::kStochastic>::Type;
   static constexpr bool kPairs = Options::kResidual != Residual::kNone;
-  // A tiled layout scatters the scales of one row in words of four; the rows of a CTA together fill whole chunks.
-  static constexpr bool kStaged = Scales::kTiled && Config::kRows % 4 == 0 && (!kPairs || Config::kResident);
   // Encoded before its scale is stored: what the codes are decides, or depends on, the scales.
   static constexpr bool kEarly = kPairs || Options::kAdaptive != Adaptive::kNone;
 
   using Arguments = typename Config::Arguments;
 
   Arguments const& args_;
-  int const cta_;
+  int const cta_, stage_;
   int64_t const row_;
   int const thread_;
   bool const real_;  // false for a row that exists only as scale-factor padding
 
  public:
+  // A tiled layout scatters the scales of one row in words of four; the rows of a CTA together fill whole chunks.
+  static constexpr bool kStaged = Scales::kTiled && Config::kRows % 4 == 0 && (!kPairs || Config::kResident);
+
   __device__ explicit RowQuantizer(Arguments const& args) : RowQuantizer(args, blockIdx.x) {}
 
   // cta: which of those that share the rows of a tensor, or of a member of a group.
-  __device__ RowQuantizer(Arguments const& args, int cta)
+  __device__ RowQuantizer(Arguments const& args, int cta, int stage = 0)
       : args_(args),
         cta_(cta),
+        stage_(stage),
         row_(Scales::template row<Config::kRows>(cta, threadIdx.x / Config::kThreads)),
         thread_(threadIdx.x % Config::kThreads),
         real_(row_ < args.rows) {}
@@ -110,7 +113,7 @@ template <class Config> class RowQuantizer {
     bool const per_row =
         Config::kScaling == Scaling::kPerRow || Config::kScaling == Scaling::kAmaxes || args_.scale_in_stride != 0;
     if (thread_ == 0 && blockIdx.y == 0 && (per_row ? real_ : row_ == 0))
-      args_.outer_scale[row_ * per_row] = outer.decode;
+      in_global(args_.outer_scale)[row_ * per_row] = outer.decode;
     return outer;
   }
 
@@ -159,7 +162,7 @@ template <class Config> class RowQuantizer {
   }
 
   __device__ float load_step(int first, Block (&x)[Config::kBlocks], float (&amax)[Config::kBlocks]) const {
-    auto const* row = static_cast<char const*>(args_.x) + row_ * args_.x_stride * Element::kBytes;
+    auto const* row = static_cast<char const*>(in_global(args_.x)) + row_ * args_.x_stride * Element::kBytes;
 #pragma unroll
     for (int i = 0; i < Config::kBlocks; ++i) {
       int const column = first + i * Config::kThreads + thread_;
@@ -271,8 +274,8 @@ template <class Config> class RowQuantizer {
 
   __device__ void store_packed(int first, Block const (&x)[Config::kBlocks], float const (&amax)[Config::kBlocks],
                                typename Convention::Outer const& outer) const {
-    ScaleWriter<Config, kStaged> const writer(args_, cta_, row_, first);
-    auto* data = static_cast<uint2*>(args_.data) + row_ * out_columns<Config>(args_);
+    ScaleWriter<Config, kStaged, kStages> const writer(args_, cta_, row_, first, stage_);
+    auto* data = static_cast<uint2*>(in_global(args_.data)) + row_ * out_columns<Config>(args_);
     uint64_t const seed = this->seed();
     if constexpr (kEarly) {
 #pragma unroll

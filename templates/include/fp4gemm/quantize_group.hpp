@@ -37,28 +37,100 @@ __device__ inline TileOutput output_of(GroupOutput const& out, Member const& mem
 template <class Element> __device__ TileSource source_of(Group const& group, Member const& member) {
   auto const* const x = static_cast<char const*>(group.x) + member.at * Element::kBytes;
   auto const* const h = static_cast<char const*>(group.h) + member.at * Element::kBytes;
-  return {x, h, member.columns, 1, member.rows, member.columns, ceil_div(member.columns, kTile), 0, 0};
+  int const tiles = max(1, ceil_div(member.columns, kTile));
+  // As fp4gemm/tile_calls.py (_division) has them.
+  int const bits = 32 - __clz(tiles - 1);
+  uint64_t const magic = ((1ull << (31 + bits)) + tiles - 1) / tiles;
+  return {
+      x,       h, member.columns, 1, member.rows, member.columns, tiles, bits == 0 ? 0 : static_cast<uint32_t>(magic),
+      bits - 1};
 }
 
-__device__ inline TilePlace place_of(Member const& member, int64_t item) {
-  int const columns = max(1, ceil_div(member.columns, kTile));
-  int const tile = static_cast<int>(item - member.before.of[kItems]);
-  return {tile / columns, tile % columns};
-}
+// CTAs of a team take neighbouring items, as these write parts of one line of memory; a team has a run of items, as those of a
+// member follow each other.
+struct Team {
+  int size, rank;
+  int64_t begin, end;  // of all items
 
-// The work items of a CTA. describe(item, which) says what an item is; one thread does that, an item ahead, while the others
-// begin with work(which).
-template <class Index, class Describe, class Work>
-__device__ void for_items(Index const& index, Describe const& describe, Work const& work) {
-  int64_t const items = index.items();
-  bool const describes = threadIdx.x == 0;
-  int which = 0;
-  if (describes && blockIdx.x < items) describe(blockIdx.x, which);
+  __device__ explicit Team(int64_t items)
+      : size(gridDim.x % 24 == 0  ? 24
+             : gridDim.x % 8 == 0 ? 8
+                                  : 1),
+        rank(blockIdx.x % size) {
+    int64_t const team = blockIdx.x / size, teams = gridDim.x / size;
+    begin = items * team / teams, end = items * (team + 1) / teams;
+  }
+};
+
+// Work items of a CTA, and what those of a member have in common. An item's name is how many the CTA has left, itself included.
+// Four at a time: one is written while slow threads still read the second before it.
+template <class Common> class WorkItems {
+ public:
+  static constexpr int kSlots = 4;
+
+ private:
+  struct Item {
+    int number;  // among those of the member
+    int member;  // one of those below
+  } items_[kSlots];
+  struct {
+    int64_t first, items;  // its first one among all, and how many they are
+    Common common;
+  } members_[kSlots];
+  int step_;
+
+ public:
+  // Before all items of a CTA, which has every step-th from `first` on.
+  __device__ void start(int left, int64_t first, int step) {
+    items_[(left + 1) % kSlots] = {-step, 0};
+    members_[0].first = first, members_[0].items = 0, step_ = step;
+  }
+  // Says what the item is that comes behind left + 1: most have the member of the one before. Not inlined: the registers are the
+  // work's.
+  template <class Index, class Describe, class Place>
+  __device__ __noinline__ void look_up(int left, Index const& index, Describe const& describe, Place const& place) {
+    if (left <= 0) return;
+    Item& item = items_[left % kSlots];
+    item = items_[(left + 1) % kSlots];
+    item.number += step_;
+    if (item.number >= members_[item.member].items) {
+      int64_t const number = members_[item.member].first + item.number;
+      Member const found = index.find(number);
+      int64_t const first = found.before.of[kItems];
+      item = {static_cast<int>(number - first), (item.member + 1) % kSlots};
+      members_[item.member] = {first, found.items, describe(found)};
+    }
+    place(left, members_[item.member].common, item.number);
+  }
+  __device__ int number(int left) const { return items_[left % kSlots].number; }
+  __device__ Common const& common(int left) const { return members_[items_[left % kSlots].member].common; }
+};
+
+// It has an item less than others, if any has.
+__device__ inline bool last_cta() { return blockIdx.x == gridDim.x - 1; }
+
+// The items of a CTA. One thread looks them up, two ahead, behind its part of the work(left) on another: describe(member) is what
+// the items of one have in common, and place(left, common, number) is told of each. kSynced: work has a barrier, and needs no
+// other.
+template <bool kSynced, class Common, class Index, class Describe, class Place, class Work>
+__device__ void for_items(Index const& index, WorkItems<Common>& items, Describe const& describe, Place const& place,
+                          Work const& work) {
+  int left;
+  {
+    Team const team(index.items());
+    left = (static_cast<int>(team.end - team.begin) + team.size - 1 - team.rank) / team.size;
+    if (threadIdx.x == 0) {
+      items.start(left, team.begin + team.rank, team.size);
+      items.look_up(left, index, describe, place);
+      items.look_up(left - 1, index, describe, place);
+    }
+  }
   __syncthreads();
-  for (int64_t item = blockIdx.x; item < items; item += gridDim.x, which ^= 1) {
-    if (describes && item + gridDim.x < items) describe(item + gridDim.x, which ^ 1);
-    work(which);
-    __syncthreads();
+  for (; left > 0; --left) {
+    if (!kSynced && threadIdx.x == 0) items.look_up(left - 2, index, describe, place);
+    work(left);
+    if (kSynced && threadIdx.x == 0) items.look_up(left - 2, index, describe, place);
+    if constexpr (!kSynced) __syncthreads();
   }
 }
 
@@ -74,11 +146,9 @@ struct GroupRowsArguments {
 
 template <class Config> class GroupRowQuantizer {
   using Scales = typename Config::Scales;
-  using Index = GroupIndex<Scales, LinearScales, member_alignment<Config>(), RowItems<Config>>;
-  struct Work {
-    QuantizeArguments args;
-    int cta;
-  };
+  using Index = GroupIndex<Scales, LinearScales, member_alignment<Config>(), RowItems<Config>, kColumnBlocks>;
+  static constexpr bool kSynced =
+      RowQuantizer<Config>::kStaged && Config::kResident && Config::kScaling == Scaling::kPerRow;
 
   GroupRowsArguments const& args_;
 
@@ -87,28 +157,19 @@ template <class Config> class GroupRowQuantizer {
 
   __device__ void run() const {
     __shared__ typename Index::Storage storage;
-    __shared__ Work work[2];
+    __shared__ WorkItems<QuantizeArguments> items;
     Index const index(args_.group, storage, {});
     index.prepare();
-    if (blockIdx.x == 0) index.template write<false>(args_.rows.index);
-    for_items(
-        index, [&](int64_t item, int which) { describe(index, item, work[which]); },
-        [&](int which) { RowQuantizer<Config>(work[which].args, work[which].cta).run(); });
+    if (last_cta()) index.template write<false>(args_.rows.index);
+    for_items<kSynced>(
+        index, items, [&](Member const& member) { return arguments_of(member); },
+        [](int, QuantizeArguments const&, int) {},
+        [&](int left) {
+          RowQuantizer<Config, kSynced ? 2 : 1>(items.common(left), items.number(left), left % 2).run();
+        });
   }
 
  private:
-  __device__ __noinline__ void describe(Index const& index, int64_t item, Work& work) const {
-    Member const member = index.find(item);
-    work = {arguments_of(member), static_cast<int>(item - member.before.of[kItems])};
-    if constexpr (Config::kVectorized) {
-      int const bytes = member.columns * Config::Element::kBytes;
-      for (int i = 0; i < Config::kRows && bytes > 0; ++i) {
-        int64_t const row = Scales::template row<Config::kRows>(work.cta, i);
-        if (row < member.rows) prefetch_l2(static_cast<char const*>(work.args.x) + row * bytes, bytes);
-      }
-    }
-  }
-
   __device__ QuantizeArguments arguments_of(Member const& member) const {
     GroupOutput const& out = args_.rows;
     TileOutput const at =
@@ -127,7 +188,7 @@ template <class Config> class GroupRowQuantizer {
             member.columns,
             columns,
             out.line_stride,
-            0,
+            Config::kResident ? Team(0).size : 0,  // what this CTA has next
             nullptr,
             member_seed(seed, member.number),
             nullptr,
@@ -149,14 +210,15 @@ struct GroupTileArguments {
 template <class Config> class GroupTileQuantizer {
   using Index =
       GroupIndex<typename Config::RowScales, typename Config::ColumnScales, member_alignment<Config>(), TileItems>;
-  struct Work {
+  struct Common {
     TileView view;
-    TilePlace place;
     int member;
   };
+  using Items = WorkItems<Common>;
   struct Shared {  // behind what a tile needs
     typename Index::Storage sums;
-    Work work[2];
+    Items items;
+    TilePlace places[Items::kSlots];
   };
 
   GroupTileArguments const& args_;
@@ -172,27 +234,30 @@ template <class Config> class GroupTileQuantizer {
     auto& shared = *reinterpret_cast<Shared*>(shared_ + Config::kSharedBytes);
     Index const index(args_.group, shared.sums, {});
     index.prepare();
-    if (blockIdx.x == 0) {
+    if (last_cta()) {
       index.template write<false>(args_.rows.index);
       index.template write<true>(args_.columns.index, Config::kHadamard ? kBlock : 1);
     }
-    for_items(
-        index, [&](int64_t item, int which) { describe(index, item, shared.work[which]); },
-        [&](int which) {
-          Work const& work = shared.work[which];
-          TileQuantizer<Config>(work.view, args_.options, shared_, work.place, work.member).run();
+    for_items<false>(
+        index, shared.items, [&](Member const& member) { return common_of(member); },
+        [&](int left, Common const& of, int number) {
+          shared.places[left % Items::kSlots] = of.view.source.place(number);
+        },
+        [&](int left) {
+          auto const& [view, member] = shared.items.common(left);
+          TileQuantizer<Config, TilePlace const&>(view, args_.options, shared_, shared.places[left % Items::kSlots],
+                                                  member)
+              .run();
         });
   }
 
  private:
-  __device__ __noinline__ void describe(Index const& index, int64_t item, Work& work) const {
-    Member const member = index.find(item);
+  __device__ Common common_of(Member const& member) const {
     auto const& before = member.before.of;
-    work.view = {source_of<typename Config::Element>(args_.group, member),
-                 output_of(args_.rows, member, before[kRows], before[kRowBlocks], before[kRowScales]),
-                 output_of(args_.columns, member, before[kColumns], before[kColumnBlocks], before[kColumnScales])};
-    work.place = place_of(member, item);
-    work.member = member.number;
+    return {{source_of<typename Config::Element>(args_.group, member),
+             output_of(args_.rows, member, before[kRows], before[kRowBlocks], before[kRowScales]),
+             output_of(args_.columns, member, before[kColumns], before[kColumnBlocks], before[kColumnScales])},
+            member.number};
   }
 };
 
@@ -210,13 +275,10 @@ struct GroupAmaxArguments {
 
 template <class Config> class GroupAmax {
   using Index = GroupIndex<LinearScales, LinearScales, member_alignment<Config>(), TileItems>;
-  struct Work {
-    TileAmaxView view;
-    TilePlace place;
-  };
+  using Items = WorkItems<TileAmaxView>;
   struct Shared {  // behind what a tile needs
     typename Index::Storage sums;
-    Work work[2];
+    Items items;
   };
 
   GroupAmaxArguments const& args_;
@@ -232,26 +294,25 @@ template <class Config> class GroupAmax {
     auto& shared = *reinterpret_cast<Shared*>(shared_ + Config::kSharedBytes);
     Index const index(args_.group, shared.sums, {});
     index.prepare();
-    for_items(
-        index, [&](int64_t item, int which) { describe(index, item, shared.work[which]); },
-        [&](int which) {
-          Work const& work = shared.work[which];
-          TileAmax<Config>(work.view, args_.hadamard, shared_, work.place).run();
+    for_items<false>(
+        index, shared.items, [&](Member const& member) { return view_of(member); },
+        [](int, TileAmaxView const&, int) {},
+        [&](int left) {
+          auto const& view = shared.items.common(left);
+          TileAmax<Config>(view, args_.hadamard, shared_, view.source.place(shared.items.number(left))).run();
         });
   }
 
  private:
-  __device__ __noinline__ void describe(Index const& index, int64_t item, Work& work) const {
-    Member const member = index.find(item);
+  __device__ TileAmaxView view_of(Member const& member) const {
     auto const& before = member.before.of;
     int64_t const one = static_cast<int64_t>(member.number) * args_.member_stride;
-    work.view = {source_of<typename Config::Element>(args_.group, member),
-                 at(args_.rows, before[kRows]),
-                 at(args_.columns, before[kColumns]),
-                 at(args_.tensor, one),
-                 at(args_.transformed, one),
-                 at(args_.sums, before[kPartials])};
-    work.place = place_of(member, item);
+    return {source_of<typename Config::Element>(args_.group, member),
+            at(args_.rows, before[kRows]),
+            at(args_.columns, before[kColumns]),
+            at(args_.tensor, one),
+            at(args_.transformed, one),
+            at(args_.sums, before[kPartials])};
   }
   __device__ static float* at(float* p, int64_t i) { return p == nullptr ? nullptr : p + i; }
 };

@@ -199,7 +199,8 @@ __device__ __noinline__ Encoded encode_slowly(typename Element::Block x, float s
   return {encode_any<Element>(x, Convention::divider(outer, scale), rounding), scale};
 }
 
-template <class Config> class TileQuantizer {
+// Place: TilePlace, or a reference to one in shared memory, which takes no registers.
+template <class Config, class Place = TilePlace> class TileQuantizer {
   using Tile = fp4gemm::Tile<typename Config::Element>;
   using Element = typename Tile::Value;
   using Convention = typename Config::Convention;
@@ -210,8 +211,7 @@ template <class Config> class TileQuantizer {
   TileOptions const& options_;
   uint8_t* const shared_;
   Tile const tile_;
-  int64_t const row0_;
-  int const column0_;
+  Place const place_;
   int const member_;  // of a group, of which each has a seed of its own
 
   // Behind the tile: scales of either result, then for each line of either a level and the quick form of it, then the squares' amaxes and the keys of
@@ -226,24 +226,20 @@ template <class Config> class TileQuantizer {
   }
   __device__ uint2* keys() const { return reinterpret_cast<uint2*>(square(Config::kSquare ? kTileBlocks : 0, 0)); }
 
+  __device__ int64_t row0() const { return place_.row * int64_t{kTile}; }
+  __device__ int column0() const { return place_.column * kTile; }
+
  public:
   // The tile that a CTA has of a whole tensor.
   __device__ TileQuantizer(TileQuantizeArguments const& args, uint8_t* shared)
       : TileQuantizer(args.view, args.options, shared, args.view.source.place(blockIdx.x), 0) {}
 
-  __device__ TileQuantizer(TileView const& view, TileOptions const& options, uint8_t* shared, TilePlace place,
-                           int member)
-      : view_(view),
-        options_(options),
-        shared_(shared),
-        tile_(shared),
-        row0_(place.row * int64_t{kTile}),
-        column0_(place.column * kTile),
-        member_(member) {}
+  __device__ TileQuantizer(TileView const& view, TileOptions const& options, uint8_t* shared, Place place, int member)
+      : view_(view), options_(options), shared_(shared), tile_(shared), place_(place), member_(member) {}
 
   __device__ void run() const {
     if (options_.noop != nullptr && skips()) return;
-    tile_.template load<Config::kVectorized, Config::kProducer>(view_.source, row0_, column0_);
+    tile_.template load<Config::kVectorized, Config::kProducer>(view_.source, row0(), column0());
     prepare_levels();
     tile_.wait();
     if constexpr (Config::kSquare) reduce_squares();
@@ -267,12 +263,12 @@ template <class Config> class TileQuantizer {
 
   // Of the result along columns, or of the other.
   template <bool kColumn> __device__ TileOutput const& output() const { return kColumn ? view_.columns : view_.rows; }
-  template <bool kColumn> __device__ int64_t line0() const { return kColumn ? column0_ : row0_; }
+  template <bool kColumn> __device__ int64_t line0() const { return kColumn ? column0() : row0(); }
   template <bool kColumn> __device__ int64_t lines() const {
     return kColumn ? view_.source.columns : view_.source.rows;
   }
   template <bool kColumn> __device__ int block0() const {
-    return kColumn ? static_cast<int>(row0_ / kBlock) : column0_ / kBlock;
+    return kColumn ? place_.row * kTileBlocks : place_.column * kTileBlocks;
   }
   template <bool kColumn> __device__ int blocks() const {
     return kColumn ? static_cast<int>((view_.source.rows + kBlock - 1) / kBlock)
@@ -290,22 +286,22 @@ template <class Config> class TileQuantizer {
       if (threadIdx.x < kTileBlocks * kTileBlocks) *square(0, threadIdx.x) = 0;
     }
     int const line = threadIdx.x % kTile;
-    if (Config::kRows && threadIdx.x < kTile) prepare_level<false>(line, options_.rows_stride, column0_ == 0);
-    if (Config::kColumns && threadIdx.x >= kTile) prepare_level<true>(line, options_.columns_stride, row0_ == 0);
+    if (Config::kRows && threadIdx.x < kTile) prepare_level<false>(line, options_.rows_stride, place_.column == 0);
+    if (Config::kColumns && threadIdx.x >= kTile) prepare_level<true>(line, options_.columns_stride, place_.row == 0);
   }
 
   template <bool kColumn> __device__ void prepare_level(int line, int stride, bool writes) const {
     int64_t const at = line0<kColumn>() + line;
     bool const real = at < lines<kColumn>();
     // One for all covers what has no lines, too.
-    float const given = real || stride == 0 ? output<kColumn>().scale_in[at * stride] : 1.0f;
+    float const given = real || stride == 0 ? in_global(output<kColumn>().scale_in)[at * stride] : 1.0f;
     Outer outer;
     if constexpr (Config::kGiven) {
       outer = Convention::from_decode(given);
     } else {
       outer = Convention::from_amax(given);
     }
-    if (writes && (stride == 0 ? at == 0 : real)) output<kColumn>().outer_scale[at * stride] = outer.decode;
+    if (writes && (stride == 0 ? at == 0 : real)) in_global(output<kColumn>().outer_scale)[at * stride] = outer.decode;
     auto const [level, decode] = outer;
     levels(kColumn)[line] = level;
     quick(kColumn)[line] = QuickScales<Convention>::line(level);
@@ -336,7 +332,7 @@ template <class Config> class TileQuantizer {
     bool const whole = lines_left >= kTile && row_blocks - block0<kColumn>() >= kTileBlocks && row_blocks % 2 == 0 &&
                        reinterpret_cast<uint64_t>(output<kColumn>().data) % 16 == 0;
     int64_t number = (line0<kColumn>() + place.line) * row_blocks + block0<kColumn>() + 2 * place.pair;
-    uint8_t* to = output<kColumn>().data + number * (kBlock / 2);
+    uint8_t* to = in_global(output<kColumn>().data) + number * (kBlock / 2);
     int64_t const step_blocks = static_cast<int64_t>(kStep) * row_blocks;
     uint32_t scale_at = keep(TileScales<Scales>::offset(place.line, 2 * place.pair));
 #pragma unroll 1
@@ -396,8 +392,9 @@ template <class Config> class TileQuantizer {
 
   template <bool kColumn> __device__ void flush(int thread) const {
     using Scales = typename Select<kColumn, typename Config::ColumnScales, typename Config::RowScales>::Type;
-    TileScales<Scales>::template flush<Scales>(scales(kColumn), output<kColumn>().block_scale, line0<kColumn>(),
-                                               lines<kColumn>(), block0<kColumn>(), blocks<kColumn>(), thread);
+    TileScales<Scales>::template flush<Scales>(scales(kColumn), in_global(output<kColumn>().block_scale),
+                                               line0<kColumn>(), lines<kColumn>(), block0<kColumn>(), blocks<kColumn>(),
+                                               thread);
   }
 };
 
@@ -501,7 +498,7 @@ template <class Config> class TileAmax {
     sum = __fadd_rn(sum, __shfl_xor_sync(~0u, sum, 2));
     int const column = column0_ + place.line + step * Tile::kColumnStep;
     if (place.pair == 0 && column < view_.source.columns)
-      view_.sums[row0_ / kTile * view_.source.columns + column] = sum;
+      in_global(view_.sums)[row0_ / kTile * view_.source.columns + column] = sum;
   }
   __device__ float column_sum(int step, int half) const {
     auto const x = tile_.column_block(step, half);

@@ -11,14 +11,14 @@ template <class Config> __device__ int out_columns(QuantizeArguments const& args
 }
 
 // Where a thread's block scales go: straight to their place, byte by byte ...
-template <class Config, bool kStaged> class ScaleWriter {
+template <class Config, bool kStaged, int kStages> class ScaleWriter {
   using Scales = typename Config::Scales;
   uint8_t* const row_;
   int const end_;
 
  public:
-  __device__ ScaleWriter(QuantizeArguments const& args, int /*cta*/, int64_t row, int /*first*/)
-      : row_(args.block_scale + Scales::row_offset(row, out_columns<Config>(args))),
+  __device__ ScaleWriter(QuantizeArguments const& args, int /*cta*/, int64_t row, int /*first*/, int /*stage*/)
+      : row_(in_global(args.block_scale) + Scales::row_offset(row, out_columns<Config>(args))),
         end_(row < args.padded_rows ? Scales::padded_columns(out_columns<Config>(args)) : 0) {}
   __device__ void put(int column, uint8_t scale) const {
     if (column < end_) row_[Scales::column_offset(column)] = scale;
@@ -28,7 +28,7 @@ template <class Config, bool kStaged> class ScaleWriter {
 
 // ... or, in a tiled layout, to shared memory, from where each thread writes four columns of all rows of the CTA at once:
 // one row has only words of four bytes to write, which cost the memory system as much as whole sectors.
-template <class Config> class ScaleWriter<Config, true> {
+template <class Config, int kStages> class ScaleWriter<Config, true, kStages> {
   using Scales = typename Config::Scales;
   // Of the result; a companion for each block at most, and then a row has one step.
   static constexpr int kStep =
@@ -36,16 +36,16 @@ template <class Config> class ScaleWriter<Config, true> {
   using Stage = uint8_t[Config::kRows][kStep];
 
   QuantizeArguments const& args_;
-  int const cta_, first_;
+  int const cta_, first_, stage_;
 
-  __device__ static Stage& stage() {
-    __shared__ __align__(16) Stage shared;
-    return shared;
+  __device__ Stage& stage() const {
+    __shared__ __align__(16) Stage shared[kStages];
+    return shared[kStages == 1 ? 0 : stage_];
   }
 
  public:
-  __device__ ScaleWriter(QuantizeArguments const& args, int cta, int64_t, int first)
-      : args_(args), cta_(cta), first_(first) {
+  __device__ ScaleWriter(QuantizeArguments const& args, int cta, int64_t, int first, int stage)
+      : args_(args), cta_(cta), first_(first), stage_(stage) {
     if (first_ != 0) __syncthreads();  // the last step's scales have been read
   }
   __device__ void put(int column, uint8_t scale) const {
@@ -55,7 +55,7 @@ template <class Config> class ScaleWriter<Config, true> {
     __syncthreads();
     int64_t const row = Scales::template row<Config::kRows>(cta_, 0);
     int const columns = out_columns<Config>(args_);
-    uint8_t* const chunks = args_.block_scale + Scales::row_offset(row, columns);
+    uint8_t* const chunks = in_global(args_.block_scale) + Scales::row_offset(row, columns);
     int const end = min(kStep, Scales::padded_columns(columns) - first_);
     for (int column = threadIdx.x * 4; column < end && row < args_.padded_rows; column += Config::kCta * 4) {
       auto* const chunk = reinterpret_cast<uint4*>(chunks + Scales::column_offset(first_ + column));
@@ -66,7 +66,7 @@ template <class Config> class ScaleWriter<Config, true> {
   }
 
  private:
-  __device__ static uint32_t word(int row, int column) {
+  __device__ uint32_t word(int row, int column) const {
     return *reinterpret_cast<uint32_t const*>(&stage()[row][column]);
   }
 };

@@ -72,7 +72,7 @@ template <class Source> class Tile {
   // Starts to copy the tile at (row, column); what is outside of x becomes 0.
   template <bool kVectorized, Producer kProducer = Producer::kNone>
   __device__ void load(TileSource const& source, int64_t row0, int column0) const {
-    auto const* const x = static_cast<char const*>(source.x);
+    auto const* const x = static_cast<char const*>(in_global(source.x));
     if constexpr (is_gradient(kProducer)) {
       load_gradients<kVectorized, kProducer>(source, row0, column0);
     } else if constexpr (kVectorized && Source::kBytes == 1) {
@@ -168,8 +168,8 @@ template <class Source> class Tile {
       constexpr int kPerChunk = 16 / Element::kBytes, kRows = kTileThreads / kChunks;
       int const first = threadIdx.x / kChunks, chunk = threadIdx.x % kChunks, column = column0 + chunk * kPerChunk;
       int64_t const at = ((row0 + first) * source.row_stride + column) / kPerChunk;
-      auto const* g = static_cast<uint4 const*>(source.x) + at;
-      auto const* h = static_cast<uint4 const*>(source.h) + at;
+      auto const* g = static_cast<uint4 const*>(in_global(source.x)) + at;
+      auto const* h = static_cast<uint4 const*>(in_global(source.h)) + at;
       int64_t const step = source.row_stride / kPerChunk * kRows;
 #pragma unroll 4
       for (int row = first; row < kTile; row += kRows, g += step, h += step) {
@@ -185,7 +185,8 @@ template <class Source> class Tile {
         Raw value{};
         if (row0 + row < source.rows && column0 + column < source.columns) {
           int64_t const from = (row0 + row) * source.row_stride + (column0 + column) * source.column_stride;
-          uint32_t const g = static_cast<Raw const*>(source.x)[from], h = static_cast<Raw const*>(source.h)[from];
+          uint32_t const g = static_cast<Raw const*>(in_global(source.x))[from],
+                         h = static_cast<Raw const*>(in_global(source.h))[from];
           value = static_cast<Raw>(gradients<kProducer, Element>({g, 0, 0, 0}, {h, 0, 0, 0}).x);
         }
         int const at = column * Element::kBytes;
@@ -199,7 +200,8 @@ template <class Source> class Tile {
     int const column = column0 + threadIdx.x % kTileBlocks * kBlock;
 #pragma unroll
     for (int row = threadIdx.x / kTileBlocks; row < kTile; row += kTileThreads / kTileBlocks) {
-      auto const* const from = static_cast<uint8_t const*>(source.x) + (row0 + row) * source.row_stride + column;
+      auto const* const from =
+          static_cast<uint8_t const*>(in_global(source.x)) + (row0 + row) * source.row_stride + column;
       Words<1> bytes{};
       if (row0 + row < source.rows) {
         if (column + kBlock <= source.columns) {
