@@ -118,6 +118,7 @@ ROW_FIELDS: dict[str, tuple[str, ...]] = {
     "quality": ("layer", "linear", "N", "K", "method", "options", "tokens", *_QUALITY_FIELDS, "seconds"),
     "search": ("metric", "N", "K", "us", "vs_us", "identical_to_exhaustive"),
     "compile": ("kernel", "arch", *_COMPILE_FIELDS),
+    "emulated": ("kernel", "arch", *_COMPILE_FIELDS),
 }
 _TEST_FIELDS = ("passed", "failed", "skipped", "command")
 
@@ -133,7 +134,7 @@ class ReportError(ValueError):
 
 @dataclass(frozen=True)
 class TestCounts:
-    """The outcome of the test run that belongs to a measurement run."""
+    """The outcome of the tests that belong to a measurement run; `seconds` of all of them, 0 where not timed."""
 
     __test__ = False  # the name starts with "Test": keep pytest from collecting it
 
@@ -141,6 +142,7 @@ class TestCounts:
     failed: int = 0
     skipped: int = 0
     command: str = ""
+    seconds: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -186,9 +188,9 @@ class Report:
         }
 
 
-def compile_row(kernel: str, arch: str, meta: Mapping[str, Any]) -> Row:
+def compile_row(kernel: str, arch: str, meta: Mapping[str, Any], bench: str = "compile") -> Row:
     """The row of a kernel whose cache entry has this meta data."""
-    return {"bench": "compile", "kernel": kernel, "arch": arch, **{name: meta[name] for name in _COMPILE_FIELDS}}
+    return {"bench": bench, "kernel": kernel, "arch": arch, **{name: meta[name] for name in _COMPILE_FIELDS}}
 
 
 # --- validation -------------------------------------------------------------------------------------------------------

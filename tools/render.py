@@ -80,6 +80,7 @@ def _heading(path: Path, document: dict[str, Any]) -> str:
     tests = document["tests"]
     copied = f"; copy bandwidth {document['copy_tb_s']:.2f} TB/s" if document["copy_tb_s"] else ""
     counts = f"; tests: {tests['passed']} passed, {tests['failed']} failed, {tests['skipped']} skipped"
+    counts += f" in {tests['seconds']:.0f} s" if tests.get("seconds") else ""
     return (
         f"{document['gpu']}, driver {document['driver']}, {versions}{copied}; "
         f"{document['date'][:10]}, commit {document['commit'][:12]}{' (modified)' if document['dirty'] else ''}"

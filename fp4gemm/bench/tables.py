@@ -106,6 +106,16 @@ _MODE: Column = ("mode", _field("mode"))
 _US: Column = ("us", _number("us"))
 _KERNEL: Column = ("kernel", lambda row: f"`{row['kernel']}`")
 
+_COMPILED: tuple[Column, ...] = (
+    _KERNEL,
+    ("arch", _field("arch")),
+    ("seconds", _number("seconds")),
+    ("peak MB", _number("peak_mb")),
+    ("registers", _field("registers")),
+    ("spill bytes", _field("spill_bytes")),
+    ("shared memory, bytes", _field("smem_bytes")),
+)
+
 TABLES: dict[str, tuple[str, tuple[Column, ...]]] = {
     "quantize": (
         "Quantize (M x K, bf16)",
@@ -245,18 +255,8 @@ TABLES: dict[str, tuple[str, tuple[Column, ...]]] = {
             ("of copy bandwidth", _share_of_copy),
         ),
     ),
-    "compile": (
-        "Compilation",
-        (
-            _KERNEL,
-            ("arch", _field("arch")),
-            ("seconds", _number("seconds")),
-            ("peak MB", _number("peak_mb")),
-            ("registers", _field("registers")),
-            ("spill bytes", _field("spill_bytes")),
-            ("shared memory, bytes", _field("smem_bytes")),
-        ),
-    ),
+    "compile": ("Compilation", _COMPILED),
+    "emulated": ("Kernels with their Blackwell instructions in software, compiled beside their tests", _COMPILED),
 }
 
 
@@ -273,7 +273,7 @@ def _in_summary(row: Row) -> bool:
         return False
     in_graph = row["bench"] == "overhead" or row.get("mode", "graph") == "graph"
     default_layout = row.get("options", {}).get("sf_layout", "128x4") == "128x4"
-    return bool(in_graph and default_layout and row["bench"] not in ("compile", "tiles"))
+    return bool(in_graph and default_layout and row["bench"] not in ("compile", "emulated", "tiles"))
 
 
 def _best_tiles(rows: Sequence[Row]) -> list[Row]:

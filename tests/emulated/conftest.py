@@ -1,9 +1,16 @@
-"""Kernels where their own machine is missing: on a CPU, where only g++ is needed, and Blackwell's on a Hopper GPU."""
+"""Kernels where their own machine is missing: on a CPU, where only g++ is needed, and Blackwell's on a Hopper GPU.
+
+The latter are compiled beside the tests, several at once, and each test waits for the kernels that it launches: those
+that are built first are tested first. `--emulated-json FILE` writes what the run showed as a measurement document.
+"""
 
 from __future__ import annotations
 
 import sys
+import time
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -11,11 +18,80 @@ import pytest
 sys.path.insert(0, str(Path(__file__).parents[1] / "gpu"))
 sys.path.insert(0, str(Path(__file__).parent))
 
-import emulator as emulation
+import emulation
+import emulator as on_cpu
+import prebuild
+from mutations import INTACT, MUTATIONS, Mutation
+
+from fp4gemm import report
+
+HERE = Path(__file__).parent
+started = pytest.StashKey[float]()
+_WRITING = ("--emulated-json", "--emulated-commit")
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--emulated-json", metavar="FILE", type=Path, help="write what the emulated GPU tests showed")
+    parser.addoption("--emulated-commit", metavar="SHA", help="the commit that is named there, where git is missing")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.stash[started] = time.perf_counter()
+
+
+def _needed(item: pytest.Item) -> Sequence[prebuild.Kernel]:
+    """The kernels that a test launches, or may choose from; none where it runs on the CPU or is skipped."""
+    if HERE not in item.path.parents or item.get_closest_marker("gpu") is None or emulation.missing() is not None:
+        return []
+    parameters = getattr(getattr(item, "callspec", None), "params", {})
+    if "spec" in parameters:
+        return [parameters["spec"]]
+    if "ran" in parameters:  # the first runs them all, in processes of their own
+        return [*MUTATIONS, *(kernel.spec for kernel in INTACT)]
+    arch = parameters.get("arch")
+    kernels = (kernel for kernel in prebuild.KERNELS if not isinstance(kernel, Mutation))
+    return [kernel for kernel in kernels if arch in (None, kernel.arch)]
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """In the order of building."""
+    order = {kernel: index for index, kernel in enumerate(prebuild.KERNELS)}
+    items.sort(key=lambda item: max((order[kernel] for kernel in _needed(item)), default=-1))
 
 
 @pytest.fixture(scope="session")
-def emulator(tmp_path_factory: pytest.TempPathFactory) -> emulation.Emulator:
-    if reason := emulation.missing():
+def building(request: pytest.FixtureRequest) -> Iterator[prebuild.Building]:
+    """Of all kernels that the chosen tests launch."""
+    needed = {kernel for item in request.session.items for kernel in _needed(item)}
+    building = prebuild.Building([kernel for kernel in prebuild.KERNELS if kernel in needed])
+    yield building
+    building.stop()
+
+
+@pytest.fixture(autouse=True)
+def _kernels_are_built(request: pytest.FixtureRequest) -> None:
+    if needed := _needed(request.node):
+        request.getfixturevalue("building").wait(needed)
+
+
+@pytest.fixture(scope="session")
+def emulator(tmp_path_factory: pytest.TempPathFactory) -> on_cpu.Emulator:
+    if reason := on_cpu.missing():
         pytest.skip(reason)
-    return emulation.make(tmp_path_factory.mktemp("emulated"))
+    return on_cpu.make(tmp_path_factory.mktemp("emulated"))
+
+
+def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
+    target = config.getoption("--emulated-json", default=None)
+    if target is None or emulation.missing() is not None:
+        return
+    passed, failed, errors, skipped = (
+        len(terminalreporter.getreports(name)) for name in ("passed", "failed", "error", "skipped")
+    )
+    words = report.command_line("pytest", list(map(str, config.invocation_params.args)), _WRITING)
+    seconds = time.perf_counter() - config.stash[started]
+    tests = report.TestCounts(passed, failed + errors, skipped, words, seconds)
+    entries = ((kernel, prebuild.lookup(kernel)) for kernel in prebuild.KERNELS)
+    rows = [report.compile_row(k.name, k.arch, e.meta, "emulated") for k, e in entries if e is not None]
+    environment = report.environment(config.getoption("--emulated-commit"))
+    report.write(report.Report("emulated", words, environment, 0.0, rows, tests).document(), target)

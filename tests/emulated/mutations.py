@@ -16,7 +16,7 @@ sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1] / "gpu
 import emulation  # noqa: E402 - the line above must come first
 import overlay  # noqa: E402
 
-from fp4gemm import cache, load  # noqa: E402
+from fp4gemm import load  # noqa: E402
 from fp4gemm.spec import GemmSpec  # noqa: E402
 
 WRONG = 3  # exit status
@@ -41,10 +41,6 @@ class Mutation:
     @property
     def entry_points(self) -> tuple[str, ...]:
         return self.spec.entry_points
-
-    def build(self) -> cache.Entry:
-        with emulation.emulate(self.arch, self.edits):
-            return cache.get(self.spec)
 
 
 @dataclass(frozen=True)

@@ -54,8 +54,7 @@ LARGE = {
 # An NVFP4 D: shape, dtype of bias, activation, layout of its block scales.
 FP4_SHAPES = ((1, 8, 16), (5, 19, 40), (130, 33, 96), (200, 248, 288))
 FP4 = {
-    "sm_100a": [(shape, None, None, "128x4") for shape in FP4_SHAPES]
-    + [((2048, 2040, 96), torch.bfloat16, None, "linear")],
+    "sm_100a": [(shape, None, None, "128x4") for shape in FP4_SHAPES] + [((2048, 2040, 96), None, "relu", "linear")],
     "sm_120a": [(shape, None, "relu", "128x4") for shape in FP4_SHAPES]
     + [(shape, torch.bfloat16, None, "linear") for shape in FP4_SHAPES],
 }

@@ -10,6 +10,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 
 import emulation
 import mutations
+import prebuild
 import pytest
 from mutations import INTACT, MUTATIONS, Mutation
 
@@ -37,12 +38,11 @@ def run(kernel: Mutation) -> str:
 
 
 @pytest.fixture(scope="module")
-def outcomes(request: pytest.FixtureRequest) -> Iterator[dict[str, Future[str]]]:
-    """Of all kernels that tests here run: at once, as each process takes seconds to begin. They were built before."""
+def outcomes(request: pytest.FixtureRequest, building: prebuild.Building) -> Iterator[dict[str, Future[str]]]:
+    """Of all kernels that tests here run: at once, as each process takes seconds to begin."""
     parameters = [getattr(item, "callspec", None) for item in request.session.items if item.path == request.path]
     kernels = [found.params["ran"] for found in parameters if found is not None and "ran" in found.params]
-    for kernel in kernels:
-        kernel.build()
+    building.wait(kernel.spec if kernel in INTACT else kernel for kernel in kernels)
     with ThreadPoolExecutor(len(kernels)) as pool:
         yield {kernel.name: pool.submit(run, kernel) for kernel in kernels}
 
