@@ -1,7 +1,8 @@
 """Kernels where their own machine is missing: on a CPU, where only g++ is needed, and Blackwell's on a Hopper GPU.
 
 The latter are compiled beside the tests, several at once, and each test waits for the kernels that it launches: those
-that are built first are tested first. `--emulated-json FILE` writes what the run showed as a measurement document.
+that are built first are tested first. `--all-kernels` runs more of them than default variants and what the public
+functions choose; `--emulated-json FILE` writes what the run showed as a measurement document.
 """
 
 from __future__ import annotations
@@ -21,7 +22,9 @@ sys.path.insert(0, str(Path(__file__).parent))
 import emulation
 import emulator as on_cpu
 import prebuild
-from mutations import INTACT, MUTATIONS, Mutation
+import torch
+from mutations import INTACT, MUTATIONS
+from specs import CHOSEN, GROUPED, ONLY_ON_REQUEST, VARIANTS
 
 from fp4gemm import report
 
@@ -31,6 +34,9 @@ _WRITING = ("--emulated-json", "--emulated-commit")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--all-kernels", action="store_true", help="run all emulated GEMM kernels, not only the default ones"
+    )
     parser.addoption("--emulated-json", metavar="FILE", type=Path, help="write what the emulated GPU tests showed")
     parser.addoption("--emulated-commit", metavar="SHA", help="the commit that is named there, where git is missing")
 
@@ -39,22 +45,33 @@ def pytest_configure(config: pytest.Config) -> None:
     config.stash[started] = time.perf_counter()
 
 
+def _parameters(item: pytest.Item) -> dict[str, Any]:
+    return getattr(getattr(item, "callspec", None), "params", {})
+
+
 def _needed(item: pytest.Item) -> Sequence[prebuild.Kernel]:
     """The kernels that a test launches, or may choose from; none where it runs on the CPU or is skipped."""
     if HERE not in item.path.parents or item.get_closest_marker("gpu") is None or emulation.missing() is not None:
         return []
-    parameters = getattr(getattr(item, "callspec", None), "params", {})
+    if item.get_closest_marker("skip") is not None:
+        return []
+    parameters = _parameters(item)
     if "spec" in parameters:
         return [parameters["spec"]]
     if "ran" in parameters:  # the first runs them all, in processes of their own
         return [*MUTATIONS, *(kernel.spec for kernel in INTACT)]
     arch = parameters.get("arch")
-    kernels = (kernel for kernel in prebuild.KERNELS if not isinstance(kernel, Mutation))
-    return [kernel for kernel in kernels if arch in (None, kernel.arch)]
+    chosen = [*VARIANTS, *CHOSEN, *(spec for spec in GROUPED if spec not in ONLY_ON_REQUEST)]
+    return [spec for spec in chosen if arch in (None, spec.arch)]
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """In the order of building."""
+    if not config.getoption("--all-kernels", default=False):
+        on_request = pytest.mark.skip(reason="not a default variant: runs with --all-kernels")
+        for item in items:
+            if HERE in item.path.parents and _parameters(item).get("spec") in ONLY_ON_REQUEST:
+                item.add_marker(on_request)
     order = {kernel: index for index, kernel in enumerate(prebuild.KERNELS)}
     items.sort(key=lambda item: max((order[kernel] for kernel in _needed(item)), default=-1))
 
@@ -64,6 +81,7 @@ def building(request: pytest.FixtureRequest) -> Iterator[prebuild.Building]:
     """Of all kernels that the chosen tests launch."""
     needed = {kernel for item in request.session.items for kernel in _needed(item)}
     building = prebuild.Building([kernel for kernel in prebuild.KERNELS if kernel in needed])
+    torch.set_num_threads(1)  # compilers have the other cores; an operator on all of them would wait for the slowest
     yield building
     building.stop()
 

@@ -22,7 +22,7 @@ sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[2])]
 
 import emulation  # noqa: E402 - the line above must come first
 from mutations import MUTATIONS, Mutation  # noqa: E402
-from specs import API, GROUPED, SPECS  # noqa: E402
+from specs import GROUPED, ONLY_ON_REQUEST, SPECS  # noqa: E402
 
 from fp4gemm import builder, cache  # noqa: E402
 from fp4gemm.spec import GemmSpec  # noqa: E402
@@ -35,7 +35,7 @@ def _cost(kernel: Kernel) -> tuple[int, int]:
 
 
 # What takes longest first, as builder does it: nothing is left to share the last one's time with.
-KERNELS: list[Kernel] = sorted([*SPECS, *API, *GROUPED, *MUTATIONS], key=_cost, reverse=True)
+KERNELS: list[Kernel] = sorted([*SPECS, *GROUPED, *MUTATIONS], key=_cost, reverse=True)
 
 
 @contextmanager
@@ -98,8 +98,10 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("parts", nargs="*", help="build only the kernels whose names have one of these parts")
     parser.add_argument("--jobs", type=int, help="processes at once (default: the cores)")
+    parser.add_argument("--all-kernels", action="store_true", help="also those that tests run only on request")
     args = parser.parse_args()
-    kernels = [kernel for kernel in KERNELS if not args.parts or any(part in kernel.name for part in args.parts)]
+    chosen = [kernel for kernel in KERNELS if args.all_kernels or kernel not in ONLY_ON_REQUEST]
+    kernels = [kernel for kernel in chosen if not args.parts or any(part in kernel.name for part in args.parts)]
     start, failed = time.perf_counter(), 0
     for built in builder.build_all(kernels, jobs=args.jobs, worker=build):  # type: ignore[arg-type]
         problem = built.error or "; ".join(built.meta["not_emulated"])
