@@ -25,6 +25,7 @@ from fp4gemm.grouped import GroupedWeight
 from fp4gemm.launch import (
     AMAX_ARGUMENTS,
     DEQUANTIZE_ARGUMENTS,
+    NO_OPTIONS,
     NORM_ARGUMENTS,
     PACK_ARGUMENTS,
     QUANTIZE_ARGUMENTS,
@@ -123,7 +124,6 @@ def _tensor_amax(x: Tensor, k: int, producer: str | None, vectorized: bool, stre
 
 
 NOOP_MASKS = {torch.bool: 0xFF, torch.uint8: 0xFF, torch.int32: 0xFFFFFFFF, torch.float32: 0x7FFFFFFF}
-_NO_EXTRAS = (0, 0, 0, 0, 0, 0)
 
 
 def _extras(
@@ -193,7 +193,7 @@ def quantize(
     few = m <= select.FEW_ROWS
     if options is PLAIN and noop is None:
         quantizer = _quantizer(device, x.dtype, k, scaling, convention, sf_layout, vectorized, few)
-        extras = _NO_EXTRAS
+        extras = NO_OPTIONS
     else:
         quantizer = _quantizer(
             device,

@@ -20,6 +20,7 @@ from fp4gemm.tensor_map import SIZE, address_word, find_requests
 
 # The structs of templates/include/fp4gemm/{quantize,dequantize,pack,gemm,grouped}.hpp: keep both alike.
 QUANTIZE_ARGUMENTS = struct.Struct("<5Q4q4i4QIi")
+NO_OPTIONS = (0, 0, 0, 0, 0, 0)  # its last fields, where a kernel reads none of them
 NORM_ARGUMENTS = struct.Struct(QUANTIZE_ARGUMENTS.format + "3Qqf4x")
 AMAX_ARGUMENTS = struct.Struct("<2Q2q2i")
 DEQUANTIZE_ARGUMENTS = struct.Struct("<4QI2i4x")

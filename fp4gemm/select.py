@@ -140,6 +140,11 @@ def group_rows_spec(
     )
 
 
+def uniform_rows_spec(arch: str, dtype: str, k: int, convention: str, sf_layout: str, vectorized: bool) -> GroupSpec:
+    """The quantizer of rows of members of one shape that together are one matrix of ``k`` columns."""
+    return GroupSpec(quantize_spec(arch, dtype, k, "per_row", convention, sf_layout, vectorized), uniform=True)
+
+
 def _threads(columns: int, blocks: int) -> int:
     """Whole warps that hold a row, so many blocks a thread."""
     return -(-columns // (32 * blocks)) * 32

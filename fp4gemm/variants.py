@@ -58,6 +58,7 @@ def _groups(arch: str) -> list[KernelSpec]:
     noisy = 3 if arch == "sm_100a" else ctas
     return [
         GroupSpec(QuantizeSpec(*per_row, 128, 4, 4)),
+        GroupSpec(QuantizeSpec(*per_row, 128, 4, 4), uniform=True),
         GroupSpec(QuantizeSpec(*per_row, 128, 2, 4, resident=False)),
         GroupSpec(TileQuantizeSpec(*per_token, "128x4", "128x4", hadamard=True, stochastic=True, ctas=noisy)),
         GroupSpec(TileAmaxSpec(arch, "bf16", True, True, True, ctas=ctas, sums=True)),

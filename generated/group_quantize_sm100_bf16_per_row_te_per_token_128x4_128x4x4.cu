@@ -6,8 +6,11 @@ using Config = QuantizeConfig<Bf16, TePerToken, Scales128x4, Scaling::kPerRow,
                               128, 4, 4, true, true, false,
                               QuantizeOptions<false>>;
 
-extern "C" __device__ int fp4gemm_meta[6] = {Config::kCta, 1, 1, 1, 0, sizeof(GroupRowsArguments)};
+using Arguments = GroupRowsArguments;
+using Kernel = GroupRowQuantizer<Config>;
 
-extern "C" __global__ void __launch_bounds__(Config::kCta, 2) quantize(const __grid_constant__ GroupRowsArguments args) {
-  GroupRowQuantizer<Config>(args).run();
+extern "C" __device__ int fp4gemm_meta[6] = {Config::kCta, 1, 1, 1, 0, sizeof(Arguments)};
+
+extern "C" __global__ void __launch_bounds__(Config::kCta, 2) quantize(const __grid_constant__ Arguments args) {
+  Kernel(args).run();
 }

@@ -13,8 +13,10 @@ from fp4gemm.bench import routing, timing
 from fp4gemm.bench.common import ARCH, Config, Job, random_inputs
 from fp4gemm.report import Row
 
+UNIFORM = "one shape"  # which the host knows
 # Members, rows of all of them, K, and how the rows are spread.
 CASES = (
+    (8, 32768, 8192, UNIFORM),
     (8, 32768, 8192, "balanced"),
     (64, 32768, 8192, "balanced"),
     (64, 32768, 8192, "zipf"),
@@ -37,14 +39,16 @@ def jobs(config: Config) -> Iterator[Job]:
 
 
 def _rows(members: int, M: int, K: int, name: str, options: dict[str, Any], repeats: int) -> list[Row]:
-    counts = routing.counts(name, members, M)
-    first_dims = torch.tensor(counts, dtype=torch.int64, device=timing.DEVICE)
+    counts = routing.counts("balanced" if name == UNIFORM else name, members, M)
+    sizes: dict[str, Any] = {"members": members}
+    if name != UNIFORM:
+        sizes = {"first_dims": torch.tensor(counts, dtype=torch.int64, device=timing.DEVICE)}
     xs = random_inputs(timing.rotation(2 * M * K), M, K)
     results = 2 if options.get("both") else 1
     # x is read once more where an amax has to be known before the first value can be encoded.
     reads = 1 if not options else 2
     moved = int(M * K * (2 * reads + _CODES * results))
-    quantize = functools.partial(fp4gemm.quantize_grouped, first_dims=first_dims, **options)
+    quantize = functools.partial(fp4gemm.quantize_grouped, **sizes, **options)
     us = timing.compare(
         {
             "quantize_grouped": [functools.partial(quantize, x) for x in xs],

@@ -114,6 +114,17 @@ class GroupedArguments(NamedTuple):
             return self.per_tensor
         return self.per_tensor or given.dim() == 0 or given.shape[0] != self.shape(transposed).row_bound
 
+    @property
+    def one_matrix(self) -> bool:
+        """Whether the row-wise result is that of x as one matrix: the members' rows are whole tiles of the layout, and
+        nothing is a member's own."""
+        group, layout = self.group, self.layouts[0]
+        rows, columns = group.shape.rows, group.shape.columns
+        if layout is None or not rows or not columns or group.offsets is not None:
+            return False
+        own = (self.seed, self.outer_scales[0], self.amaxes[0], self.gradient)
+        return not self.per_tensor and all(t is None for t in own) and rows % scale_layout(layout).row_tile == 0
+
 
 def check_group(
     x: Tensor, members: int | None, first_dims: Tensor | None, last_dims: Tensor | None, offsets: Tensor | None,

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from fp4gemm import select
-from fp4gemm.formats import BLOCK, scale_layout
+from fp4gemm.formats import BLOCK, scale_columns, scale_layout
 from fp4gemm.group.arguments import Group, GroupedArguments
 from fp4gemm.group.tensor import GroupedFP4Tensor
-from fp4gemm.launch import Launcher
+from fp4gemm.launch import NO_OPTIONS, QUANTIZE_ARGUMENTS, Launcher
 from fp4gemm.reference.group import GroupedResults
 from fp4gemm.spec import TILE, GroupSpec, GroupSumsSpec, QuantizeSpec
 from fp4gemm.tile_calls import signs
@@ -21,6 +21,7 @@ from fp4gemm.tile_calls import signs
 GROUP = "5Q7qi4x"
 GROUP_OUTPUT = "5Q2i"
 GROUP_ROWS_ARGUMENTS = struct.Struct(f"<{GROUP}{GROUP_OUTPUT}2Q")
+UNIFORM_ROWS_ARGUMENTS = struct.Struct(f"{QUANTIZE_ARGUMENTS.format}3Q2i")
 GROUP_TILE_ARGUMENTS = struct.Struct(f"<{GROUP}{GROUP_OUTPUT * 2}3Q8I2iI4x")
 GROUP_AMAX_ARGUMENTS = struct.Struct(f"<{GROUP}5Q8Ii4x")
 GROUP_SUMS_ARGUMENTS = struct.Struct(f"<{GROUP}2Q")
@@ -82,6 +83,23 @@ class _Kernel:
 
     def __call__(self, items: int, stream: int, *values: int) -> None:
         self.launch((max(1, min(items, self._ctas)), 1, 1), stream, *values)
+
+
+class _UniformKernel:
+    """A kernel of members that are one matrix, and how it divides that among CTAs."""
+
+    def __init__(
+        self, device: int, dtype: torch.dtype, k: int, convention: str, sf_layout: str, vectorized: bool
+    ) -> None:
+        arch, name = select.arch_of(device), select.INPUT_NAMES[dtype]
+        spec = select.uniform_rows_spec(arch, name, k, convention, sf_layout, vectorized)
+        assert isinstance(spec.kernel, QuantizeSpec)
+        self.launch = Launcher(spec, UNIFORM_ROWS_ARGUMENTS)
+        self.rows = spec.kernel.rows
+        self.prefetch = select.prefetch_ctas(spec.kernel, k, device)
+
+
+_uniform_kernel = lru_cache(maxsize=1024)(_UniformKernel)
 
 
 @lru_cache(maxsize=1024)
@@ -186,11 +204,28 @@ def quantize(args: GroupedArguments) -> GroupedResults:
         scales = [t if t is not None else amax for t, amax in zip(given, found[:2], strict=True)]
         dbias = found[2]
     out = allocate(args, False), allocate(args, True)
-    if by_row and out[0] is not None:
+    if by_row and out[0] is not None and args.one_matrix:
+        _quantize_one_matrix(args, out[0], stream)
+    elif by_row and out[0] is not None:
         _quantize_rows(args, out[0], scales[0], stream)
     else:
         _quantize_tiles(args, out, scales, stream)
     return GroupedResults(*out, dbias)
+
+
+def _quantize_one_matrix(args: GroupedArguments, out: GroupedFP4Tensor, stream: int) -> None:
+    group, shape = args.group, args.group.shape
+    assert shape.columns is not None
+    rows, k, columns = shape.row_bound, shape.columns, scale_columns(shape.columns)
+    vectorized = group.alignment > 1 and k % BLOCK == 0
+    kernel = _uniform_kernel(group.x.device.index, group.x.dtype, k, args.convention, out.sf_layout, vectorized)
+    kernel.launch(
+        (-(-rows // kernel.rows), 1, 1), stream,
+        group.x.data_ptr(), out.data.data_ptr(), out.block_scale.data_ptr(), out.outer_scale.data_ptr(), 0,
+        k, 0, rows, rows, k, columns, 0, kernel.prefetch, *NO_OPTIONS,
+        out.index.data_ptr(), shape.data_bytes() // shape.members, out.block_scale.numel() // shape.members,
+        shape.members, rows // shape.members,
+    )  # fmt: skip
 
 
 def _quantize_rows(args: GroupedArguments, out: GroupedFP4Tensor, scale_in: Tensor | None, stream: int) -> None:

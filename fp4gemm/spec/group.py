@@ -23,6 +23,7 @@ class GroupSpec:
     uses_cutlass: ClassVar[bool] = False
 
     kernel: QuantizeSpec | TileQuantizeSpec | TileAmaxSpec
+    uniform: bool = False  # members of one shape, which together are one matrix with a CTA for each part of its rows
 
     @property
     def arch(self) -> str:
@@ -38,7 +39,7 @@ class GroupSpec:
 
     @property
     def name(self) -> str:
-        return f"group_{self.kernel.name}"
+        return f"group_{self.kernel.name}{'_uniform' if self.uniform else ''}"
 
     @property
     def threads(self) -> int:
@@ -69,6 +70,8 @@ class GroupSpec:
             options = (kernel.adaptive, kernel.residual, kernel.gathered, kernel.noop, kernel.producer)
             if any(options) or kernel.output != "packed":
                 return "kernel: expected a packed result and no option but stochastic in a group"
+        if self.uniform and not (isinstance(kernel, QuantizeSpec) and kernel.scaling == "per_row" and kernel.plain):
+            return "uniform: got True, expected rows with an amax each, rounded to nearest"
         return None
 
 

@@ -23,6 +23,7 @@ from fp4gemm.group.calls import (
     GROUP_ROWS_ARGUMENTS,
     GROUP_SUMS_ARGUMENTS,
     GROUP_TILE_ARGUMENTS,
+    UNIFORM_ROWS_ARGUMENTS,
 )
 from fp4gemm.launch import (
     AMAX_ARGUMENTS,
@@ -150,7 +151,8 @@ def test_small_kernels(entry: cache.Entry, spec: KernelSpec) -> None:
 def test_kernels_of_groups(entry: cache.Entry, spec: GroupSpec) -> None:
     """Also that as many CTAs as a launch counts on fit on an SM."""
     meta = entry.meta
-    assert meta["params_bytes"] == GROUP_ARGUMENTS[type(spec.kernel)].size
+    arguments = UNIFORM_ROWS_ARGUMENTS if spec.uniform else GROUP_ARGUMENTS[type(spec.kernel)]
+    assert meta["params_bytes"] == arguments.size
     assert meta["threads"] == spec.threads
     assert meta["registers"] * meta["threads"] * spec.ctas <= REGISTER_FILE
     assert (meta["smem_bytes"] + 1024) * spec.ctas <= SHARED[spec.arch] + 1024

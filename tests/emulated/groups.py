@@ -24,8 +24,7 @@ extern "C" char const* run(ARGUMENTS const* args, int ctas, unsigned seed) {
 _IN_SHARED = {"CALL": "Kernel(*arguments, current->cta->shared)", "SHARED": "Kernel::kSharedBytes"}
 _WORDS: dict[type, dict[str, str]] = {
     QuantizeSpec: {
-        "ARGUMENTS": "GroupRowsArguments", "CALL": "GroupRowQuantizer<Config>(*arguments)",
-        "THREADS": "Config::kCta", "SHARED": "0",
+        "ARGUMENTS": "Arguments", "CALL": "Kernel(*arguments)", "THREADS": "Config::kCta", "SHARED": "0",
     },
     TileQuantizeSpec: {"ARGUMENTS": "GroupTileArguments", "THREADS": "Config::kThreads", **_IN_SHARED},
     TileAmaxSpec: {"ARGUMENTS": "GroupAmaxArguments", "THREADS": "Config::kThreads", **_IN_SHARED},

@@ -30,7 +30,8 @@ def launches(emulator: emulation.Emulator, monkeypatch: pytest.MonkeyPatch) -> I
     monkeypatch.setattr(select, "arch_of", lambda device: "sm_90a")
     monkeypatch.setattr(select, "gpu_of", lambda device: ("a GPU", 2))
     monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda device: 1, raising=False)
-    caches = calls._rows_kernel, calls._tile_kernel, calls._amax_kernel, calls._sums_kernel
+    monkeypatch.setattr(select, "prefetch_ctas", lambda spec, k, device: 2)
+    caches = calls._rows_kernel, calls._uniform_kernel, calls._tile_kernel, calls._amax_kernel, calls._sums_kernel
     for cached in caches:
         cached.cache_clear()
     yield
@@ -53,6 +54,13 @@ def run(case: cases.GroupCase, monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("kind", cases.KINDS)
 def test_random_groups(kind: str, seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
     run(cases.GroupCase.draw(seed, kind, largest=200), monkeypatch)
+
+
+@pytest.mark.usefixtures("launches")
+@pytest.mark.parametrize("case", cases.UNIFORM, ids=str)
+def test_members_that_are_one_matrix(case: cases.GroupCase, monkeypatch: pytest.MonkeyPatch) -> None:
+    run(case, monkeypatch)
+    assert calls._uniform_kernel.cache_info().currsize == 1
 
 
 @pytest.mark.usefixtures("launches")

@@ -118,6 +118,23 @@ class GroupCase:
         return x, arguments
 
 
+def _one_matrix(
+    members: int, rows: int, columns: int, dtype: torch.dtype, sf_layout: str, **options: Any
+) -> GroupCase:  # fmt: skip
+    sizes, gaps = ((rows, columns),) * members, (0,) * members
+    return GroupCase(members, "same", dtype, sizes, gaps, 0, False, "special", {"sf_layout": sf_layout, **options})
+
+
+# Rows of each member are whole tiles of the layout; columns are not whole blocks or whole tiles, or many threads' row.
+UNIFORM = (
+    _one_matrix(3, 128, 80, torch.bfloat16, "128x4"),
+    _one_matrix(2, 256, 24, torch.float32, "128x4", dbias=True),
+    _one_matrix(70, 8, 40, torch.float16, "8x4", convention="te"),
+    _one_matrix(5, 3, 2064, torch.float8_e4m3fn, "linear"),
+    _one_matrix(1, 1, 9, torch.bfloat16, "linear"),
+)
+
+
 def _height(rng: random.Random, largest: int) -> int:
     return rng.choice((0, 0, 1, rng.randrange(largest), rng.randrange(largest), 16 * rng.randrange(largest // 16 + 1)))
 

@@ -98,7 +98,7 @@ def _quantize(
 def quantize_grouped_cases(device: torch.device) -> Iterator[str]:
     """Every kind and way: members that end inside of a tile, empty ones, more of them than lanes that sum their sizes,
     with poison around what is read and written."""
-    for kind, options in product(
+    drawn = product(
         groups.KINDS,
         (
             {},
@@ -106,16 +106,22 @@ def quantize_grouped_cases(device: torch.device) -> Iterator[str]:
             {"both": True, "hadamard": 0xACE1, "seed": 3, "dbias": True},
             {"gradient": "silu"},
         ),
+        ((0, 3), (1, 70)),
+    )
+    for case in (
+        *groups.UNIFORM,
+        *(
+            groups.GroupCase.draw(seed, kind, members, 280, torch.bfloat16, options)
+            for kind, options, (seed, members) in drawn
+        ),
     ):
-        for seed, members in ((0, 3), (1, 70)):
-            case = groups.GroupCase.draw(seed, kind, members, 280, torch.bfloat16, options)
-            x, arguments = case.make(torch.device("cpu"))
-            want = fp4gemm.quantize_grouped(x, **arguments)
-            x, arguments = case.make(device)
-            with groups.guarded():
-                got = fp4gemm.quantize_grouped(x, **arguments)
-            groups.assert_results(got, want, case.columns, str(case), guarded=device.type == "cuda")
-            yield str(case)
+        x, arguments = case.make(torch.device("cpu"))
+        want = fp4gemm.quantize_grouped(x, **arguments)
+        x, arguments = case.make(device)
+        with groups.guarded():
+            got = fp4gemm.quantize_grouped(x, **arguments)
+        groups.assert_results(got, want, case.columns, str(case), guarded=device.type == "cuda")
+        yield str(case)
 
 
 def dequantize_cases(device: torch.device) -> Iterator[str]:

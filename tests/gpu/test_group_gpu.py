@@ -36,6 +36,11 @@ def test_random_groups(kind: str, first: int, device: torch.device) -> None:
         check(cases.GroupCase.draw(seed, kind), device)
 
 
+@pytest.mark.parametrize("case", cases.UNIFORM, ids=str)
+def test_members_that_are_one_matrix(case: cases.GroupCase, device: torch.device) -> None:
+    check(case, device)
+
+
 @pytest.mark.parametrize("members", [128, 1024, 1500])
 @pytest.mark.parametrize("kind", cases.KINDS)
 def test_many_members(kind: str, members: int, device: torch.device) -> None:

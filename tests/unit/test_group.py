@@ -301,6 +301,7 @@ def test_what_is_selected_is_possible_and_named_apart(arch):
         (GroupSpec(TileQuantizeSpec("sm_90a", "bf16", "amax", "te", "linear", None, square=True)), "square: got True"),
         (GroupSpec(TileAmaxSpec("sm_90a", "e4m3", True, True, gradient="relu")), "gradient: got one of e4m3"),
         (GroupSpec(TileAmaxSpec("sm_90a", "bf16", True, True, gradient="tanh")), "gradient: got 'tanh'"),
+        (GroupSpec(TileAmaxSpec("sm_90a", "bf16", True, True), uniform=True), "uniform: got True"),
         (GroupSumsSpec("sm_90a", 3), "alignment: got 3"),
         (GroupSumsSpec("sm_90a", 8, 33), "threads: got 33"),
     ],

@@ -198,6 +198,44 @@ template <class Config> class GroupRowQuantizer {
   }
 };
 
+// --- members of one shape ---------------------------------------------------------------------------------------------
+
+// Packed by fp4gemm/group/calls.py (UNIFORM_ROWS_ARGUMENTS): keep both alike.
+struct UniformRowsArguments {
+  QuantizeArguments rows;  // of all members
+  int64_t* index;  // as a GroupOutput has it
+  int64_t data_bytes, scale_bytes;  // of a member
+  int members, member_rows;
+};
+
+// Where the rows of each member are whole tiles of the layout, members are one matrix: what the dense quantizer makes of it, and the
+// index.
+template <class Config> class UniformRowQuantizer {
+  UniformRowsArguments const& args_;
+
+ public:
+  __device__ explicit UniformRowQuantizer(UniformRowsArguments const& args) : args_(args) {}
+
+  __device__ void run() const {
+    if (last_cta()) write_index();
+    RowQuantizer<Config>(args_.rows).run();
+  }
+
+ private:
+  __device__ void write_index() const {
+    int64_t const stride = args_.members + 1;
+    for (int number = threadIdx.x; number <= args_.members; number += Config::kCta) {
+      bool const real = number < args_.members;
+      int64_t* const entry = args_.index + number;
+      entry[0] = real ? args_.member_rows : 0;
+      entry[stride] = real ? args_.rows.k : 0;
+      entry[2 * stride] = number * args_.data_bytes;
+      entry[3 * stride] = number * args_.scale_bytes;
+      entry[4 * stride] = static_cast<int64_t>(number) * args_.member_rows;
+    }
+  }
+};
+
 // --- by tiles ---------------------------------------------------------------------------------------------------------
 
 // Packed by fp4gemm/group/calls.py (GROUP_TILE_ARGUMENTS): keep both alike.
