@@ -19,7 +19,7 @@ from fp4gemm.formats import BLOCK, scale_columns, scale_layout
 from fp4gemm.launch import Launcher
 from fp4gemm.spec import TILE
 
-# The structs of templates/include/fp4gemm/quantize_tile.hpp: keep both alike.
+# The structs of templates/include/fp4gemm/{quantize_tile,amax_tile}.hpp: keep both alike.
 TILE_QUANTIZE_ARGUMENTS = struct.Struct("<2Q3q2iIi4Q4Q3Q8I2iI4x")
 TILE_AMAX_ARGUMENTS = struct.Struct("<2Q3q2iIi5Q8I")
 

@@ -17,7 +17,7 @@ from fp4gemm.reference.group import GroupedResults
 from fp4gemm.spec import TILE, GroupSpec, GroupSumsSpec, QuantizeSpec
 from fp4gemm.tile_calls import signs
 
-# The structs of templates/include/fp4gemm/{group,quantize_group}.hpp: keep both alike.
+# The structs of templates/include/fp4gemm/{group,quantize_group,amax_group}.hpp: keep both alike.
 GROUP = "5Q7qi4x"
 GROUP_OUTPUT = "5Q2i"
 GROUP_ROWS_ARGUMENTS = struct.Struct(f"<{GROUP}{GROUP_OUTPUT}2Q")

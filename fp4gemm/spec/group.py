@@ -18,7 +18,7 @@ _TEMPLATES = {
 @dataclass(frozen=True)
 class GroupSpec:
     """``kernel`` by persistent CTAs that go through the members of a group, whose sizes they find in memory
-    (templates/include/fp4gemm/quantize_group.hpp)."""
+    (templates/include/fp4gemm/work_items.hpp)."""
 
     uses_cutlass: ClassVar[bool] = False
 

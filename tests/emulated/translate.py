@@ -83,12 +83,17 @@ _RULES: dict[str, tuple[tuple[str, str], ...]] = {
     "convention.hpp": (),
     "hadamard.hpp": (),
     "philox.hpp": (),
-    "quantize_tile.hpp": (
+    "quick_scales.hpp": (
         (r'uint16_t pair;\s*asm\("cvt\.rn\.satfinite.*?return pair;', "return to_e4m3_byte(v);"),
         (r'float r;\s*asm\("rcp.*?return r;', "return 1.0f / v;"),
     ),
+    "quantize_tile.hpp": (),
+    "tile_scales.hpp": (),
+    "amax_tile.hpp": (),
     "group.hpp": (),
+    "work_items.hpp": (),
     "quantize_group.hpp": (),
+    "amax_group.hpp": (),
     "tile.hpp": ((r'asm volatile\("" : "\+r"\(v\)\);', ""),),
     "encode.hpp": (),
     "adaptive.hpp": (),
