@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fp4gemm import blockscaled, calls, reference
+from fp4gemm import blockscaled, gemm_calls, reference
 from fp4gemm.dispatch import direct, on_its_device, on_kernels
 from fp4gemm.engine import Output
 from fp4gemm.formats import padded_k, scale_layout
@@ -141,7 +141,7 @@ def _multiply(
 ) -> None:
     """D into ``d``."""
     if d.is_cuda and d.numel() > 0 and b.k > 0:
-        on_its_device(d, calls.bmm, a, b, bias, Output(d, c, beta), activation)
+        on_its_device(d, gemm_calls.bmm, a, b, bias, Output(d, c, beta), activation)
     else:
         d.copy_(reference.bmm(a, b, bias, d.dtype, c=c, beta=beta, activation=activation))
 
@@ -176,7 +176,7 @@ def _bmm_fp4(
     n: int, k: int, bias: Tensor | None, outer_scale: Tensor, sf_layout: str, activation: str | None,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     members, m, _ = a.shape
-    if on_kernels(a) and n > 0 and not calls.on_hopper(a.device.index):
+    if on_kernels(a) and n > 0 and not gemm_calls.on_hopper(a.device.index):
         left = FP4Batch(a, a_block_scale, a_outer_scale, (members, m, k), a_layout)
         right = FP4Batch(b, b_block_scale, b_outer_scale, (members, n, k), b_layout, b_prepacked)
         own_bias = None if bias is None else bias.contiguous()

@@ -1,4 +1,5 @@
-"""The CUDA side of the operators: allocate, select, launch. Nothing waits for the GPU; ops has checked arguments."""
+"""The CUDA side of quantizing, packing and dequantizing: allocate, select, launch. Nothing waits for the GPU; ops has
+checked arguments. gemm_calls has the products."""
 
 from __future__ import annotations
 
@@ -8,8 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fp4gemm import blockscaled, engine, select
-from fp4gemm.engine import Activations, Output, Weight
+from fp4gemm import select
 from fp4gemm.formats import (
     BLOCK,
     NORMS,
@@ -21,7 +21,6 @@ from fp4gemm.formats import (
     scale_columns,
     scale_layout,
 )
-from fp4gemm.grouped import GroupedWeight
 from fp4gemm.launch import (
     AMAX_ARGUMENTS,
     DEQUANTIZE_ARGUMENTS,
@@ -31,9 +30,7 @@ from fp4gemm.launch import (
     QUANTIZE_ARGUMENTS,
     Launcher,
 )
-from fp4gemm.reference.activation import activate
 from fp4gemm.spec import check
-from fp4gemm.tensor import FP4Batch, FP4Tensor
 
 _UNITS = 2**32  # half blocks that a dequantizer counts
 
@@ -109,7 +106,7 @@ def _scale_shape(sf_layout: str, m: int, k: int) -> tuple[int, ...]:
     return scale_layout(sf_layout).shape(m, k)
 
 
-def _vectorized(x: Tensor, k: int) -> bool:
+def vectorized_rows(x: Tensor, k: int) -> bool:
     """Whether every row starts on 16 bytes and holds whole blocks, so that a block is whole 16-byte loads."""
     rows_aligned = x.shape[0] == 1 or x.stride(0) * x.element_size() % 16 == 0
     return k % BLOCK == 0 and x.data_ptr() % 16 == 0 and rows_aligned
@@ -137,7 +134,7 @@ def _extras(
 
 def _order(channel_order: Tensor | None) -> Tensor | None:
     """int32 on 16 bytes, as kernels load it."""
-    return None if channel_order is None else _aligned(channel_order.to(torch.int32).contiguous(), 16)
+    return None if channel_order is None else aligned(channel_order.to(torch.int32).contiguous(), 16)
 
 
 def _scaling(
@@ -182,11 +179,11 @@ def quantize(
         data = x.new_empty((m, out_columns * BLOCK // 2), dtype=torch.uint8)
         block_scale = x.new_empty(_scale_shape(sf_layout, m, out_columns * BLOCK), dtype=torch.float8_e4m3fn)
         out = Packed(data, block_scale, x.new_empty(() if per_tensor else (m,), dtype=torch.float32), sf_layout)
-    vectorized = _vectorized(x, k)
+    vectorized = vectorized_rows(x, k)
     tail: tuple[int | float, ...] = ()
     if norm is not None:
         operands = [t if t.stride(-1) == 1 else t.contiguous() for t in norm[:2] if t is not None]
-        vectorized = vectorized and all(_vectorized(t.view(-1, k) if t.dim() == 1 else t, k) for t in operands)
+        vectorized = vectorized and all(vectorized_rows(t.view(-1, k) if t.dim() == 1 else t, k) for t in operands)
         tail = _norm_tail(operands, norm)
     scaling, scale_in = _scaling(x, per_tensor, outer_scale, amax, options, vectorized, stream)
     order = _order(channel_order)
@@ -274,7 +271,7 @@ def quantize_values(
     if x.stride(1) != 1:
         x = x.contiguous()
     device, m, k = x.device.index, x.shape[0], options.columns(x.shape[1])
-    stream, vectorized, order = _stream(device), _vectorized(x, k), _order(channel_order)
+    stream, vectorized, order = _stream(device), vectorized_rows(x, k), _order(channel_order)
     scaling, scale_in = _scaling(x, per_tensor, outer_scale, None, options, vectorized, stream)
     quantizer = _values_quantizer(
         device, x.dtype, m, k, scaling, convention, vectorized, int(scaling == "given" and not per_tensor),
@@ -297,10 +294,8 @@ def _packer(device: int, sf_layout: str, direction: str) -> tuple[Launcher, int]
     return Launcher(spec, PACK_ARGUMENTS), spec.threads // 128
 
 
-_FUSED_CONVENTION = "te_per_token"  # that of packed_mma.hpp
-
-
-def _aligned(t: Tensor, size: int) -> Tensor:
+def aligned(t: Tensor, size: int) -> Tensor:
+    """``t``, or a copy where it is a view that does not begin on ``size`` bytes."""
     return t if t.data_ptr() % size == 0 else t.clone()
 
 
@@ -322,7 +317,7 @@ def prepack(data: Tensor, block_scale: Tensor, sf_layout: str, k: int) -> Tensor
     """The prepacked form, uint8 [ceil(N/64), ceil(K/64), 2304], of a non-empty weight; see ``ops.prepack``."""
     n = data.shape[0]
     packed = data.new_empty(packed_shape(n, k))
-    _launch_packer("pack", _aligned(data, 8), block_scale, packed, sf_layout, k, n)
+    _launch_packer("pack", aligned(data, 8), block_scale, packed, sf_layout, k, n)
     return packed
 
 
@@ -332,7 +327,7 @@ def unpack(packed: Tensor, sf_layout: str, n: int, k: int) -> tuple[Tensor, Tens
     data = packed.new_empty((n, padded_k(k) // 2))
     block_scale = packed.new_empty(_scale_shape(sf_layout, n, k), dtype=torch.float8_e4m3fn)
     padded_rows = -(-n // layout.row_tile) * layout.row_tile
-    _launch_packer("unpack", data, block_scale, _aligned(packed, 16), sf_layout, k, padded_rows)
+    _launch_packer("unpack", data, block_scale, aligned(packed, 16), sf_layout, k, padded_rows)
     return data, block_scale
 
 
@@ -363,125 +358,9 @@ def dequantize(t: Packed, k: int, dtype: torch.dtype) -> Tensor:
     return out if 2 * half_k == k else out[:, :k].contiguous()
 
 
-def _activations(a: FP4Tensor | Tensor) -> Activations:
-    """NVFP4 activations, not prepacked, as values: code * block scale in bf16 [M, ceil16(K)], zeros past K."""
-    if isinstance(a, Tensor):
-        return Activations(a, None)
-    t = _in_words(Packed(a.data, a.block_scale, a.outer_scale, a.sf_layout))
-    values = t.data.new_empty((a.rows, padded_k(a.k)), dtype=torch.bfloat16)
-    _launch_dequantizer(t, a.rows, values.shape[1], values, outer=False)
-    return Activations(values, a.outer_scale)
-
-
-def _weight(b: FP4Tensor) -> Weight:
-    """A weight that is not prepacked is, for this call."""
-    data = _aligned(b.data, 16) if b.prepacked else prepack(b.data, b.block_scale, b.sf_layout, b.k)
-    return Weight(data, b.outer_scale, *b.shape)
-
-
-def on_hopper(device: int) -> bool:
-    """Whether GEMMs multiply values by prepacked weights; else they take NVFP4 as it is."""
-    return select.arch_of(device) == "sm_90a"
-
-
-def gemm(a: FP4Tensor | Tensor, b: FP4Tensor, bias: Tensor | None, out: Output, activation: str | None = None) -> None:
-    """A . B^T of non-empty operands into ``out``; see ``ops.gemm``."""
-    bias = None if bias is None else bias.contiguous()
-    if not on_hopper(out.d.device.index):
-        blockscaled.gemm(a, b, bias, out, activation)
-        return
-    if activation is not None:  # the engine's epilogues have none
-        d = torch.empty_like(out.d, dtype=torch.float32)
-        gemm(a, b, bias, Output(d, None if out.c is None else out.c.float(), out.beta))
-        out.d.copy_(activate(activation, d))
-        return
-    weight = _weight(b)
-    engine.gemm(_activations(a), weight, bias, out, None if b.prepacked else False)
-
-
-def _grouped(w: GroupedWeight | FP4Batch, offsets: Tensor, tokens: int) -> engine.GroupedWeights:
-    data = w.prepack().data if isinstance(w, FP4Batch) else w.data
-    return engine.GroupedWeights(_aligned(data, 16), w.outer_scale, offsets.contiguous(), *w.shape, tokens)
-
-
-def gemm_grouped(
-    x: FP4Tensor | Tensor, w: GroupedWeight | FP4Batch, offsets: Tensor, bias: Tensor | None, tokens: int, out: Output
-) -> None:
-    """The product of each expert of non-empty operands into ``out``; see ``ops.gemm_grouped``."""
-    bias = None if bias is None else bias.contiguous()
-    if not on_hopper(out.d.device.index):
-        blockscaled.gemm_grouped(x, w, offsets.contiguous(), bias, tokens, out)
-        return
-    engine.gemm_grouped(_activations(x), _grouped(w, offsets, tokens), bias, out)
-
-
-def quantize_gemm_grouped(
-    x: Tensor, w: GroupedWeight | FP4Batch, offsets: Tensor, bias: Tensor | None, outer_scale: Tensor | None,
-    tokens: int, d: Tensor, options: QuantizeOptions = PLAIN,
-) -> None:  # fmt: skip
-    """The values of x, quantized, times the weight of their expert into ``d``; see ``ops.quantize_gemm_grouped``."""
-    per_tensor = outer_scale is not None and outer_scale.dim() == 0
-    if not on_hopper(x.device.index):
-        codes = quantize(x, per_tensor, "128x4", _FUSED_CONVENTION, outer_scale, None, options)
-        left = FP4Tensor(*codes[:3], (x.shape[0], w.k), codes.sf_layout)
-        gemm_grouped(left, w, offsets, bias, tokens, Output(d, None, 0.0))
-        return
-    weights = _grouped(w, offsets, tokens)
-    values, outer = quantize_values(x, per_tensor, _FUSED_CONVENTION, outer_scale, options)
-    bias = None if bias is None else bias.contiguous()
-    engine.gemm_grouped(Activations(values, outer), weights, bias, Output(d, None, 0.0), not isinstance(w, FP4Batch))
-
-
-def bmm(a: FP4Batch, b: FP4Batch, bias: Tensor | None, out: Output, activation: str | None) -> None:
-    """A . B^T of the non-empty members of two batches into ``out``; see ``batch.bmm``."""
-    if not on_hopper(out.d.device.index):
-        blockscaled.gemm(a, b, None if bias is None else bias.contiguous(), out, activation)
-        return
-    for i, (left, right) in enumerate(zip(a, b, strict=True)):
-        own_bias = bias if bias is None or bias.dim() == 1 else bias[i]
-        gemm(left, right, own_bias, Output(out.d[i], None if out.c is None else out.c[i], out.beta), activation)
-
-
-def gemm_fp4(
-    a: FP4Tensor | Tensor, b: FP4Tensor, bias: Tensor | None, outer_scale: Tensor, sf_layout: str,
-    activation: str | None,
-) -> Packed:  # fmt: skip
-    """A . B^T of non-empty operands in NVFP4; see ``ops.gemm_fp4``."""
-    bias = None if bias is None else bias.contiguous()
-    if on_hopper(outer_scale.device.index):
-        d = outer_scale.new_empty((a.shape[0], b.rows))
-        gemm(a, b, bias, Output(d, None, 0.0), activation)
-        return quantize(d, outer_scale.dim() == 0, sf_layout, _FUSED_CONVENTION, outer_scale)
-    data, block_scale = blockscaled.gemm_fp4(a, b, bias, outer_scale, sf_layout, activation)
-    return Packed(data, block_scale, outer_scale.clone(), sf_layout)
-
-
-def quantize_gemm(
-    x: Tensor,
-    w: FP4Tensor,
-    bias: Tensor | None,
-    per_tensor: bool,
-    convention: str,
-    outer_scale: Tensor | None,
-    d: Tensor,
-    options: QuantizeOptions = PLAIN,
-    channel_order: Tensor | None = None,
-) -> None:
-    """The values of x, quantized, times a weight, non-empty both, into ``d``; see ``ops.quantize_gemm``."""
-    if not on_hopper(x.device.index):
-        codes = quantize(x, per_tensor, "128x4", convention, outer_scale, None, options, None, channel_order)
-        gemm(FP4Tensor(*codes[:3], (x.shape[0], w.k), codes.sf_layout), w, bias, Output(d, None, 0.0))
-        return
-    weight, packed = _weight(w), w.prepacked is not None
-    bias = None if bias is None else bias.contiguous()
-    if (
-        outer_scale is not None
-        and options is PLAIN
-        and convention == _FUSED_CONVENTION
-        and x.stride(1) == 1
-        and _vectorized(x, x.shape[1])
-        and engine.quantize_gemm(x, outer_scale, weight, bias, d, packed)
-    ):
-        return
-    values, outer = quantize_values(x, per_tensor, convention, outer_scale, options, channel_order)
-    engine.gemm(Activations(values, outer), weight, bias, Output(d, None, 0.0), packed)
+def as_values(t: Packed, m: int, k: int) -> Tensor:
+    """code * block scale in bf16 [M, ceil16(K)], zeros past K."""
+    t = _in_words(t)
+    out = t.data.new_empty((m, padded_k(k)), dtype=torch.bfloat16)
+    _launch_dequantizer(t, m, out.shape[1], out, outer=False)
+    return out

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fp4gemm import calls, reference
+from fp4gemm import gemm_calls, reference
 from fp4gemm.dispatch import direct, on_its_device, on_kernels
 from fp4gemm.engine import Output
 from fp4gemm.formats import BLOCK, PLAIN, QuantizeOptions
@@ -127,7 +127,7 @@ def _multiply(
 ) -> None:  # fmt: skip
     """D into ``d``."""
     if d.is_cuda and d.numel() > 0 and w.k > 0:
-        on_its_device(d, calls.gemm_grouped, x, w, offsets, bias, tokens, Output(d, c, beta))
+        on_its_device(d, gemm_calls.gemm_grouped, x, w, offsets, bias, tokens, Output(d, c, beta))
     elif d.numel() > 0:
         reference.gemm_grouped(x, w, offsets, bias, d.dtype, c=c, beta=beta, out=d)
 
@@ -139,7 +139,9 @@ def _quantize_multiply(
     x = args.source
     d = x.new_empty((x.shape[0], w.rows), dtype=dtype)
     if on_kernels(x) and d.numel() > 0:
-        on_its_device(x, calls.quantize_gemm_grouped, x, w, offsets, bias, args.outer_scale, tokens, d, args.options)
+        on_its_device(
+            x, gemm_calls.quantize_gemm_grouped, x, w, offsets, bias, args.outer_scale, tokens, d, args.options
+        )
     else:
         _multiply(FP4Tensor(*run(args), args.shape, _LAYOUT), w, offsets, bias, None, 0.0, tokens, d)
     return d

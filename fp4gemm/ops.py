@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fp4gemm import calls, reference
+from fp4gemm import calls, gemm_calls, reference
 from fp4gemm.calls import Packed
 from fp4gemm.dispatch import direct, on_its_device, on_kernels
 from fp4gemm.engine import Output
@@ -209,7 +209,7 @@ def _dequantize(
 
 def _has_packers(data: Tensor) -> bool:
     """Whether kernels convert to and from the prepacked form: on Hopper, whose form it is; torch does elsewhere."""
-    return on_kernels(data) and calls.on_hopper(data.device.index)
+    return on_kernels(data) and gemm_calls.on_hopper(data.device.index)
 
 
 def _prepack(data: Tensor, block_scale: Tensor, sf_layout: str, k: int) -> Tensor:
@@ -262,7 +262,7 @@ def _multiply(
 ) -> None:  # fmt: skip
     """D into ``d``."""
     if d.is_cuda and d.numel() > 0 and b.k > 0:
-        on_its_device(d, calls.gemm, a, b, bias, Output(d, c, beta), activation)
+        on_its_device(d, gemm_calls.gemm, a, b, bias, Output(d, c, beta), activation)
     else:
         d.copy_(reference.gemm(a, b, bias, d.dtype, c=c, beta=beta, activation=activation))
 
@@ -272,7 +272,9 @@ def _quantize_multiply(args: QuantizeArguments, w: FP4Tensor, bias: Tensor | Non
     d = x.new_empty((x.shape[0], w.rows), dtype=out_dtype)
     if on_kernels(x) and w.rows > 0:
         extras = (args.options, args.channel_order)
-        on_its_device(x, calls.quantize_gemm, x, w, bias, per_tensor, _ACTIVATION_CONVENTION, outer_scale, d, *extras)
+        on_its_device(
+            x, gemm_calls.quantize_gemm, x, w, bias, per_tensor, _ACTIVATION_CONVENTION, outer_scale, d, *extras
+        )
         return d
     _multiply(FP4Tensor(*run(args), (x.shape[0], w.k), _ACTIVATION_LAYOUT), w, bias, None, 0.0, None, d)
     return d
@@ -308,7 +310,7 @@ def _gemm_fp4(
     left = _operand((a, a_block_scale, a_outer_scale, a_kind), a.shape[0], k)
     weight = _weight((b, b_block_scale, b_outer_scale, b_kind), n, k)
     if a.is_cuda and a.shape[0] * n * k > 0:
-        return on_its_device(a, calls.gemm_fp4, left, weight, bias, outer_scale, sf_layout, activation)[:3]
+        return on_its_device(a, gemm_calls.gemm_fp4, left, weight, bias, outer_scale, sf_layout, activation)[:3]
     d = reference.gemm(left, weight, bias, torch.float32, activation=activation)
     return run(check_quantize(d, sf_layout=sf_layout, convention=_ACTIVATION_CONVENTION, outer_scale=outer_scale))
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import fp4gemm
-from fp4gemm import blockscaled, calls, reference, select
+from fp4gemm import blockscaled, gemm_calls, reference, select
 from fp4gemm.engine import Output
 from fp4gemm.formats import scale_layout
 from fp4gemm.launch import NO_BATCH, Batch, GemmProblem, Operands, beta_bits
@@ -195,7 +195,7 @@ def test_grouped_products(arch, m, n, k, monkeypatch):
     offsets, bias, c = torch.tensor([2, 2 + m // 3, 2 + m // 3, 2 + m]), torch.ones(3, n), torch.ones(m + 3, n)
     d = torch.full((m + 3, n), -1.0)
     want = reference.gemm_grouped(x, w, offsets, bias, torch.float32, c=c, beta=0.5, out=d.clone())
-    calls.gemm_grouped(x, w, offsets, bias, 1, Output(d, c, 0.5))
+    gemm_calls.gemm_grouped(x, w, offsets, bias, 1, Output(d, c, 0.5))
     assert torch.equal(d, want)
     assert bool((d[:2] == -1).all())
     assert bool((d[2 + m :] == -1).all())
@@ -205,9 +205,9 @@ def test_grouped_operands_that_only_hopper_reads_are_refused(arch):
     x, w = problem(8, 64, 64)
     out = Output(torch.empty(8, 64), None, 0.0)
     with pytest.raises(NotImplementedError, match="w: a GroupedWeight is prepacked for Hopper"):
-        calls.gemm_grouped(x, fp4gemm.stack_weights([w]), torch.tensor([0, 8]), None, 8, out)
+        gemm_calls.gemm_grouped(x, fp4gemm.stack_weights([w]), torch.tensor([0, 8]), None, 8, out)
     with pytest.raises(NotImplementedError, match=r"x: plain torch\.bfloat16 activations: .* quantize them"):
-        calls.gemm_grouped(torch.ones(8, 64).bfloat16(), FP4Batch.stack([w]), torch.tensor([0, 8]), None, 8, out)
+        gemm_calls.gemm_grouped(torch.ones(8, 64).bfloat16(), FP4Batch.stack([w]), torch.tensor([0, 8]), None, 8, out)
 
 
 @pytest.fixture(params=ARCHS)
@@ -269,7 +269,7 @@ def test_batches(arch, m, n, k, own_bias, layout):
     elif layout == "narrow":
         d = torch.full((3, m + 1, n + 3), torch.nan)[:, :m, 1 : n + 1]
     c = torch.arange(4.0 * m * n).view(4, m, n)[1:]
-    calls.bmm(a, b, bias, Output(d, c, 0.5), "relu")
+    gemm_calls.bmm(a, b, bias, Output(d, c, 0.5), "relu")
     assert torch.equal(d, reference.bmm(a, b, bias, torch.float32, c=c, beta=0.5, activation="relu"))
 
 
@@ -334,9 +334,9 @@ def test_operands_that_only_hopper_reads_are_refused(arch):
 def test_calls_choose_these_kernels(arch):
     a, b = problem(8, 64, 96, ("linear", "128x4"))
     d = torch.empty(8, 64)
-    calls.gemm(a, b, None, Output(d, None, 0.0), "gelu")
+    gemm_calls.gemm(a, b, None, Output(d, None, 0.0), "gelu")
     assert torch.equal(d, reference.gemm(a, b, None, torch.float32, activation="gelu"))
-    made = calls.gemm_fp4(a, b, None, torch.tensor(0.5), "linear", None)
+    made = gemm_calls.gemm_fp4(a, b, None, torch.tensor(0.5), "linear", None)
     assert made.sf_layout == "linear"
     assert made.outer_scale == 0.5
 
@@ -350,11 +350,11 @@ def test_hopper_applies_activations_to_fp32(monkeypatch):
         seen.append(out)
         out.d.copy_(reference.gemm(a, b, bias, torch.float32, c=out.c, beta=out.beta))
 
-    monkeypatch.setattr(calls.engine, "gemm", engine_gemm)
-    monkeypatch.setattr(calls, "_weight", lambda b: b)
-    monkeypatch.setattr(calls, "_activations", lambda a: a)
+    monkeypatch.setattr(gemm_calls.engine, "gemm", engine_gemm)
+    monkeypatch.setattr(gemm_calls, "_weight", lambda b: b)
+    monkeypatch.setattr(gemm_calls, "_activations", lambda a: a)
     d, c = torch.empty(64, 8, dtype=torch.bfloat16).t(), torch.ones(8, 64, dtype=torch.bfloat16)
-    calls.gemm(a, b, None, Output(d, c, 2.0), "silu")
+    gemm_calls.gemm(a, b, None, Output(d, c, 2.0), "silu")
     assert seen[0].d.dtype == seen[0].c.dtype == torch.float32
     full = reference.gemm(a, b, None, torch.float32, c=c.float(), beta=2.0)
     assert torch.equal(d, activate("silu", full).to(torch.bfloat16))
