@@ -19,9 +19,9 @@ import pytest
 sys.path.insert(0, str(Path(__file__).parents[1] / "gpu"))
 sys.path.insert(0, str(Path(__file__).parent))
 
+import build_kernels
 import emulation
 import emulator as on_cpu
-import prebuild
 import torch
 from mutations import INTACT, MUTATIONS
 from specs import CHOSEN, GROUPED, ONLY_ON_REQUEST, VARIANTS
@@ -49,7 +49,7 @@ def _parameters(item: pytest.Item) -> dict[str, Any]:
     return getattr(getattr(item, "callspec", None), "params", {})
 
 
-def _needed(item: pytest.Item) -> Sequence[prebuild.Kernel]:
+def _needed(item: pytest.Item) -> Sequence[build_kernels.Kernel]:
     """The kernels that a test launches, or may choose from; none where it runs on the CPU or is skipped."""
     if HERE not in item.path.parents or item.get_closest_marker("gpu") is None or emulation.missing() is not None:
         return []
@@ -72,15 +72,15 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         for item in items:
             if HERE in item.path.parents and _parameters(item).get("spec") in ONLY_ON_REQUEST:
                 item.add_marker(on_request)
-    order = {kernel: index for index, kernel in enumerate(prebuild.KERNELS)}
+    order = {kernel: index for index, kernel in enumerate(build_kernels.KERNELS)}
     items.sort(key=lambda item: max((order[kernel] for kernel in _needed(item)), default=-1))
 
 
 @pytest.fixture(scope="session")
-def building(request: pytest.FixtureRequest) -> Iterator[prebuild.Building]:
+def building(request: pytest.FixtureRequest) -> Iterator[build_kernels.Building]:
     """Of all kernels that the chosen tests launch."""
     needed = {kernel for item in request.session.items for kernel in _needed(item)}
-    building = prebuild.Building([kernel for kernel in prebuild.KERNELS if kernel in needed])
+    building = build_kernels.Building([kernel for kernel in build_kernels.KERNELS if kernel in needed])
     torch.set_num_threads(1)  # compilers have the other cores; an operator on all of them would wait for the slowest
     yield building
     building.stop()
@@ -109,7 +109,7 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
     words = report.command_line("pytest", list(map(str, config.invocation_params.args)), _WRITING)
     seconds = time.perf_counter() - config.stash[started]
     tests = report.TestCounts(passed, failed + errors, skipped, words, seconds)
-    entries = ((kernel, prebuild.lookup(kernel)) for kernel in prebuild.KERNELS)
+    entries = ((kernel, build_kernels.lookup(kernel)) for kernel in build_kernels.KERNELS)
     rows = [report.compile_row(k.name, k.arch, e.meta, "emulated") for k, e in entries if e is not None]
     environment = report.environment(config.getoption("--emulated-commit"))
     report.write(report.Report("emulated", words, environment, 0.0, rows, tests).document(), target)

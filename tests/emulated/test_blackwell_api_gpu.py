@@ -77,7 +77,7 @@ def chosen(arch: str, shape: tuple[int, int, int], terms: Terms, members: int = 
 
 
 @each_arch
-def test_the_kernels_are_those_that_prebuild_makes(arch: str) -> None:
+def test_the_kernels_are_those_that_are_built(arch: str) -> None:
     wanted = {chosen(arch, *case) for case in (*CASES, LARGE[arch])}
     wanted |= {chosen(arch, shape, terms, MEMBERS) for shape, terms in product(BATCHED, TERMS.values())}
     for shape, bias, activation, sf_layout in FP4[arch]:
@@ -99,7 +99,7 @@ def arch(request: pytest.FixtureRequest) -> Iterator[str]:
         pytest.skip(reason)
     with emulation.blackwell(request.param) as launched:
         yield request.param
-    assert set(launched) <= {*VARIANTS, *CHOSEN}, "not built by prebuild.py"
+    assert set(launched) <= {*VARIANTS, *CHOSEN}, "not built by build_kernels.py"
 
 
 # --- operands, on the CPU ---------------------------------------------------------------------------------------------

@@ -1,7 +1,7 @@
 """Blackwell's GEMM kernels, their own source, on a Hopper GPU: see docs/emulation.md.
 
-Bit for bit where one answer is right, within the derived bound of float64 elsewhere. `prebuild.py` builds the kernels
-beforehand, several at once.
+Bit for bit where one answer is right, within the derived bound of float64 elsewhere. The kernels are compiled beside
+the tests (conftest.py).
 """
 
 from __future__ import annotations

@@ -182,7 +182,7 @@ def arch(request: pytest.FixtureRequest) -> Iterator[str]:
     """The GPU is one of this arch."""
     with emulation.blackwell(request.param) as launched:
         yield request.param
-    assert set(launched) <= {*GROUPED} - ONLY_ON_REQUEST, "not built by prebuild.py"
+    assert set(launched) <= {*GROUPED} - ONLY_ON_REQUEST, "not built by build_kernels.py"
 
 
 @on_gpu
@@ -234,7 +234,7 @@ def test_what_only_hopper_reads_is_refused(arch: str) -> None:
 
 
 @pytest.mark.parametrize("arch_name", ARCHS)
-def test_the_kernels_are_those_that_prebuild_makes(arch_name: str) -> None:
+def test_the_kernels_are_those_that_are_built(arch_name: str) -> None:
     wanted = {
         select.grouped_gemm_spec(arch_name, emulation.SMS, 4, tokens, n, *variant)
         for tokens in (1, 53, 5000)

@@ -8,9 +8,9 @@ import sys
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 
+import build_kernels
 import emulation
 import mutations
-import prebuild
 import pytest
 from mutations import INTACT, MUTATIONS, Mutation
 
@@ -38,7 +38,7 @@ def run(kernel: Mutation) -> str:
 
 
 @pytest.fixture(scope="module")
-def outcomes(request: pytest.FixtureRequest, building: prebuild.Building) -> Iterator[dict[str, Future[str]]]:
+def outcomes(request: pytest.FixtureRequest, building: build_kernels.Building) -> Iterator[dict[str, Future[str]]]:
     """Of all kernels that tests here run: at once, as each process takes seconds to begin."""
     parameters = [getattr(item, "callspec", None) for item in request.session.items if item.path == request.path]
     kernels = [found.params["ran"] for found in parameters if found is not None and "ran" in found.params]

@@ -1,7 +1,7 @@
 """Builds, several at once, the GEMM kernels that run emulated on a GPU: the tests do so as they begin.
 
-`python tests/emulated/prebuild.py` does it where there is no GPU. Needs NVRTC. Prints for each kernel what it took, and
-which instructions, if any, are not emulated; exits with 1 where there are any or where a build failed.
+`python tests/emulated/build_kernels.py` does it where there is no GPU. Needs NVRTC. Prints for each kernel what it
+took, and which instructions, if any, are not emulated; exits with 1 where there are any or where a build failed.
 """
 
 from __future__ import annotations
