@@ -85,18 +85,14 @@ def _divide_wgmma(spec: PackedWgmmaSpec, m: int, panels: int, sms: int) -> Divis
 
 
 def _divide_grouped(spec: PackedWgmmaSpec, m: int, panels: int, sms: int, experts: int) -> Division | None:
-    """The same where the device alone knows how many tiles there are: at most one more per expert that has tokens.
-
-    No round can be made even then; where row tiles may be uneven, they share the panels of a weight.
-    """
-    shared = wgmma_shared_bytes(spec) + 8 * (experts + 1)
+    """The same where the device alone knows how many tiles there are: at most one more per expert that has tokens."""
+    shared = wgmma_shared_bytes(spec) + 16 + 8 * (experts + 1)
     if shared > SHARED_BYTES:
         return None
     cluster = spec.multicast * spec.split
     row_tiles = -(-panels // (spec.panels * spec.multicast))
-    most = row_tiles * (m // spec.tokens + min(experts, m))
-    full_tiles = max(0, panels - row_tiles * (spec.panels - 1)) if spec.uneven else row_tiles * spec.multicast
-    numbers = (row_tiles, 0, _RASTER, *(0,) * 7, full_tiles)
+    most = -(-panels // (spec.least_panels * spec.multicast)) * (m // spec.tokens + min(experts, m))
+    numbers = (row_tiles, 0, _RASTER, *(0,) * 8)
     return Division(min(_resident(cluster, sms), most) * cluster, shared, numbers)
 
 

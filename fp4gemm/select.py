@@ -354,38 +354,29 @@ def packed_spec(
 
 
 # Grouped kernels, WGMMA configurations by the mean number of tokens of an expert, as `tools/tune.py --grouped` measures
-# them: wide row tiles where those of all experts fill whole rounds of SMs, narrow ones where there are enough of these,
-# and where there are not, such as share K.
+# them for experts of equal size and for skewed ones: tiles have room for more tokens than the mean, because each tile
+# more reads a weight again. The second kernels share K, for weights with fewer row tiles than there are SMs.
 _GROUPED = (
-    (8, (8, 7, 4, 1, 1, 1, 12), (8, 2, 1, 4, 1, 1, 28), (8, 1, 1, 4, 1, 1, 40)),
-    (16, (16, 7, 4, 1, 1, 1, 11), (16, 2, 1, 4, 1, 1, 24), (16, 1, 1, 4, 1, 2, 16)),
-    (32, (32, 7, 4, 1, 1, 1, 10), (32, 2, 1, 4, 1, 1, 16), (32, 1, 1, 4, 1, 2, 16)),
-    (64, None, (64, 4, 4, 1, 1, 1, 11), (64, 1, 1, 2, 1, 2, 14)),
-    (256, None, (128, 2, 2, 1, 2, 1, 10), (128, 1, 1, 1, 1, 2, 8)),
+    (2, (8, 4, 2, 2, 1, 1, 20), (8, 1, 1, 4, 1, 1, 40)),
+    (8, (16, 4, 2, 2, 1, 1, 16), (16, 1, 1, 4, 1, 2, 16)),
+    (32, (32, 4, 2, 2, 1, 1, 12), (32, 1, 1, 4, 1, 2, 16)),
+    (64, (64, 6, 3, 1, 1, 1, 8), (64, 1, 1, 2, 1, 2, 14)),
+    (1024, (128, 2, 2, 1, 2, 1, 10), (128, 1, 1, 1, 1, 2, 8)),
 )
-_FILLED = 0.9  # of the SMs of all rounds
-# More tokens: 256 a tile, which two CTAs share; and where many products are short, what has the quicker epilogue.
-_GROUPED_MANY, _GROUPED_SHORT = (256, 2, 2, 1, 2, 1, 5), (128, 4, 2, 1, 1, 1, 8)
-_SHORT = (1024, 8192)  # from so many tokens, up to less than this K
+_GROUPED_MANY = (256, 2, 2, 1, 2, 1, 5)
 
 
 def grouped_configs() -> list[tuple[int, ...]]:
     """Every configuration that ``grouped_spec`` may choose."""
-    few = {config for _, *configs in _GROUPED for config in configs if config is not None}
-    return sorted(few | {_GROUPED_MANY, _GROUPED_SHORT, FALLBACK[1]})
+    return sorted({config for _, *configs in _GROUPED for config in configs} | {_GROUPED_MANY, FALLBACK[1]})
 
 
-def _grouped_config(sms: int, experts: int, tokens: int, n: int, k: int) -> tuple[int, ...]:
-    def row_tiles(config: tuple[int, ...]) -> int:
-        return experts * -(-n // (64 * config[1]))
-
-    for most, wide, narrow, sharing in _GROUPED:
-        if tokens > most:
-            continue
-        if wide is not None and row_tiles(wide) >= _FILLED * sms * -(-row_tiles(wide) // sms):
-            return wide
-        return narrow if row_tiles(narrow) >= sms else sharing
-    return _GROUPED_SHORT if tokens >= _SHORT[0] and k < _SHORT[1] else _GROUPED_MANY
+def _grouped_config(sms: int, experts: int, tokens: int, n: int) -> tuple[int, ...]:
+    for most, alone, sharing in _GROUPED:
+        if tokens <= most:
+            panels = _grouped_of(alone, "bf16", "bf16", None, False).least_panels
+            return alone if experts * -(-n // (64 * panels)) >= sms else sharing
+    return _GROUPED_MANY
 
 
 def _grouped_of(
@@ -403,7 +394,7 @@ def grouped_spec(
 
     The sizes of experts are on the device, so their mean decides.
     """
-    for chosen in (_grouped_config(sms, experts, tokens, n, k), FALLBACK[1]):
+    for chosen in (_grouped_config(sms, experts, tokens, n), FALLBACK[1]):
         spec = _grouped_of(chosen, a_dtype, out_dtype, bias, source)
         if check(spec) is None and divide(spec, experts * tokens, n, k, sms, experts):
             return spec

@@ -100,7 +100,7 @@ def _sm90_packed() -> list[KernelSpec]:
         PackedWgmmaSpec("sm_90a", "fp16", "fp16", None, False, *many),
         PackedWgmmaSpec("sm_90a", "bf16", "fp32", None, False, *few),
         PackedWgmmaSpec("sm_90a", "bf16", "bf16", None, True, 128, 2, 2, 1, 1, 1, 8),
-        PackedWgmmaSpec("sm_90a", "bf16", "bf16", None, False, 16, 7, 4, 1, 1, 1, 11, grouped=True),
+        PackedWgmmaSpec("sm_90a", "bf16", "bf16", None, False, 16, 4, 2, 2, 1, 1, 16, grouped=True),
         PackedWgmmaSpec("sm_90a", "bf16", "bf16", None, False, 256, 2, 2, 1, 2, 1, 5, grouped=True),
         PackedCollectiveSpec("sm_90a", "bf16", "bf16", None, (64, 256, 64), (1, 1), "pingpong"),
         PackedCollectiveSpec("sm_90a", "bf16", "bf16", None, (128, 256, 64), (2, 1), "cooperative"),

@@ -2,7 +2,7 @@
 #include "fp4gemm/packed_wgmma.hpp"
 
 using namespace fp4gemm;
-using Config = PackedWgmmaConfig<OperandBf16, Bf16, None, false, 128, 2, 2, 1, 1, 2, 8, true, false>;
+using Config = PackedWgmmaConfig<OperandBf16, Bf16, None, false, 128, 2, 2, 1, 1, 2, 8, 0, true, false>;
 inline constexpr int kCluster = Config::kMulticast * Config::kSplit;
 
 extern "C" __device__ int fp4gemm_meta[6] = {Config::kThreads, kCluster, 1, 1, Config::kSharedBytes, sizeof(PackedGemmArguments)};

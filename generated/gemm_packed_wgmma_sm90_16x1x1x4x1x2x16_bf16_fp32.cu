@@ -2,7 +2,7 @@
 #include "fp4gemm/packed_wgmma.hpp"
 
 using namespace fp4gemm;
-using Config = PackedWgmmaConfig<OperandBf16, Fp32, None, false, 16, 1, 1, 4, 1, 2, 16, true, false>;
+using Config = PackedWgmmaConfig<OperandBf16, Fp32, None, false, 16, 1, 1, 4, 1, 2, 16, 0, true, false>;
 inline constexpr int kCluster = Config::kMulticast * Config::kSplit;
 
 extern "C" __device__ int fp4gemm_meta[6] = {Config::kThreads, kCluster, 1, 1, Config::kSharedBytes, sizeof(PackedGemmArguments)};

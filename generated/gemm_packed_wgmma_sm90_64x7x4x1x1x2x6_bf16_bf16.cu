@@ -2,7 +2,7 @@
 #include "fp4gemm/packed_wgmma.hpp"
 
 using namespace fp4gemm;
-using Config = PackedWgmmaConfig<OperandBf16, Bf16, None, false, 64, 7, 4, 1, 1, 2, 6, false, false>;
+using Config = PackedWgmmaConfig<OperandBf16, Bf16, None, false, 64, 7, 4, 1, 1, 2, 6, 0, false, false>;
 inline constexpr int kCluster = Config::kMulticast * Config::kSplit;
 
 extern "C" __device__ int fp4gemm_meta[6] = {Config::kThreads, kCluster, 1, 1, Config::kSharedBytes, sizeof(PackedGemmArguments)};

@@ -31,7 +31,7 @@ LOOP, TORCH = "loop", "torch_grouped_bf16"  # in a row's vs_us
 # Experts, N, K; mean tokens of an expert. Up and down projections of large experts; of small ones gate and up.
 CASES = (
     ((8, 14336, 4096), (1, 4, 16, 64, 256, 4096)),
-    ((8, 4096, 14336), (1, 16, 4096)),
+    ((8, 4096, 14336), (1, 16, 64, 4096)),
     ((64, 2816, 2048), (1, 4, 16, 64, 256)),
 )
 QUICK = (((8, 4096, 4096), (4, 512)),)

@@ -196,9 +196,22 @@ class PackedWgmmaSpec:
         return self.accumulators + 56 <= consumer
 
     @property
+    def lag(self) -> int:
+        """Stages that the second of two row groups stays behind the first: one computes while the other writes.
+
+        Only for tiles that take long to write: smaller ones became slower (docs/performance.md)."""
+        alone = (self.row_groups, self.depth_groups, self.split) == (2, 1, 1)
+        return self.stages // 2 - 1 if alone and self.accumulators >= 128 else 0
+
+    @property
     def uneven(self) -> bool:
         """Whether some row tiles may have a panel less than others."""
-        return self.roomy and self.panels > self.row_groups and self.multicast == 1
+        return self.roomy and self.panels > self.row_groups and (self.multicast == 1 or self.grouped)
+
+    @property
+    def least_panels(self) -> int:
+        """That a tile computes: a warpgroup may skip its last panel, but not its only one."""
+        return self.panels - (self.panels % self.row_groups or self.row_groups) if self.uneven else self.panels
 
     def why_not(self) -> str | None:
         if self.tokens not in WGMMA_TOKENS:

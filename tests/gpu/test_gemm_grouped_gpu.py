@@ -122,6 +122,32 @@ def test_many_rounds_give_the_same_bits_every_time(config: tuple[int, ...], cuda
         cases.assert_same_bits(d + 0.0, want + 0.0, f"{config}")
 
 
+# Of other sizes and of two CTAs that share tokens.
+MORE_CUTS = (
+    (8, 2, 1, 4, 1, 1, 28), (8, 3, 1, 4, 1, 1, 20), (16, 7, 4, 1, 1, 1, 11), (32, 2, 1, 4, 2, 1, 12),
+    (64, 7, 4, 1, 1, 1, 6),
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("config", [*select.grouped_configs(), *MORE_CUTS], ids=str)
+def test_row_tiles_of_every_size(config: tuple[int, ...], cuda: torch.device) -> None:
+    """From a part of a round of SMs to several, where the device cuts rows so that the last one is full too."""
+    device = torch.device("cuda", torch.cuda.current_device())
+    rng, spec = random.Random(5), cases.grouped_spec(config, PLAIN)
+    sms = torch.cuda.get_device_properties(device).multi_processor_count
+    for rounds in (0.3, 0.9, 1.1, 1.6, 2.2, 2.7, 4.4):
+        experts = rng.randint(1, 30)
+        n = 64 * max(1, round(rounds * sms * config[1] / experts)) - rng.choice((0, 8, 40))
+        counts = tuple(rng.choice((1, config[0] // 2, config[0] + 1)) for _ in range(experts))
+        _, w = weights(experts, n, 128, True, device)
+        x = cases.exact_activations(sum(counts), 128, torch.bfloat16, 1).to(device)
+        offsets = offsets_of(counts, device)
+        want = reference.gemm_grouped(x, w, offsets)
+        d = torch.full_like(want, float("nan"))
+        cases.force_grouped(spec, x, w, offsets, None, None, 0.0, d)
+        cases.assert_same_bits(d + 0.0, want + 0.0, f"{config}, {n} rows, {counts}")
+
+
 # --- the public calls -------------------------------------------------------------------------------------------------
 
 

@@ -198,19 +198,14 @@ def test_weights_that_do_not_fit():
 
 @pytest.mark.parametrize("config", select.grouped_configs(), ids=str)
 @pytest.mark.parametrize("panels", [1, 6, 7, 8, 13, 64, 229])
-def test_row_tiles_cover_each_panel_once(config, panels):
+def test_row_tiles_cover_the_panels(config, panels):
     spec = select.grouped_spec(132, 8, 1, 64, 64, "bf16", "bf16", None, False)
     spec = type(spec)("sm_90a", "bf16", "bf16", None, False, *config, grouped=True)
     division = divide(spec, 1000, 64 * panels, 4096, 132, 9)
-    row_tiles, token_tiles, raster, *rest, full_tiles = division.numbers
-    assert (token_tiles, rest) == (0, [0] * 7)
+    row_tiles, token_tiles, raster, *rest = division.numbers
+    assert (token_tiles, rest) == (0, [0] * 8)
     assert raster >= 1
-    covered = []
-    for tile in range(row_tiles * spec.multicast):
-        first = tile * (spec.panels - 1) + min(tile, full_tiles) if spec.uneven else tile * spec.panels
-        covered += range(first, first + spec.panels - (spec.uneven and tile >= full_tiles))
-    assert covered[:panels] == list(range(panels))
-    assert len(covered) - panels < spec.panels * spec.multicast
+    assert 0 <= row_tiles * spec.multicast * spec.panels - panels < spec.panels * spec.multicast
     cluster = spec.multicast * spec.split
     assert division.ctas % cluster == 0
     assert cluster <= division.ctas <= 132

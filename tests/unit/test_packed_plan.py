@@ -112,12 +112,12 @@ def test_the_argument(spec, launches):
 
 
 def test_the_argument_of_a_grouped_kernel(launches):
-    """Its shared memory has room for the table of experts, two words each and one for the end."""
+    """Its shared memory has room for the cut, four words, and the table of experts, two words each and for the end."""
     spec = replace(WGMMA, grouped=True)
     PackedPlan(spec, replace(PROBLEM, experts=7), 0)(7, False, *ADDRESSES.values(), 0.5)
     _, grid, _, smem, _, argument = launches[0]
     division = divide(spec, 5, 1000, 4100, SMS, 7)
-    assert (grid, smem) == ((division.ctas, 1, 1), wgmma_shared_bytes(spec) + 8 * 8)
+    assert (grid, smem) == ((division.ctas, 1, 1), wgmma_shared_bytes(spec) + 16 + 8 * 8)
     got = fields(argument)
     assert (got["experts"], got["offsets"], got["token_tiles"]) == (7, ADDRESSES["offsets"], 0)
 

@@ -216,16 +216,42 @@ def test_bounds_are_not_too_narrow(good, changes):
 
 
 def test_uneven_row_tiles_need_registers_and_a_warpgroup_that_may_skip_a_panel():
-    def uneven(tokens, panels, row_groups, multicast=1):
-        changed = replace(PACKED_WGMMA, tokens=tokens, panels=panels, row_groups=row_groups, multicast=multicast)
-        assert changed.roomy or not changed.uneven
-        return changed.uneven
+    def changed(tokens, panels, row_groups, multicast=1, grouped=False):
+        spec = replace(PACKED_WGMMA, tokens=tokens, panels=panels, row_groups=row_groups, multicast=multicast)
+        return replace(spec, grouped=grouped)
+
+    def uneven(*config, **more):
+        spec = changed(*config, **more)
+        assert spec.roomy or not spec.uneven
+        return spec.uneven
 
     assert uneven(16, 7, 4)
     assert uneven(64, 3, 2)
     assert not uneven(64, 4, 4)  # each has one panel, none may skip its only one
     assert not uneven(64, 3, 2, multicast=2)
+    assert uneven(64, 3, 2, multicast=2, grouped=True)  # cut on the device, the same for both CTAs
     assert not uneven(256, 4, 2)  # 256 accumulators of a thread
+    for config, least in {(16, 7, 4): 4, (16, 4, 2): 2, (64, 3, 2): 2, (16, 2, 1): 1, (64, 4, 4): 4}.items():
+        assert changed(*config).least_panels == least
+
+
+def test_a_row_group_lags_where_the_other_has_much_to_write():
+    def lag(tokens, panels, row_groups, split=1, stages=8):
+        return replace(
+            PACKED_WGMMA,
+            tokens=tokens,
+            panels=panels,
+            row_groups=row_groups,
+            depth_groups=1,
+            split=split,
+            stages=stages,
+        ).lag
+
+    assert lag(256, 2, 2, stages=5) == 1
+    assert lag(128, 4, 2) == 3
+    assert lag(128, 2, 2) == 0
+    assert lag(256, 1, 1) == 0
+    assert lag(256, 2, 2, split=2) == 0
 
 
 def test_a_packed_spec_is_its_configuration():

@@ -5,12 +5,9 @@
 // bounds the kernel, and 64 x 64 weights are a quarter of the bytes of 64 x 64 tokens: so a warpgroup may have several panels,
 // each with accumulators of its own. Depth groups take alternate stages: with few panels they hide each other's latency.
 // A cluster of kMulticast x kSplit CTAs shares tokens among row tiles and splits K; partial sums meet in a fixed order.
-//
-// Grouped: tokens are sorted by expert, and each expert has a weight of its own. Where they begin stands in device memory, so a
-// captured graph follows it: every CTA makes a table of the token tiles in front of each expert, and finds tiles there. A tile's
-// last tokens may be the next expert's: they are other columns of the product, computed and not stored.
 #pragma once
 
+#include "fp4gemm/packed_tiles.hpp"
 #include "fp4gemm/packed_wgmma_config.hpp"
 
 #include "cutlass/arch/reg_reconfig.h"
@@ -22,16 +19,19 @@ template <class Config> class PackedWgmma {
   using Operand = typename Config::Operand;
   using Atom = typename Wgmma<Operand, Config::kTokens>::Atom;
   using Epilogue = PackedEpilogue<typename Config::Out, typename Config::Bias, Config::kSource>;
+  using Tiles = PackedTiles<Config>;
+  using Tile = typename Tiles::Tile;
   static constexpr int kCluster = Config::kMulticast * Config::kSplit;
   static constexpr int kProducer = 4 * Config::kGroups;  // the first of its warps
   static constexpr bool kUneven = Config::kUneven;
+  static constexpr int kLagBarrier = 2 + Config::kRowGroups;
 
   PackedGemmArguments const& args_;
-  uint32_t const shared_, tokens_, weights_, reduction_, experts_;
+  uint32_t const shared_, tokens_, weights_, reduction_;
   int const rank_;  // in the multicast group: which row tile
   int const split_;  // which part of K
   int const first_, last_;  // blocks of K
-  int const cluster_, clusters_;
+  Tiles const tiles_;
 
   // Shared memory: barriers | token slots | weight slots | partial sums | lines | experts.
   __device__ uint32_t full(int slot) const { return shared_ + 16 * slot; }
@@ -41,12 +41,6 @@ template <class Config> class PackedWgmma {
   __device__ uint32_t token_slot(int slot) const { return tokens_ + slot * Config::kTokenSlot; }
   __device__ uint32_t weight_slot(int slot) const { return weights_ + slot * Config::kWeightBytes; }
 
-  struct Tile {
-    int token, end;  // the first token, and the end of those that are stored
-    int expert;
-    int panel, panels;  // the first one, and how many: kPanels or one less
-  };
-
  public:
   __device__ PackedWgmma(PackedGemmArguments const& args, uint8_t* shared)
       : args_(args),
@@ -54,13 +48,11 @@ template <class Config> class PackedWgmma {
         tokens_(shared_ + Config::kBarrierBytes),
         weights_(tokens_ + Config::kStages * Config::kTokenSlot),
         reduction_(weights_ + Config::kStages * Config::kWeightBytes),
-        experts_(reduction_ + Config::kReductionBytes + Config::kLineBytes),
         rank_(blockIdx.x % kCluster % Config::kMulticast),
         split_(blockIdx.x % kCluster / Config::kMulticast),
         first_(args.k_blocks * split_ / Config::kSplit),
         last_(args.k_blocks * (split_ + 1) / Config::kSplit),
-        cluster_(blockIdx.x / kCluster),
-        clusters_(gridDim.x / kCluster) {}
+        tiles_(args, reduction_ + Config::kReductionBytes + Config::kLineBytes, rank_) {}
 
   __device__ void run() const {
     int const warp = __shfl_sync(0xffffffffu, threadIdx.x / 32, 0);
@@ -80,7 +72,7 @@ template <class Config> class PackedWgmma {
     launch_dependents();
     if constexpr (Config::kGrouped) {
       wait_for_inputs();
-      tabulate_experts();
+      tiles_.tabulate_experts();
     }
     if (warp >= kProducer) {
       if constexpr (Config::kGroups > 1) cutlass::arch::warpgroup_reg_dealloc<Config::kProducerRegisters>();
@@ -106,93 +98,14 @@ template <class Config> class PackedWgmma {
   }
 
  private:
-  __device__ int tiles() const {
-    return args_.row_tiles * (Config::kGrouped ? tiles_before(args_.experts) : args_.token_tiles);
-  }
-
-  // The table of experts: for each the token tiles in front of it and its first token; after the last, where that one ends.
-  __device__ int tiles_before(int expert) const { return static_cast<int>(load_shared_32(experts_ + 8 * expert)); }
-  __device__ int first_token(int expert) const { return static_cast<int>(load_shared_32(experts_ + 8 * expert + 4)); }
-
-  // All threads of the CTA.
-  __device__ void tabulate_experts() const {
-    int const experts = args_.experts;
-    for (int i = threadIdx.x; i <= experts; i += Config::kThreads) {
-      int64_t const first = args_.offsets[i];
-      store_shared_32(experts_ + 8 * i + 4, first < 0 ? 0 : first < args_.m ? static_cast<int>(first) : args_.m);
-    }
-    __syncthreads();
-    if (threadIdx.x < 32) {
-      // A lane has so many experts in a row: it counts their tiles, then adds what the lanes in front have.
-      int const each = experts / 32 + 1, first = threadIdx.x * each, last = min(first + each, experts + 1);
-      auto const token_tiles = [&](int expert) {
-        int const tokens = expert < experts ? first_token(expert + 1) - first_token(expert) : 0;
-        return (max(tokens, 0) + Config::kTokens - 1) / Config::kTokens;
-      };
-      int mine = 0;
-      for (int i = first; i < last; ++i) mine += token_tiles(i);
-      int before = mine;
-#pragma unroll
-      for (int step = 1; step < 32; step *= 2) {
-        int const v = __shfl_up_sync(0xffffffffu, before, step);
-        if (threadIdx.x >= step) before += v;
-      }
-      before -= mine;
-      for (int i = first; i < last; ++i) {
-        store_shared_32(experts_ + 8 * i, before);
-        before += token_tiles(i);
-      }
-    }
-    __syncthreads();
-  }
-
-  // The one whose token tiles have this one among them.
-  __device__ int expert_of(int token_tile) const {
-    int low = 0, high = args_.experts;
-    while (high - low > 1) {
-      int const middle = (low + high) / 2;
-      (tiles_before(middle) <= token_tile ? low : high) = middle;
-    }
-    return low;
-  }
-
-  __device__ Tile tile(int index) const {
-    if constexpr (Config::kGrouped) {
-      int const expert = expert_of(index / args_.row_tiles), before = tiles_before(expert);
-      return tile(index - before * args_.row_tiles, tiles_before(expert + 1) - before,
-                  {first_token(expert), first_token(expert + 1), expert});
-    } else {
-      return tile(index, args_.token_tiles, {0, args_.m, 0});
-    }
-  }
-
-  // `raster` token tiles at a time pass over the rows together, so that weights are read from L2 again.
-  __device__ Tile tile(int index, int token_tiles, Tile whole) const {
-    if (token_tiles == 1) return tile(index, whole);
-    int const wide = args_.raster * args_.row_tiles, group = index / wide, rest = index - group * wide;
-    int const width = min(args_.raster, token_tiles - group * args_.raster);
-    int const row = rest / width;
-    whole.token += (group * args_.raster + rest - row * width) * Config::kTokens;
-    return tile(row, whole);
-  }
-
-  // The first panels_extra row tiles have kPanels panels, the others one less: so that rounds of all clusters come out even.
-  __device__ Tile tile(int row, Tile at) const {
-    row = row * Config::kMulticast + rank_;
-    bool const whole = !kUneven || row < args_.panels_extra;
-    at.panel = kUneven ? row * (Config::kPanels - 1) + min(row, args_.panels_extra) : row * Config::kPanels;
-    at.panels = Config::kPanels - !whole;
-    return at;
-  }
-
   // Calls begin(tile) for every tile and fill(slot, block) for each of its stages, as slots come free, from one lane.
   template <class Begin, class Fill>
   __device__ __forceinline__ void produce(Begin const& begin, Fill const& fill) const {
     if (!elect_one()) return;
     int slot = 0;
     uint32_t phase = 1;  // a fresh barrier counts as free
-    for (int index = cluster_; index < tiles(); index += clusters_) {
-      begin(tile(index));
+    for (auto left = tiles_.all(); left;) {
+      begin(tiles_.take(left));
 #pragma unroll 1
       for (int block = first_; block < last_; ++block) {
         barrier_wait(empty(slot), phase);
@@ -205,21 +118,29 @@ template <class Config> class PackedWgmma {
   // Weights do not depend on the kernel before this one: they are asked for before its results are awaited.
   __device__ void produce_weights() const {
     uint64_t const policy = evict_first_policy();
-    Tile tile;
-    uint8_t const* w;
-    int64_t const expert_bytes = int64_t(args_.panels) * args_.k_blocks * kPackedBlockBytes;
-    produce([&](Tile at) { tile = at, w = args_.w + at.expert * expert_bytes; },
-            [&](int slot, int block) {
-              barrier_expect(full(slot), tile.panels * kPackedBlockBytes);
+    uint32_t const panel_bytes = args_.k_blocks * kPackedBlockBytes;
+    uint8_t const* from;
+    uint32_t offsets[Config::kPanels];  // ready beforehand: with small stages this lane's instructions set the pace
+    int panels;
+    produce(
+        [&](Tile at) {
+          // Panels past the last one compute what nobody stores.
+          int const panel = min(at.panel, args_.panels - 1), last = args_.panels - 1 - panel;
+          from = args_.w + (int64_t(at.expert) * args_.panels + panel) * panel_bytes + first_ * kPackedBlockBytes;
 #pragma unroll
-              for (int i = 0; i < Config::kPanels; ++i) {
-                if (kUneven && i + 1 == Config::kPanels && i == tile.panels) break;
-                // Panels past the last one compute what nobody stores.
-                int64_t const at = min(tile.panel + i, args_.panels - 1) * args_.k_blocks + block;
-                copy_bulk(weight_slot(slot) + i * kPackedBlockBytes, w + at * kPackedBlockBytes, kPackedBlockBytes,
-                          full(slot), policy);
-              }
-            });
+          for (int i = 0; i < Config::kPanels; ++i) offsets[i] = i == 0 ? 0 : min(i, last) * panel_bytes;
+          panels = kUneven ? at.panels : Config::kPanels;
+        },
+        [&](int slot, int) {
+          barrier_expect(full(slot), panels * kPackedBlockBytes);
+#pragma unroll
+          for (int i = 0; i < Config::kPanels; ++i) {
+            if (kUneven && i >= Config::kLeast && i >= panels) break;
+            copy_bulk(weight_slot(slot) + i * kPackedBlockBytes, from + offsets[i], kPackedBlockBytes, full(slot),
+                      policy);
+          }
+          from += kPackedBlockBytes;
+        });
   }
 
   __device__ void produce_tokens() const {
@@ -298,12 +219,13 @@ template <class Config> class PackedWgmma {
   template <int kMine> __device__ __forceinline__ void consume(int row_group, int depth) const {
     int const blocks = last_ - first_;
     int const count = max(0, (blocks - depth + Config::kDepthGroups - 1) / Config::kDepthGroups);
-    int const total = blocks * ((tiles() - cluster_ + clusters_ - 1) / clusters_);
+    auto left = tiles_.all();
+    int const total = blocks * tiles_.count(left);
     int position = 0;
     uint32_t round = 0;
     if constexpr (!Config::kGrouped) wait_for_inputs();
-    for (int index = cluster_; index < tiles(); index += clusters_) {
-      Tile const at = tile(index);
+    while (left) {
+      Tile const at = tiles_.take(left);
       // Whether the group lacks its last panel in this tile.
       bool const less = kUneven && kMine > 1 && row_group + (kMine - 1) * Config::kRowGroups >= at.panels;
       float acc[kMine][kRegisters];
@@ -314,8 +236,23 @@ template <class Config> class PackedWgmma {
       }
       if (count > 0) accumulate<kMine>(row_group, less, Cursor(position + depth, total), count, acc);
       position += blocks;
-      finish<kMine>(at, row_group, depth, less, acc, round++, index + clusters_ < tiles());
+      finish<kMine>(at, row_group, depth, less, acc, round++, bool(left));
     }
+  }
+
+  // Two warpgroups that end a tile together leave the tensor cores idle while both write it. So the second one begins each tile
+  // kLag stages behind the first: the one goes on while the other writes. Predicates, since a branch that might diverge costs
+  // the main loop its uniform registers. With fewer blocks than stages the first could allow the next tile before the second
+  // has seen this one.
+  __device__ __forceinline__ static void await_lag(bool mine) {
+    asm volatile("{\n.reg .pred p;\nsetp.ne.u32 p, %0, 0;\n@p bar.sync %1, 256;\n}" ::"r"(uint32_t(mine)),
+                 "n"(kLagBarrier)
+                 : "memory");
+  }
+  __device__ __forceinline__ static void allow_lag(bool mine) {
+    asm volatile("{\n.reg .pred p;\nsetp.ne.u32 p, %0, 0;\n@p bar.arrive %1, 256;\n}" ::"r"(uint32_t(mine)),
+                 "n"(kLagBarrier)
+                 : "memory");
   }
 
   // A k-step or two in a group of their own: ptxas then leaves what stands between two groups where it is. On return the
@@ -349,8 +286,11 @@ template <class Config> class PackedWgmma {
     words.template dequantize<0>(fragments[0]);
     words.template dequantize<1>(fragments[1]);
     int done = -1;
+    bool const lags = Config::kLag > 0 && count >= Config::kStages;
+    if constexpr (Config::kLag > 0) await_lag(lags && row_group == 1);
 #pragma unroll 1
     for (int i = 0; i < count; ++i) {
+      if constexpr (Config::kLag > 0) allow_lag(lags && row_group == 0 && i == Config::kLag);
       uint64_t const tokens = kDescriptor | token_slot(at.slot) >> 4;
       int const slot = at.slot;
 #pragma unroll
@@ -412,6 +352,11 @@ template <class Config> class PackedWgmma {
                16;
   }
 
+  // Whether a panel is another tile's or nobody's: computed perhaps, but not stored.
+  __device__ static bool foreign(Tile at, int row_group, int i) {
+    return kUneven && row_group + i * Config::kRowGroups >= at.stored;
+  }
+
   template <int kMine> struct Vectors {
     typename Epilogue::Rows panel[kMine];
     template <int... I>
@@ -434,7 +379,7 @@ template <class Config> class PackedWgmma {
       if (whole_lines()) {
 #pragma unroll
         for (int p = 0; p < kMine; ++p) {
-          if (p > 0 && p + 1 == kMine && less) break;
+          if (foreign(at, row_group, p)) break;
           write_lines(at, row_group, p, vectors.panel[p], outer_a, acc[p]);
         }
         if (Config::kSplit > 1 && more) free_partials();
@@ -443,7 +388,7 @@ template <class Config> class PackedWgmma {
     }
 #pragma unroll
     for (int p = 0; p < kMine; ++p) {
-      if (p > 0 && p + 1 == kMine && less) break;
+      if (foreign(at, row_group, p)) break;
       Epilogue const write(args_, first_row(at, row_group, p), vectors.panel[p], at.end);
 #pragma unroll
       for (int k = 0; k < kPart; ++k) {

@@ -39,7 +39,7 @@ FP4GEMM_WGMMA(256)
 __device__ __forceinline__ void pin(uint32_t& v) { asm volatile("" : "+r"(v)::"memory"); }
 
 template <class Operand_, class Out_, class Bias_, bool kSource_, int kTokens_, int kPanels_, int kRowGroups_,
-          int kDepthGroups_, int kMulticast_, int kSplit_, int kStages_, bool kRoomy, bool kUneven_,
+          int kDepthGroups_, int kMulticast_, int kSplit_, int kStages_, int kLag_, bool kRoomy, bool kUneven_,
           bool kGrouped_ = false>
 struct PackedWgmmaConfig {
   using Operand = Operand_;
@@ -48,6 +48,7 @@ struct PackedWgmmaConfig {
   static constexpr bool kSource = kSource_;
   static constexpr int kTokens = kTokens_, kPanels = kPanels_, kRowGroups = kRowGroups_, kDepthGroups = kDepthGroups_;
   static constexpr int kMulticast = kMulticast_, kSplit = kSplit_, kStages = kStages_;
+  static constexpr int kLag = kLag_;  // stages that the second row group stays behind the first, if any
 
   static constexpr int kGroups = kRowGroups * kDepthGroups;
   static constexpr int kThreads = 128 * (kGroups + 1);  // the last warpgroup produces
@@ -60,6 +61,9 @@ struct PackedWgmmaConfig {
   // one; and two k-steps go to a group of WGMMAs, which ptxas would serialize without registers to spare.
   static constexpr bool kUneven = kUneven_;
   static constexpr bool kGrouped = kGrouped_;  // tokens sorted by expert, a weight for each
+  // Panels that a tile computes at least: no warpgroup may skip more than its last one.
+  static constexpr int kLeast =
+      !kUneven ? kPanels : kPanels - (kPanels % kRowGroups > 0 ? kPanels % kRowGroups : kRowGroups);
   static constexpr bool kPairs = kRoomy;
   static constexpr int kTokenBytes = kTokens * 128;
   static constexpr int kTokenSlot = (kTokenBytes + 1023) / 1024 * 1024;
@@ -77,6 +81,7 @@ struct PackedWgmmaConfig {
   static constexpr int kSharedBytes =
       1024 + kBarrierBytes + kStages * (kTokenSlot + kWeightBytes) + kReductionBytes + kLineBytes;  // 1024: to align
   static_assert(kTokens / 8 % kSplit == 0 && kRowGroups <= kPanels && kStages <= 60);
+  static_assert(kLag == 0 || (kRowGroups == 2 && kDepthGroups == 1 && kLag < kStages));
   // A depth group waits for one stage while it holds another. Slots belong to one depth group each: a group that waited for
   // a slot whose last filling another one has yet to see would take the parity of the filling before for its own.
   static_assert(kStages >= 2 * kDepthGroups && kStages % kDepthGroups == 0);
