@@ -85,7 +85,10 @@ def _divide_wgmma(spec: PackedWgmmaSpec, m: int, panels: int, sms: int) -> Divis
 
 
 def _divide_grouped(spec: PackedWgmmaSpec, m: int, panels: int, sms: int, experts: int) -> Division | None:
-    """The same where the device alone knows how many tiles there are: at most one more per expert that has tokens."""
+    """The same where the device alone knows how many tiles there are: at most one more per expert that has tokens.
+
+    The device also cuts the rows into tiles, where the kernel's may be uneven.
+    """
     shared = wgmma_shared_bytes(spec) + 16 + 8 * (experts + 1)
     if shared > SHARED_BYTES:
         return None

@@ -354,8 +354,8 @@ def packed_spec(
 
 
 # Grouped kernels, WGMMA configurations by the mean number of tokens of an expert, as `tools/tune.py --grouped` measures
-# them for experts of equal size and for skewed ones: tiles have room for more tokens than the mean, because each tile
-# more reads a weight again. The second kernels share K, for weights with fewer row tiles than there are SMs.
+# them for experts of equal size and for skewed ones: tiles for few tokens have room for more than the mean, because
+# each tile more reads a weight again. The second kernels share K, for weights with fewer row tiles than SMs.
 _GROUPED = (
     (2, (8, 4, 2, 2, 1, 1, 20), (8, 1, 1, 4, 1, 1, 40)),
     (8, (16, 4, 2, 2, 1, 1, 16), (16, 1, 1, 4, 1, 2, 16)),

@@ -189,7 +189,7 @@ class PackedWgmmaSpec:
 
     @property
     def roomy(self) -> bool:
-        """Whether accumulators leave registers: for two k-steps in flight, and for row tiles with a panel less."""
+        """Whether accumulators leave registers: for two k-steps in flight, and for row tiles with fewer panels."""
         groups = self.row_groups * self.depth_groups
         launch, producer = 65536 // (128 * (groups + 1)) // 8 * 8, 32 if groups > 2 else 24
         consumer = (launch * (groups + 1) - producer) // groups // 8 * 8
@@ -205,7 +205,7 @@ class PackedWgmmaSpec:
 
     @property
     def uneven(self) -> bool:
-        """Whether some row tiles may have a panel less than others."""
+        """Whether some row tiles may have fewer panels: one less, or, cut on the device, down to ``least_panels``."""
         return self.roomy and self.panels > self.row_groups and (self.multicast == 1 or self.grouped)
 
     @property

@@ -104,19 +104,20 @@ inline char const* failure;
   for (;;) yield();
 }
 
+inline void arrive(Meeting& meeting, int threads) {
+  if (++meeting.arrived == threads) meeting.arrived = 0, ++meeting.generation, ++events;
+}
 inline void meet(Meeting& meeting, int threads) {
   int const generation = meeting.generation;
-  if (++meeting.arrived == threads) {
-    meeting.arrived = 0, ++meeting.generation, ++events;
-  } else {
-    while (meeting.generation == generation) yield();
-  }
+  arrive(meeting, threads);
+  while (meeting.generation == generation) yield();
 }
 
 inline int lane() { return threadIdx.x % 32; }
 inline auto& warp() { return current->cta->warps[threadIdx.x / 32]; }
 inline void __syncwarp() { meet(warp().meeting, 32); }
 inline void sync_named(int id, int threads) { meet(current->cta->named[id], threads); }
+inline void arrive_named(int id, int threads) { arrive(current->cta->named[id], threads); }
 inline void __syncthreads() { sync_named(0, cta_threads); }
 
 template <class T> T shuffle(T v, int from) {
@@ -131,6 +132,10 @@ template <class T> T __shfl_up_sync(unsigned, T v, int step) {
   return shuffle(v, lane() < step ? lane() : lane() - step);
 }
 template <class T> T __shfl_xor_sync(unsigned, T v, int mask) { return shuffle(v, lane() ^ mask); }
+inline unsigned __reduce_min_sync(unsigned, unsigned v) {
+  for (int mask = 16; mask > 0; mask /= 2) v = std::min(v, shuffle(v, lane() ^ mask));
+  return v;
+}
 
 // Runs kernel() in `ctas` CTAs, in `layers` of them along y; what went wrong, or null.
 inline char const* run_grid(void (*kernel)(), int ctas, int cluster_size, int threads, int shared_bytes, unsigned seed,

@@ -31,12 +31,16 @@ def spec_of(config: tuple[int, ...], *terms: object) -> PackedWgmmaSpec:
 
 SPECS = (
     spec_of((8, 2, 1, 4, 1, 1, 28), "bf16", "bf16", None, False),
-    spec_of((16, 2, 1, 4, 1, 1, 24), "bf16", "bf16", None, False),
+    spec_of((16, 4, 2, 2, 1, 1, 16), "bf16", "bf16", "bf16", True),  # row tiles of four panels, down to two
     spec_of((16, 1, 1, 4, 1, 2, 16), "bf16", "fp32", "bf16", False),  # K split in a cluster
-    spec_of((16, 7, 4, 1, 1, 1, 10), "bf16", "bf16", None, False),  # row tiles of seven panels, or six
+    spec_of((16, 7, 4, 1, 1, 1, 10), "bf16", "bf16", None, False),  # seven panels, down to four
     spec_of((32, 2, 2, 2, 1, 1, 16), "fp16", "fp16", "fp32", True),
     spec_of((64, 2, 2, 1, 2, 1, 8), "bf16", "bf16", None, False),  # tokens to two CTAs at once
+    spec_of((64, 4, 2, 1, 2, 1, 8), "bf16", "bf16", None, True),  # the same with row tiles of any size, in place
+    spec_of((64, 6, 3, 1, 1, 1, 8), "bf16", "bf16", None, False),
     spec_of((128, 2, 2, 1, 1, 1, 8), "bf16", "bf16", "bf16", False),
+    spec_of((128, 4, 2, 1, 1, 1, 4), "bf16", "bf16", None, False),  # a row group lags behind the other
+    spec_of((256, 2, 2, 1, 2, 1, 4), "bf16", "bf16", None, False),
 )
 
 

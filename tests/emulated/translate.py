@@ -65,6 +65,7 @@ _RULES: dict[str, tuple[tuple[str, str], ...]] = {
         (r'uint32_t v;\s*asm\("mul\.f16x2.*?return v;', "return multiply_f16x2(codes, scale);"),
     ),
     "packed_gemm.hpp": ((r'uint32_t v;\s*asm volatile\("movmatrix.*?return v;', "return transpose_matrix(pair);"),),
+    "packed_tiles.hpp": (),
     "packed_mma.hpp": (
         (
             r"if constexpr \(Operand::kBf16\) \{\s*asm\(.*?\} else \{\s*asm\(.*?\n  \}\n\}",
@@ -79,6 +80,8 @@ _RULES: dict[str, tuple[tuple[str, str], ...]] = {
         (r'asm volatile\("" : "\+f"\(v\)\s*::"memory"\);', ";"),
         (r'asm volatile\("bar\.sync %0, 128;" ::"r"\(([^;]*?)\)\s*: "memory"\);', r"sync_named(\1, 128);"),
         (r'asm volatile\("bar\.sync 1, %0;" ::"n"\(([^;]*?)\)\s*: "memory"\);', r"sync_named(1, \1);"),
+        (r'asm volatile\("\{[^"]*@p bar\.sync %1, 256;[^"]*"[^;]*;', "if (mine) sync_named(kLagBarrier, 256);"),
+        (r'asm volatile\("\{[^"]*@p bar\.arrive %1, 256;[^"]*"[^;]*;', "if (mine) arrive_named(kLagBarrier, 256);"),
     ),
     "convention.hpp": (),
     "hadamard.hpp": (),

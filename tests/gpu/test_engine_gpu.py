@@ -128,7 +128,7 @@ def test_every_kernel(config: cases.Config, variant: cases.Variant, cuda: torch.
 def test_several_rounds_of_a_persistent_grid(config: cases.Config, cuda: torch.device) -> None:
     """More tiles than CTAs, several times over; and K of which some CTA or warp has nothing."""
     m = tokens_of(config)[-1]
-    shapes = [(m, 20000, 136), (m, 33000, 8), (m, 9000, 1032)]
+    shapes = [(m, 20000, 136), (m, 33000, 8), (m, 9000, 1032), (m, 33000, 1032)]
     if config[0] != "mma":
         shapes.append((17 * m // 2, 3000, 72))  # more token tiles than pass over the rows together, twice
     served = [check_forced(config, cases.FORCED_VARIANTS[0], s, cuda_device(cuda), exact=True) for s in shapes]

@@ -128,7 +128,7 @@ def test_what_mma_cannot_serve():
 
 
 def wgmma_tiles(spec, division):
-    """(panel, token tile) -> how many CTAs compute it, as packed_wgmma.hpp walks them."""
+    """(panel, token tile) -> how many CTAs compute it, as packed_tiles.hpp walks them."""
     row_tiles, token_tiles, raster, *rest, full_tiles = division.numbers
     assert rest == [0] * 7
     clusters = division.ctas // (spec.multicast * spec.split)

@@ -24,7 +24,7 @@ template <class Config> class PackedTiles {
   struct Tile {
     int token, end;  // the first token, and the end of those that are stored
     int expert;
-    int panel, panels;  // the first one, and how many are computed: kLeast to kPanels
+    int panel, panels;  // the first one, and how many are computed: kLeastPanels to kPanels
     int stored;  // of these, the first
   };
 
@@ -132,7 +132,7 @@ template <class Config> class PackedTiles {
     int const first = rest ? cut.rows * cut.size + row * cut.rest_size : row * cut.size;
     at.stored = rest ? min(cut.rest_size, row_panels() - first) : cut.size;
     at.panel = first * Config::kMulticast + rank_ * at.stored;
-    at.panels = max(at.stored, Config::kLeast);
+    at.panels = max(at.stored, Config::kLeastPanels);
     return at;
   }
 
@@ -142,7 +142,7 @@ template <class Config> class PackedTiles {
   // Every lane of a warp tries two sizes of row tiles, one for the rounds that are full and one for the rest. The fewest
   // panels one after the other win, then the larger tiles.
   __device__ void find_cut() const {
-    constexpr int kSizes = Config::kPanels - Config::kLeast + 1;
+    constexpr int kSizes = Config::kPanels - Config::kLeastPanels + 1;
     static_assert(kSizes * kSizes <= 32);
     int const lane = threadIdx.x, tokens = token_tiles(), panels = row_panels();
     Cut cut{Config::kPanels - lane / kSizes % kSizes, 0, Config::kPanels - lane % kSizes, 0};

@@ -33,7 +33,7 @@ template <class Config> class PackedWgmma {
   int const first_, last_;  // blocks of K
   Tiles const tiles_;
 
-  // Shared memory: barriers | token slots | weight slots | partial sums | lines | experts.
+  // Shared memory: barriers | token slots | weight slots | partial sums | lines | cut and experts.
   __device__ uint32_t full(int slot) const { return shared_ + 16 * slot; }
   __device__ uint32_t empty(int slot) const { return shared_ + 16 * slot + 8; }
   __device__ uint32_t summed() const { return shared_ + 16 * Config::kStages; }
@@ -135,7 +135,7 @@ template <class Config> class PackedWgmma {
           barrier_expect(full(slot), panels * kPackedBlockBytes);
 #pragma unroll
           for (int i = 0; i < Config::kPanels; ++i) {
-            if (kUneven && i >= Config::kLeast && i >= panels) break;
+            if (kUneven && i >= Config::kLeastPanels && i >= panels) break;
             copy_bulk(weight_slot(slot) + i * kPackedBlockBytes, from + offsets[i], kPackedBlockBytes, full(slot),
                       policy);
           }
@@ -242,8 +242,8 @@ template <class Config> class PackedWgmma {
 
   // Two warpgroups that end a tile together leave the tensor cores idle while both write it. So the second one begins each tile
   // kLag stages behind the first: the one goes on while the other writes. Predicates, since a branch that might diverge costs
-  // the main loop its uniform registers. With fewer blocks than stages the first could allow the next tile before the second
-  // has seen this one.
+  // the main loop its uniform registers. With as many blocks as stages or more, the first cannot allow the next tile before the
+  // second has seen this one: it would need stages that the second has yet to release.
   __device__ __forceinline__ static void await_lag(bool mine) {
     asm volatile("{\n.reg .pred p;\nsetp.ne.u32 p, %0, 0;\n@p bar.sync %1, 256;\n}" ::"r"(uint32_t(mine)),
                  "n"(kLagBarrier)

@@ -57,12 +57,11 @@ struct PackedWgmmaConfig {
   static constexpr int kProducerRegisters = kGroups > 2 ? 32 : 24;
   static constexpr int kConsumerRegisters = (kLaunchRegisters * (kGroups + 1) - kProducerRegisters) / kGroups / 8 * 8;
   static constexpr int kMost = (kPanels + kRowGroups - 1) / kRowGroups;  // panels of a warpgroup
-  // If registers last (spec.py: roomy), row tiles may have a panel less: a warpgroup may skip its last panel, but not its only
+  // If registers last (spec.py: roomy), row tiles may have fewer panels: a warpgroup may skip its last panel, but not its only
   // one; and two k-steps go to a group of WGMMAs, which ptxas would serialize without registers to spare.
   static constexpr bool kUneven = kUneven_;
   static constexpr bool kGrouped = kGrouped_;  // tokens sorted by expert, a weight for each
-  // Panels that a tile computes at least: no warpgroup may skip more than its last one.
-  static constexpr int kLeast =
+  static constexpr int kLeastPanels =  // that a tile computes
       !kUneven ? kPanels : kPanels - (kPanels % kRowGroups > 0 ? kPanels % kRowGroups : kRowGroups);
   static constexpr bool kPairs = kRoomy;
   static constexpr int kTokenBytes = kTokens * 128;
@@ -77,7 +76,7 @@ struct PackedWgmmaConfig {
   static constexpr bool kLines = Out::kBytes == 2 && kDepthGroups == 1 && kOwnFragments % 2 == 0;
   static constexpr int kLineBytes = kLines ? kRowGroups * 4096 : 0;
   static constexpr int kBarrierBytes = 1024;
-  // A launch of a grouped kernel adds its table of experts, which no constant bounds.
+  // A launch of a grouped kernel adds its cut and its table of experts, which no constant bounds.
   static constexpr int kSharedBytes =
       1024 + kBarrierBytes + kStages * (kTokenSlot + kWeightBytes) + kReductionBytes + kLineBytes;  // 1024: to align
   static_assert(kTokens / 8 % kSplit == 0 && kRowGroups <= kPanels && kStages <= 60);
