@@ -6,6 +6,7 @@ in it; in front of the first expert and behind the last one tokens are NaN.
 
 from __future__ import annotations
 
+import ctypes
 import random
 from dataclasses import dataclass, replace
 
@@ -122,6 +123,68 @@ def run(emulator: emulation.Emulator, spec: PackedWgmmaSpec, p: Problem, schedul
         assert bool(((d[rows].double() - want).abs() <= bound).all()), f"expert {e}"
     assert bool(d[: p.before].isnan().all()), "wrote in front of the first expert"
     assert bool(d[inside.stop :].isnan().all()), "wrote past the last expert"
+
+
+_WALK = """
+#include "fp4gemm/packed_tiles.hpp"
+using namespace fp4gemm;
+struct Config {
+  static constexpr int kTokens = TOKENS, kPanels = PANELS, kLeastPanels = LEAST, kMulticast = MULTICAST, kSplit = 1;
+  static constexpr int kThreads = 32;
+  static constexpr bool kGrouped = true, kUneven = true;
+};
+static PackedGemmArguments args;
+static int* log_;
+extern "C" char const* walk(std::int64_t const* offsets, int experts, int m, int panels, int ctas, int* log) {
+  args = {}, log_ = log;
+  args.offsets = offsets, args.experts = experts, args.m = m, args.panels = panels, args.raster = 8;
+  return run_grid([] {
+    PackedTiles<Config> const tiles(args, shared_address(current->cta->shared), blockIdx.x % Config::kMulticast);
+    tiles.tabulate_experts();
+    if (threadIdx.x > 0) return;
+    for (auto left = tiles.all(); left;) {
+      auto const t = tiles.take(left);
+      for (int v : {int(blockIdx.x), t.token, t.end, t.expert, t.panel, t.stored, t.panels}) *log_++ = v;
+    }
+    }, ctas, Config::kMulticast, Config::kThreads, 16384, 1);
+}
+"""
+
+
+@pytest.mark.parametrize("spec", [spec for spec in SPECS if spec.uneven], ids=lambda spec: spec.name)
+def test_cuts(spec: PackedWgmmaSpec, emulator: emulation.Emulator) -> None:
+    """Each panel of each token tile is stored once, and no CTA computes more than tiles of one size would give it."""
+    source, rng, cut = _WALK, random.Random(spec.name), 0
+    words = {"TOKENS": spec.tokens, "PANELS": spec.panels, "LEAST": spec.least_panels, "MULTICAST": spec.multicast}
+    for name, value in words.items():
+        source = source.replace(name, str(value))
+    library = emulation.compile_cpp(emulator.folder, f"walk_{spec.name}", source)
+    library.walk.restype = ctypes.c_char_p
+    for _ in range(150):
+        counts = [rng.choice((0, 1, spec.tokens, spec.tokens + 1, 3 * spec.tokens)) for _ in range(rng.randint(1, 12))]
+        panels, clusters = rng.randint(1, 70), rng.randint(1, 12)
+        offsets = torch.tensor((0, *counts)).cumsum(0)
+        log = torch.full((20000, 7), -1, dtype=torch.int32)
+        numbers = (len(counts), sum(counts), panels, clusters * spec.multicast)
+        pointers = (ctypes.c_void_p(t.data_ptr()) for t in (offsets, log))
+        assert library.walk(next(pointers), *numbers, next(pointers)) is None
+        seen: dict[tuple[int, int], int] = {}
+        work = [0] * clusters * spec.multicast
+        for cta, token, end, expert, panel, stored, computed in log[log[:, 0] >= 0].tolist():
+            assert int(offsets[expert]) <= token < end == int(offsets[expert + 1])
+            assert (token - int(offsets[expert])) % spec.tokens == 0
+            assert max(stored, spec.least_panels) == computed <= spec.panels
+            work[cta] += computed
+            cut += computed < spec.panels
+            for row in range(panel, min(panel + stored, panels)):
+                seen[token, row] = seen.get((token, row), 0) + 1
+        tiles = [
+            t for first, n in zip(offsets.tolist(), counts, strict=False) for t in range(first, first + n, spec.tokens)
+        ]
+        assert seen == {(token, row): 1 for token in tiles for row in range(panels)}, f"{counts}, {numbers}"
+        rounds = -(-len(tiles) * -(-panels // (spec.panels * spec.multicast)) // clusters)
+        assert max(work) <= rounds * spec.panels, f"{counts}, {numbers}"
+    assert cut > 100  # the device did cut
 
 
 @pytest.mark.parametrize("spec", SPECS, ids=lambda spec: spec.name)

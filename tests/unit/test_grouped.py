@@ -198,14 +198,15 @@ def test_weights_that_do_not_fit():
 
 @pytest.mark.parametrize("config", select.grouped_configs(), ids=str)
 @pytest.mark.parametrize("panels", [1, 6, 7, 8, 13, 64, 229])
-def test_row_tiles_cover_the_panels(config, panels):
+def test_division_of_a_grouped_product(config, panels):
     spec = select.grouped_spec(132, 8, 1, 64, 64, "bf16", "bf16", None, False)
     spec = type(spec)("sm_90a", "bf16", "bf16", None, False, *config, grouped=True)
     division = divide(spec, 1000, 64 * panels, 4096, 132, 9)
     row_tiles, token_tiles, raster, *rest = division.numbers
     assert (token_tiles, rest) == (0, [0] * 8)
     assert raster >= 1
-    assert 0 <= row_tiles * spec.multicast * spec.panels - panels < spec.panels * spec.multicast
+    if not spec.uneven:  # else the device cuts: tests/emulated walks its tiles
+        assert (row_tiles - 1) * spec.multicast * spec.panels < panels <= row_tiles * spec.multicast * spec.panels
     cluster = spec.multicast * spec.split
     assert division.ctas % cluster == 0
     assert cluster <= division.ctas <= 132

@@ -150,12 +150,16 @@ template <class Config> class PackedTiles {
     cut.rows = tokens == 0 ? 0 : min(panels / cut.size, rounds * clusters_ / tokens);
     int const rest = panels - cut.rows * cut.size;
     cut.rest_rows = (rest + cut.rest_size - 1) / cut.rest_size;
-    // The rest has a round more, and what whole tiles left of the last of theirs.
-    bool const fits = tokens * (cut.rows + cut.rest_rows) <= (rounds + 1) * clusters_;
-    uint32_t const cost = rounds * cut.size + (rest > 0 ? cut.rest_size : 0);
-    uint32_t const mine = fits && lane < kSizes * kSizes ? cost * 32 + lane : 0xffffffffu;
+    // Clusters differ by where whole tiles end in a round, and where all do.
+    int const whole = tokens * cut.rows, all = whole + tokens * cut.rest_rows;
+    auto const panels_of = [&](int cluster) {
+      int const large = whole / clusters_ + (cluster < whole % clusters_);
+      return large * cut.size + (all / clusters_ + (cluster < all % clusters_) - large) * cut.rest_size;
+    };
+    uint32_t const cost = max(panels_of(0), max(panels_of(whole % clusters_), panels_of(all % clusters_)));
+    uint32_t const mine = lane < kSizes * kSizes ? cost * 32 + lane : 0xffffffffu;
     if (cut.size == cut.rest_size) cut.rows += cut.rest_rows, cut.rest_rows = 0;
-    if (__reduce_min_sync(0xffffffffu, mine) == mine) {  // of one lane: tiles of one size always fit
+    if (__reduce_min_sync(0xffffffffu, mine) == mine) {
       store_shared_128(table_, uint4{static_cast<uint32_t>(cut.size), static_cast<uint32_t>(cut.rows),
                                      static_cast<uint32_t>(cut.rest_size), static_cast<uint32_t>(cut.rest_rows)});
     }
