@@ -12,7 +12,8 @@ SHARED_BYTES = 232448  # that a CTA of sm_90 can have
 _SYSTEM_BYTES = 1 << 10  # of shared memory that every CTA takes beside its own
 ALONE_BYTES = SM_SHARED_BYTES // 2 - _SYSTEM_BYTES + 16  # the least of which no two CTAs fit on an SM
 _ONE_PIECE = 256  # rows times blocks of tokens up to which they come in one piece
-_RASTER = 8  # token tiles that pass over the rows together
+# Token tiles that pass over the rows together: what is read at a time is about as much of the tokens as of the weight.
+_RASTER, _RASTER_TOKENS = 8, 1024
 
 
 @dataclass(frozen=True)
@@ -80,7 +81,7 @@ def _divide_wgmma(spec: PackedWgmmaSpec, m: int, panels: int, sms: int) -> Divis
         row_tiles = max(row_tiles, min(rounds * clusters // token_tiles, panels // (spec.panels - 1)))
         full_tiles = max(0, panels - row_tiles * (spec.panels - 1))
         clusters = min(clusters, -(-row_tiles * token_tiles // rounds))
-    numbers = (row_tiles, token_tiles, min(token_tiles, _RASTER), *(0,) * 7, full_tiles)
+    numbers = (row_tiles, token_tiles, min(token_tiles, _raster(spec)), *(0,) * 7, full_tiles)
     return Division(clusters * cluster, None, numbers)
 
 
@@ -95,8 +96,12 @@ def _divide_grouped(spec: PackedWgmmaSpec, m: int, panels: int, sms: int, expert
     cluster = spec.multicast * spec.split
     row_tiles = -(-panels // (spec.panels * spec.multicast))
     most = -(-panels // (spec.least_panels * spec.multicast)) * (m // spec.tokens + min(experts, m))
-    numbers = (row_tiles, 0, _RASTER, *(0,) * 8)
+    numbers = (row_tiles, 0, _raster(spec), *(0,) * 8)
     return Division(min(_resident(cluster, sms), most) * cluster, shared, numbers)
+
+
+def _raster(spec: PackedWgmmaSpec) -> int:
+    return min(_RASTER, _RASTER_TOKENS // spec.tokens)
 
 
 def _resident(cluster: int, sms: int) -> int:

@@ -86,7 +86,7 @@ def _with_options(arch: str) -> list[KernelSpec]:
 def _sm90_packed() -> list[KernelSpec]:
     """GEMMs on prepacked weights: of each kind those for few tokens and for many, and each term and dtype once."""
     one, two = (1, 16, 3, 1, 2, 0, 0), (2, 14, 2, 1, 2, 2, 1)
-    few, many = (16, 1, 1, 4, 1, 2, 16), (256, 2, 2, 1, 1, 1, 5)
+    few, many = (16, 1, 1, 4, 1, 2, 16), (256, 1, 2, 1, 2, 1, 6)
     return [
         PackedMmaSpec("sm_90a", "bf16", "bf16", None, False, *one),
         PackedMmaSpec("sm_90a", "bf16", "bf16", None, False, *two),
@@ -96,12 +96,13 @@ def _sm90_packed() -> list[KernelSpec]:
         PackedWgmmaSpec("sm_90a", "bf16", "bf16", None, False, *few),
         PackedWgmmaSpec("sm_90a", "bf16", "bf16", None, False, 64, 7, 4, 1, 1, 2, 6),
         PackedWgmmaSpec("sm_90a", "bf16", "bf16", None, False, 128, 2, 2, 1, 1, 2, 8),
+        PackedWgmmaSpec("sm_90a", "bf16", "bf16", None, False, 128, 4, 2, 1, 1, 1, 8),
         PackedWgmmaSpec("sm_90a", "bf16", "bf16", None, False, *many),
         PackedWgmmaSpec("sm_90a", "fp16", "fp16", None, False, *many),
         PackedWgmmaSpec("sm_90a", "bf16", "fp32", None, False, *few),
         PackedWgmmaSpec("sm_90a", "bf16", "bf16", None, True, 128, 2, 2, 1, 1, 1, 8),
         PackedWgmmaSpec("sm_90a", "bf16", "bf16", None, False, 16, 4, 2, 2, 1, 1, 16, grouped=True),
-        PackedWgmmaSpec("sm_90a", "bf16", "bf16", None, False, 256, 2, 2, 1, 2, 1, 5, grouped=True),
+        PackedWgmmaSpec("sm_90a", "bf16", "bf16", None, False, *many, grouped=True),
         PackedCollectiveSpec("sm_90a", "bf16", "bf16", None, (64, 256, 64), (1, 1), "pingpong"),
         PackedCollectiveSpec("sm_90a", "bf16", "bf16", None, (128, 256, 64), (2, 1), "cooperative"),
     ]

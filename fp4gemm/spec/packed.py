@@ -152,8 +152,9 @@ class PackedWgmmaSpec:
     """The GEMM of PackedCollectiveSpec by WGMMA, K split inside a cluster (templates/include/fp4gemm/packed_wgmma.hpp).
 
     A CTA has ``tokens`` tokens and ``panels`` of 64 weight rows; ``row_groups`` x ``depth_groups`` warpgroups, which
-    divide the panels and take turns along K; a cluster ``multicast`` row tiles that share tokens and ``split`` parts of
-    K. ``grouped``: tokens are sorted by expert, and each expert has a weight of its own."""
+    divide the panels and take turns along K, or, two for one panel, have tiles in turn; a cluster ``multicast`` row
+    tiles that share tokens and ``split`` parts of K. ``grouped``: tokens are sorted by expert, and each expert has a
+    weight of its own."""
 
     template: ClassVar[str] = "gemm_packed_wgmma.cu.jinja"
     uses_cutlass: ClassVar[bool] = True
@@ -196,11 +197,16 @@ class PackedWgmmaSpec:
         return self.accumulators + 56 <= consumer
 
     @property
+    def turns(self) -> bool:
+        """Whether two warpgroups have tiles of their own, so that one computes while the other writes."""
+        return (self.panels, self.row_groups, self.depth_groups, self.split) == (1, 2, 1, 1)
+
+    @property
     def lag(self) -> int:
         """Stages that the second of two row groups stays behind the first: one computes while the other writes.
 
         Only for tiles that take long to write: smaller ones became slower (docs/performance.md)."""
-        alone = (self.row_groups, self.depth_groups, self.split) == (2, 1, 1)
+        alone = (self.row_groups, self.depth_groups, self.split) == (2, 1, 1) and not self.turns
         return self.stages // 2 - 1 if alone and self.accumulators >= 128 else 0
 
     @property
@@ -216,10 +222,10 @@ class PackedWgmmaSpec:
     def why_not(self) -> str | None:
         if self.tokens not in WGMMA_TOKENS:
             return f"tokens: got {self.tokens}, expected one of {', '.join(map(str, WGMMA_TOKENS))}"
-        if not 1 <= self.row_groups * self.depth_groups <= 4 or self.row_groups > self.panels:
+        if not 1 <= self.row_groups * self.depth_groups <= 4 or (self.row_groups > self.panels and not self.turns):
             return (
                 f"row_groups x depth_groups: got {self.row_groups} x {self.depth_groups} for {self.panels} panels, "
-                "expected at most 4, and a panel for each row group"
+                "expected at most 4, and a panel for each row group (or 2 x 1 for one panel, without a split)"
             )
         more_terms = self.source or (self.bias is not None and self.out_dtype == "fp32")
         if more_terms and self.row_groups * self.depth_groups > 1 and self.accumulators > 64:

@@ -42,6 +42,7 @@ SPECS = (
     spec_of((128, 2, 2, 1, 1, 1, 8), "bf16", "bf16", "bf16", False),
     spec_of((128, 4, 2, 1, 1, 1, 4), "bf16", "bf16", None, False),  # a row group lags behind the other
     spec_of((256, 2, 2, 1, 2, 1, 4), "bf16", "bf16", None, False),
+    spec_of((256, 1, 2, 1, 2, 1, 6), "bf16", "bf16", None, False),  # row groups take turns
 )
 
 

@@ -46,6 +46,8 @@ SPECS = (
     spec_of("wgmma", (128, 2, 2, 1, 1, 1, 6), "bf16", "fp32", "fp32", True),
     spec_of("wgmma", (128, 4, 2, 1, 1, 1, 6), "bf16", "bf16", None, False),  # a row group lags behind the other
     spec_of("wgmma", (256, 1, 1, 1, 1, 2, 5), "bf16", "bf16", None, False),
+    spec_of("wgmma", (128, 1, 2, 1, 1, 1, 4), "bf16", "bf16", "bf16", False),  # row groups take turns
+    spec_of("wgmma", (64, 1, 2, 1, 2, 1, 5), "fp16", "fp32", None, True),
     spec_of("wgmma", (64, 2, 2, 1, 2, 1, 8), "bf16", "bf16", None, False),  # tokens to two CTAs at once
 )
 

@@ -171,9 +171,8 @@ def check_wgmma(spec, m, n, k, sms):
 
 
 wgmma_specs = st.builds(
-    lambda panels, row_groups, depth_groups, **others: PackedWgmmaSpec(
-        "sm_90a", "bf16", "bf16", None, False, panels=max(panels, row_groups), row_groups=row_groups,
-        depth_groups=depth_groups, stages=2 * depth_groups, **others,
+    lambda depth_groups, **others: PackedWgmmaSpec(
+        "sm_90a", "bf16", "bf16", None, False, depth_groups=depth_groups, stages=2 * depth_groups, **others
     ),
     tokens=st.sampled_from(WGMMA_TOKENS), panels=st.integers(1, 8), row_groups=st.integers(1, 4),
     depth_groups=st.integers(1, 4), multicast=st.sampled_from((1, 2, 4)), split=st.sampled_from((1, 2, 4)),

@@ -158,7 +158,7 @@ def test_the_examples_are_possible(good):
         (PACKED_WGMMA, {"row_groups": 0}, "row_groups x depth_groups: got 0 x 1 for 2 panels, expected at most 4"),
         (PACKED_WGMMA, {"depth_groups": 3}, "row_groups x depth_groups: got 2 x 3 for 2 panels, expected at most 4"),
         (PACKED_WGMMA, {"row_groups": 3}, "row_groups x depth_groups: got 3 x 1 for 2 panels, expected at most 4"),
-        (PACKED_WGMMA, {"panels": 1}, "row_groups x depth_groups: got 2 x 1 for 1 panels, expected at most 4"),
+        (PACKED_WGMMA, {"panels": 1, "split": 2}, "row_groups x depth_groups: got 2 x 1 for 1 panels, expected at"),
         (PACKED_WGMMA, {"panels": 4, "source": True}, "source, bias: 4 panels x 128 tokens leave no registers for C"),
         (PACKED_WGMMA, {"multicast": 3}, "multicast x split: got 3 x 1, expected 1, 2 or 4 CTAs in all"),
         (PACKED_WGMMA, {"multicast": 4, "split": 2}, "multicast x split: got 4 x 2"),
@@ -252,6 +252,18 @@ def test_a_row_group_lags_where_the_other_has_much_to_write():
     assert lag(128, 2, 2) == 0
     assert lag(256, 1, 1) == 0
     assert lag(256, 2, 2, split=2) == 0
+
+
+def test_two_row_groups_of_one_panel_take_turns():
+    turning = replace(PACKED_WGMMA, panels=1)
+    assert turning.turns
+    assert check(turning) is None
+    assert not turning.uneven
+    assert turning.lag == 0
+    assert not PACKED_WGMMA.turns
+    for changes in ({"row_groups": 3}, {"depth_groups": 2}, {"split": 2}):
+        assert not replace(turning, **changes).turns
+        assert check(replace(turning, **changes)) is not None
 
 
 def test_a_packed_spec_is_its_configuration():

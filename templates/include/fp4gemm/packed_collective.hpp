@@ -282,6 +282,21 @@ template <class Element, class Tile, class Cluster, class Schedule, int kCarveou
 template <class Element, class Tile, class Cluster, class Schedule, int kCarveout> using PackedMainloop =
     typename PackedMainloopOf<Element, Tile, Cluster, Schedule, kCarveout>::type;
 
+// A few token tiles at a time pass over all rows, since a tile of tokens is several times the bytes of one of weights: those that
+// run at once then read about as much of either. CUTLASS would let all tokens pass over a few rows. It rounds both
+// counts of tiles up to that width and computes the rest for nobody, so the width divides them.
+template <class Kernel>
+CUTLASS_DEVICE typename Kernel::TileSchedulerArguments token_tiles_together(GemmArguments const& args) {
+  using Tile = typename Kernel::TileShape;
+  typename Kernel::TileSchedulerArguments order;
+  int const rows = cute::ceil_div(args.n, cute::size<0>(Tile{}) * cute::size<0>(typename Kernel::ClusterShape{}));
+  int const tokens = cute::ceil_div(args.m, cute::size<1>(Tile{}));
+  if (tokens < 8) return order;  // all of them
+  order.raster_order = decltype(order.raster_order)::AlongM;
+  order.max_swizzle_size = (rows | tokens) % 4 == 0 ? 4 : (rows | tokens) % 2 == 0 ? 2 : 1;
+  return order;
+}
+
 // a: tokens; b: the packed weight.
 template <class Kernel> CUTLASS_DEVICE Launch<Kernel> make_packed_launch(
     GemmArguments const& args, typename Kernel::CollectiveEpilogue::FusionCallbacks::Arguments const& tree) {
@@ -298,7 +313,7 @@ template <class Kernel> CUTLASS_DEVICE Launch<Kernel> make_packed_launch(
   return make_launch<Kernel>(
       {args.n, args.m, args.k, 1},
       {static_cast<uint8_t const*>(args.b), static_cast<Tokens const*>(args.a), packed_stride(args.lda)}, epilogue,
-      args.sm_count);
+      args.sm_count, token_tiles_together<Kernel>(args));
 }
 
 }  // namespace fp4gemm

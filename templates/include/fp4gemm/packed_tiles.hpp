@@ -102,6 +102,9 @@ template <class Config> class PackedTiles {
     }
   }
 
+  // Leaves the next one, if any, to another warpgroup.
+  __device__ void pass(Left& left) const { left.at += clusters_; }
+
   __device__ int count(Left left) const { return (left.end - left.at + clusters_ - 1) / clusters_; }
 
  private:

@@ -23,8 +23,8 @@ template <class Config> class PackedWgmma {
   using Tile = typename Tiles::Tile;
   static constexpr int kCluster = Config::kMulticast * Config::kSplit;
   static constexpr int kProducer = 4 * Config::kGroups;  // the first of its warps
-  static constexpr bool kUneven = Config::kUneven;
-  static constexpr int kLagBarrier = 2 + Config::kRowGroups;
+  static constexpr bool kUneven = Config::kUneven, kTurns = Config::kTurns;
+  static constexpr int kOrderBarrier = 2 + Config::kRowGroups;  // and one more where row groups take turns
 
   PackedGemmArguments const& args_;
   uint32_t const shared_, tokens_, weights_, reduction_;
@@ -60,7 +60,7 @@ template <class Config> class PackedWgmma {
       if (elect_one()) {
         for (int i = 0; i < Config::kStages; ++i) {
           barrier_init(full(i), 2);  // both producers
-          barrier_init(empty(i), Config::kRowGroups * 4 * Config::kMulticast);
+          barrier_init(empty(i), (kTurns ? 1 : Config::kRowGroups) * 4 * Config::kMulticast);
         }
         barrier_init(summed(), 1);
         barrier_init(drained(), (Config::kSplit - 1) * 4 * Config::kGroups + (Config::kSplit == 1));
@@ -86,7 +86,8 @@ template <class Config> class PackedWgmma {
       if constexpr (Config::kGroups > 1) cutlass::arch::warpgroup_reg_alloc<Config::kConsumerRegisters>();
       cluster_wait();
       // Panels are dealt out in turn: the first row groups may have one more.
-      constexpr int kLeast = Config::kPanels / Config::kRowGroups, kMore = Config::kPanels % Config::kRowGroups;
+      constexpr int kLeast = kTurns ? 1 : Config::kPanels / Config::kRowGroups;
+      constexpr int kMore = kTurns ? 0 : Config::kPanels % Config::kRowGroups;
       int const row_group = warp / 4 % Config::kRowGroups, depth = warp / 4 / Config::kRowGroups;
       if (kMore == 0 || row_group >= kMore) {
         consume<kLeast>(row_group, depth);
@@ -200,8 +201,10 @@ template <class Config> class PackedWgmma {
     }
   };
 
+  // Of a tile, the i-th of a row group.
+  __device__ static int panel_of(int row_group, int i) { return kTurns ? i : row_group + i * Config::kRowGroups; }
   __device__ uint32_t block_at(int slot, int row_group, int i) const {
-    return weight_slot(slot) + (row_group + i * Config::kRowGroups) * kPackedBlockBytes;
+    return weight_slot(slot) + panel_of(row_group, i) * kPackedBlockBytes;
   }
 
   // Only where the slot is filled once more: a peer's producer that is done may be gone.
@@ -223,35 +226,48 @@ template <class Config> class PackedWgmma {
     int const total = blocks * tiles_.count(left);
     int position = 0;
     uint32_t round = 0;
+    auto const pass = [&] { tiles_.pass(left), position += blocks; };
     if constexpr (!Config::kGrouped) wait_for_inputs();
+    if (kTurns && row_group == 1) pass();
     while (left) {
       Tile const at = tiles_.take(left);
       // Whether the group lacks its last panel in this tile.
-      bool const less = kUneven && kMine > 1 && row_group + (kMine - 1) * Config::kRowGroups >= at.panels;
+      bool const less = kUneven && kMine > 1 && panel_of(row_group, kMine - 1) >= at.panels;
       float acc[kMine][kRegisters];
 #pragma unroll
       for (int i = 0; i < kMine; ++i) {
 #pragma unroll
         for (float& v : acc[i]) v = 0.0f;
       }
-      if (count > 0) accumulate<kMine>(row_group, less, Cursor(position + depth, total), count, acc);
+      if (count > 0) {
+        Turn const turn{row_group == 1 || round > 0, bool(left)};
+        accumulate<kMine>(row_group, less, Cursor(position + depth, total), count, turn, acc);
+      }
       position += blocks;
       finish<kMine>(at, row_group, depth, less, acc, round++, bool(left));
+      if (kTurns) pass();
     }
   }
+
+  // Row groups that take turns: whether the other one has the tile before this one, and the one after it.
+  struct Turn {
+    bool follows, followed;
+  };
 
   // Two warpgroups that end a tile together leave the tensor cores idle while both write it. So the second one begins each tile
   // kLag stages behind the first: the one goes on while the other writes. Predicates, since a branch that might diverge costs
   // the main loop its uniform registers. With as many blocks as stages or more, the first cannot allow the next tile before the
   // second has seen this one: it would need stages that the second has yet to release.
-  __device__ __forceinline__ static void await_lag(bool mine) {
-    asm volatile("{\n.reg .pred p;\nsetp.ne.u32 p, %0, 0;\n@p bar.sync %1, 256;\n}" ::"r"(uint32_t(mine)),
-                 "n"(kLagBarrier)
+  //
+  // Row groups that take turns each hand over with their last stage in sight: whatever was in the ring before the other's stages has
+  // been seen by then, so that no wait takes the parity of an older filling for its own.
+  template <int kBarrier> __device__ __forceinline__ static void await(bool mine) {
+    asm volatile("{\n.reg .pred p;\nsetp.ne.u32 p, %0, 0;\n@p bar.sync %1, 256;\n}" ::"r"(uint32_t(mine)), "n"(kBarrier)
                  : "memory");
   }
-  __device__ __forceinline__ static void allow_lag(bool mine) {
+  template <int kBarrier> __device__ __forceinline__ static void allow(bool mine) {
     asm volatile("{\n.reg .pred p;\nsetp.ne.u32 p, %0, 0;\n@p bar.arrive %1, 256;\n}" ::"r"(uint32_t(mine)),
-                 "n"(kLagBarrier)
+                 "n"(kBarrier)
                  : "memory");
   }
 
@@ -276,21 +292,29 @@ template <class Config> class PackedWgmma {
   // The main loop. A warp waits where it issues a WGMMA while the last one still reads its registers, so fragments are made two
   // k-steps ahead, between the WGMMAs. A stage is released before the next but one is awaited.
   template <int kMine> __device__ __forceinline__ void accumulate(int row_group, bool less, Cursor at, int count,
-                                                                  float (&acc)[kMine][kRegisters]) const {
+                                                                  Turn turn, float (&acc)[kMine][kRegisters]) const {
     constexpr uint64_t kDescriptor =
         uint64_t(1) << 62 | uint64_t(64) << 32 | uint64_t(1) << 16;  // swizzle 128 B, 8 rows 1024 B
     uint32_t fragments[4][4];
     Words words;
+    if constexpr (kTurns) {
+      await<kOrderBarrier>(turn.follows && row_group == 0);
+      await<kOrderBarrier + 1>(turn.follows && row_group == 1);
+    }
     barrier_wait(full(at.slot), at.phase);
     words.load(block_at(at.slot, row_group, 0));
     words.template dequantize<0>(fragments[0]);
     words.template dequantize<1>(fragments[1]);
     int done = -1;
     bool const lags = Config::kLag > 0 && count >= Config::kStages;
-    if constexpr (Config::kLag > 0) await_lag(lags && row_group == 1);
+    if constexpr (Config::kLag > 0) await<kOrderBarrier>(lags && row_group == 1);
 #pragma unroll 1
     for (int i = 0; i < count; ++i) {
-      if constexpr (Config::kLag > 0) allow_lag(lags && row_group == 0 && i == Config::kLag);
+      if constexpr (Config::kLag > 0) allow<kOrderBarrier>(lags && row_group == 0 && i == Config::kLag);
+      if constexpr (kTurns) {
+        bool const over = turn.followed && i + 1 == count;
+        allow<kOrderBarrier>(over && row_group == 1), allow<kOrderBarrier + 1>(over && row_group == 0);
+      }
       uint64_t const tokens = kDescriptor | token_slot(at.slot) >> 4;
       int const slot = at.slot;
 #pragma unroll
@@ -342,19 +366,18 @@ template <class Config> class PackedWgmma {
   __device__ int own_token(Tile at, int i) const { return at.token + (split_ * Config::kOwnFragments + i) * 8; }
   // A warp's first row of its i-th panel.
   __device__ int first_row(Tile at, int row_group, int i) const {
-    return (at.panel + row_group + i * Config::kRowGroups) * kPackedRows + threadIdx.x / 32 % 4 * 16;
+    return (at.panel + panel_of(row_group, i)) * kPackedRows + threadIdx.x / 32 % 4 * 16;
   }
   // Where a thread's part of a panel's partial sum is, in every CTA.
   __device__ uint32_t partial(int row_group, int i, int index) const {
     return reduction_ +
-           (((row_group + i * Config::kRowGroups) * Config::kPartials + index) * Config::kOwnFragments * 128 +
-            threadIdx.x % 128) *
+           ((panel_of(row_group, i) * Config::kPartials + index) * Config::kOwnFragments * 128 + threadIdx.x % 128) *
                16;
   }
 
   // Whether a panel is another tile's or nobody's: computed perhaps, but not stored.
   __device__ static bool foreign(Tile at, int row_group, int i) {
-    return kUneven && row_group + i * Config::kRowGroups >= at.stored;
+    return kUneven && panel_of(row_group, i) >= at.stored;
   }
 
   template <int kMine> struct Vectors {
@@ -428,7 +451,7 @@ template <class Config> class PackedWgmma {
     // Chunks of 16 bytes swap places within a token's line, so that neither side meets bank conflicts.
     uint32_t const to = (lane / 16 * 8 + lane % 8) * 128 + ((thread / 32 * 2 + lane / 8 % 2) ^ lane % 8) * 16;
     uint32_t const from = thread / 8 * 128 + (thread % 8 ^ thread / 8 % 8) * 16;
-    int const row = (at.panel + row_group + p * Config::kRowGroups) * kPackedRows + thread % 8 * 8;
+    int const row = (at.panel + panel_of(row_group, p)) * kPackedRows + thread % 8 * 8;
     int token = own_token(at, 0) + thread / 8;
     auto* d = static_cast<uint16_t*>(args_.d) + token * args_.d_stride_m + row;
 #pragma unroll

@@ -50,6 +50,8 @@ struct PackedWgmmaConfig {
   static constexpr int kMulticast = kMulticast_, kSplit = kSplit_, kStages = kStages_;
   static constexpr int kLag = kLag_;  // stages that the second row group stays behind the first, if any
 
+  // One panel, two row groups: each has tiles of its own, and one computes while the other writes.
+  static constexpr bool kTurns = kRowGroups > kPanels;
   static constexpr int kGroups = kRowGroups * kDepthGroups;
   static constexpr int kThreads = 128 * (kGroups + 1);  // the last warpgroup produces
   // What a thread starts with (a multiple of 8 that fits the SM), and what consumers have once the producer gave up its own.
@@ -79,7 +81,8 @@ struct PackedWgmmaConfig {
   // A launch of a grouped kernel adds its cut and its table of experts, which no constant bounds.
   static constexpr int kSharedBytes =
       1024 + kBarrierBytes + kStages * (kTokenSlot + kWeightBytes) + kReductionBytes + kLineBytes;  // 1024: to align
-  static_assert(kTokens / 8 % kSplit == 0 && kRowGroups <= kPanels && kStages <= 60);
+  static_assert(kTokens / 8 % kSplit == 0 && kStages <= 60);
+  static_assert(!kTurns || (kPanels == 1 && kRowGroups == 2 && kDepthGroups == 1 && kSplit == 1));
   static_assert(kLag == 0 || (kRowGroups == 2 && kDepthGroups == 1 && kLag < kStages));
   // A depth group waits for one stage while it holds another. Slots belong to one depth group each: a group that waited for
   // a slot whose last filling another one has yet to see would take the parity of the filling before for its own.
