@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import replace
 from functools import cache
 
@@ -345,12 +346,24 @@ def packed_spec(
     """
     name, sms = gpu
     for kernel, config in [*((c.kernel, c.config) for c in table.by_distance(table.rows_for(name), m, n, k)), FALLBACK]:
-        spec = packed_of(kernel, config, a_dtype, out_dtype, bias, source)
-        if check(spec) is None and (
-            tma_output if isinstance(spec, PackedCollectiveSpec) else divide(spec, m, n, k, sms)
-        ):
-            return spec
+        for spec in _for_terms(packed_of(kernel, config, a_dtype, out_dtype, bias, source)):
+            if check(spec) is None and (
+                tma_output if isinstance(spec, PackedCollectiveSpec) else divide(spec, m, n, k, sms)
+            ):
+                return spec
     raise AssertionError("the fallback serves everything")
+
+
+def _for_terms(spec: PackedSpec) -> Iterator[PackedSpec]:
+    """The kernel, measured with bf16 results and no C, behind what is better with the terms that ``spec`` has.
+
+    Warpgroups that take turns leave no registers for C, and write fp32 in parts of lines: the collective with the same
+    tile does neither.
+    """
+    if isinstance(spec, PackedWgmmaSpec) and spec.turns and (spec.source or spec.out_dtype == "fp32"):
+        config = (64 * spec.panels, spec.tokens, spec.multicast)
+        yield packed_of("collective", config, spec.a_dtype, spec.out_dtype, spec.bias, spec.source)
+    yield spec
 
 
 # Grouped kernels, WGMMA configurations by the mean number of tokens of an expert, as `tools/tune.py --grouped` measures

@@ -252,8 +252,9 @@ Config = tuple[str, tuple[int, ...]]  # kind and configuration, as a row of the 
 Variant = tuple[str, str, str | None, bool]  # dtypes of x, D and bias, and whether there is a C
 
 # What the table does not use yet but a tuner may: four CTAs that share tokens, half a swizzle atom each; tiles that are
-# no powers of two; sharing and splitting at once; row tiles of uneven height; warpgroups that take turns; every split
-# of the mma.sync kernel, with and without warps that only load tokens, and warps in pairs.
+# no powers of two; sharing and splitting at once; row tiles of uneven height; warpgroups that take turns at few tokens;
+# a collective whose warpgroups share a tile; every split of the mma.sync kernel, with and without warps that only load
+# tokens, and warps in pairs.
 EXTRA_CONFIGS: tuple[Config, ...] = (
     ("wgmma", (16, 1, 1, 1, 4, 1, 8)),
     ("wgmma", (64, 1, 1, 2, 4, 1, 8)),
@@ -265,7 +266,7 @@ EXTRA_CONFIGS: tuple[Config, ...] = (
     ("wgmma", (64, 7, 4, 1, 1, 2, 6)),
     ("wgmma", (128, 4, 2, 1, 1, 1, 6)),
     ("wgmma", (64, 1, 2, 1, 1, 1, 8)),
-    ("wgmma", (256, 1, 2, 1, 2, 1, 6)),
+    ("collective", (128, 256, 2)),
     ("mma", (1, 4, 8, 2, 4, 0, 0)),
     ("mma", (1, 16, 2, 1, 2, 2, 0)),
     ("mma", (2, 8, 4, 2, 1, 0, 0)),

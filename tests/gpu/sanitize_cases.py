@@ -206,6 +206,7 @@ def engine_cases(device: torch.device) -> Iterator[str]:
         m = 8 * config[0] - 1 if kernel == "mma" else config[0] + 1
         yield _engine((kernel, config), (m, 201, 1000), device, column_major)
     yield _engine(("wgmma", (16, 1, 1, 4, 1, 2, 16)), (17, 9000, 72), device, False)
+    yield _engine(("wgmma", (256, 1, 2, 1, 2, 1, 6)), (257, 9000, 72), device, False)  # both warpgroups, in turn
     yield _engine(("mma", (1, 8, 4, 1, 2, 0, 0)), (3, 20000, 136), device, False)
 
 
@@ -259,7 +260,7 @@ GROUPED_CONFIGS = (
 
 def grouped_cases(device: torch.device) -> Iterator[str]:
     """Empty experts, single tokens, experts that end inside a tile, more experts than a warp has lanes; quantized."""
-    for counts, (n, k) in (((3, 0, 1, 40, 0, 17), (201, 1000)), ((0, 2, 1) * 30, (8, 72))):
+    for counts, (n, k) in (((3, 0, 1, 40, 0, 17), (201, 1000)), ((0, 2, 1) * 30, (8, 72)), ((3, 0, 5), (9000, 72))):
         offsets = torch.tensor((0, *counts)).cumsum(0).to(device)
         plain = [cases.exact_operand(n, k, "linear", "per_row", e) for e in range(len(counts))]
         w = fp4gemm.stack_weights(plain).to(device)

@@ -130,7 +130,8 @@ def test_several_rounds_of_a_persistent_grid(config: cases.Config, cuda: torch.d
     m = tokens_of(config)[-1]
     shapes = [(m, 20000, 136), (m, 33000, 8), (m, 9000, 1032), (m, 33000, 1032)]
     if config[0] != "mma":
-        shapes.append((17 * m // 2, 3000, 72))  # more token tiles than pass over the rows together, twice
+        # More token tiles than pass over the rows together: an odd number of them, and 16.
+        shapes += [(17 * m // 2, 3000, 72), (16 * (m // 2 - 1), 3072, 72)]
     served = [check_forced(config, cases.FORCED_VARIANTS[0], s, cuda_device(cuda), exact=True) for s in shapes]
     assert any(served)
 

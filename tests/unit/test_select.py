@@ -14,6 +14,7 @@ from fp4gemm.spec import (
     INPUT_DTYPES,
     KERNEL_SCALINGS,
     PackedCollectiveSpec,
+    PackedWgmmaSpec,
     PackSpec,
     QuantizeSpec,
     check,
@@ -187,6 +188,23 @@ def test_kernels_for_one_token_quantize_it():
     assert select.quantizing(mma, "bf16", 2) is None
     for other in (("wgmma", (64, 2, 2, 2, 1, 2, 12)), ("collective", (128, 256, 2))):
         assert select.quantizing(select.packed_of(*other, "bf16", "bf16", None, False), "bf16", 1) is None
+
+
+@pytest.mark.parametrize("out_dtype, source", [("fp32", False), ("bf16", True), ("fp32", True)])
+def test_the_collective_stands_in_for_warpgroups_that_take_turns(out_dtype, source):
+    """Which have no registers for C, and write fp32 in parts of lines."""
+
+    def chosen(row, *terms):
+        return select.packed_spec(("another GPU", 132), row.m, row.n, row.k, "bf16", *terms)
+
+    turning = [row for row in table.read(table.PACKAGED) if getattr(chosen(row, "bf16", None, False), "turns", False)]
+    assert turning
+    for row in turning:
+        (tokens, _, _, _, multicast, _, _), spec = row.config, chosen(row, out_dtype, None, source)
+        assert spec == select.packed_of("collective", (64, tokens, multicast), "bf16", out_dtype, None, source)
+        unaligned = chosen(row, out_dtype, None, source, False)  # TMA cannot store it
+        assert isinstance(unaligned, PackedWgmmaSpec)
+        assert check(unaligned) is None
 
 
 def test_measured_shapes_get_the_kernel_that_was_measured():

@@ -282,16 +282,17 @@ template <class Element, class Tile, class Cluster, class Schedule, int kCarveou
 template <class Element, class Tile, class Cluster, class Schedule, int kCarveout> using PackedMainloop =
     typename PackedMainloopOf<Element, Tile, Cluster, Schedule, kCarveout>::type;
 
-// A few token tiles at a time pass over all rows, since a tile of tokens is several times the bytes of one of weights: those that
-// run at once then read about as much of either. CUTLASS would let all tokens pass over a few rows. It rounds both
-// counts of tiles up to that width and computes the rest for nobody, so the width divides them.
+// A few token tiles at a time pass over all rows, since a tile of tokens is several times the bytes of one of weights: those
+// that run at once then read about as much of either. Where there are fewer of them than of rows, CUTLASS would let all token
+// tiles pass over a few rows. It rounds both counts of tiles up to that width and computes the rest for nobody, so the
+// width divides them.
 template <class Kernel>
 CUTLASS_DEVICE typename Kernel::TileSchedulerArguments token_tiles_together(GemmArguments const& args) {
   using Tile = typename Kernel::TileShape;
   typename Kernel::TileSchedulerArguments order;
   int const rows = cute::ceil_div(args.n, cute::size<0>(Tile{}) * cute::size<0>(typename Kernel::ClusterShape{}));
-  int const tokens = cute::ceil_div(args.m, cute::size<1>(Tile{}));
-  if (tokens < 8) return order;  // all of them
+  int const tokens = cute::ceil_div(args.m, cute::size<1>(Tile{}) * cute::size<1>(typename Kernel::ClusterShape{}));
+  if (tokens < 8) return order;
   order.raster_order = decltype(order.raster_order)::AlongM;
   order.max_swizzle_size = (rows | tokens) % 4 == 0 ? 4 : (rows | tokens) % 2 == 0 ? 2 : 1;
   return order;

@@ -1,6 +1,7 @@
 // Which tiles of a product a cluster of the WGMMA kernel computes, and in which order.
 //
-// Clusters take turns, and a few token tiles at a time pass over the rows together, so that weights are read from L2 again.
+// Clusters take the next tile each, and a few token tiles at a time pass over the rows together, so that what one of them has
+// read of tokens or weights the others find in L2.
 //
 // Grouped: tokens are sorted by expert. Where they begin stands in device memory, so a captured graph follows it: every CTA
 // makes a table of the token tiles in front of each expert, and finds tiles there. A tile's last tokens may be the next

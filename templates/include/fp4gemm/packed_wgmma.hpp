@@ -1,9 +1,10 @@
-// GEMM on prepacked weights for 16 to 256 tokens a tile: WGMMA with the weight as its register operand.
+// GEMM on prepacked weights for 8 to 256 tokens a tile: WGMMA with the weight as its register operand.
 //
 // A CTA has kPanels x 64 weight rows and kTokens tokens. Two warps stream stages of weights (bulk copies) and tokens (TMA);
 // kRowGroups x kDepthGroups warpgroups turn codes into fragments while the tensor cores work on the last ones. What a CTA reads
 // bounds the kernel, and 64 x 64 weights are a quarter of the bytes of 64 x 64 tokens: so a warpgroup may have several panels,
 // each with accumulators of its own. Depth groups take alternate stages: with few panels they hide each other's latency.
+// Two row groups with one panel take alternate tiles: one computes while the other writes.
 // A cluster of kMulticast x kSplit CTAs shares tokens among row tiles and splits K; partial sums meet in a fixed order.
 #pragma once
 
@@ -249,18 +250,10 @@ template <class Config> class PackedWgmma {
     }
   }
 
-  // Row groups that take turns: whether the other one has the tile before this one, and the one after it.
-  struct Turn {
-    bool follows, followed;
-  };
-
   // Two warpgroups that end a tile together leave the tensor cores idle while both write it. So the second one begins each tile
   // kLag stages behind the first: the one goes on while the other writes. Predicates, since a branch that might diverge costs
   // the main loop its uniform registers. With as many blocks as stages or more, the first cannot allow the next tile before the
   // second has seen this one: it would need stages that the second has yet to release.
-  //
-  // Row groups that take turns each hand over with their last stage in sight: whatever was in the ring before the other's stages has
-  // been seen by then, so that no wait takes the parity of an older filling for its own.
   template <int kBarrier> __device__ __forceinline__ static void await(bool mine) {
     asm volatile("{\n.reg .pred p;\nsetp.ne.u32 p, %0, 0;\n@p bar.sync %1, 256;\n}" ::"r"(uint32_t(mine)), "n"(kBarrier)
                  : "memory");
@@ -270,6 +263,13 @@ template <class Config> class PackedWgmma {
                  "n"(kBarrier)
                  : "memory");
   }
+
+  // Row groups that take turns: whether the other one has the tile before this one, and the one after it. Each hands over with
+  // its last stage in sight: whatever was in the ring before the other's stages has been seen by then, so that no wait takes
+  // the parity of an older filling for its own.
+  struct Turn {
+    bool follows, followed;
+  };
 
   // A k-step or two in a group of their own: ptxas then leaves what stands between two groups where it is. On return the
   // fragments of the last two k-steps but these are free.

@@ -82,7 +82,7 @@ struct PackedWgmmaConfig {
   static constexpr int kSharedBytes =
       1024 + kBarrierBytes + kStages * (kTokenSlot + kWeightBytes) + kReductionBytes + kLineBytes;  // 1024: to align
   static_assert(kTokens / 8 % kSplit == 0 && kStages <= 60);
-  static_assert(!kTurns || (kPanels == 1 && kRowGroups == 2 && kDepthGroups == 1 && kSplit == 1));
+  static_assert(!kTurns || (kPanels == 1 && kRowGroups == 2 && kDepthGroups == 1 && kSplit == 1 && kLag == 0));
   static_assert(kLag == 0 || (kRowGroups == 2 && kDepthGroups == 1 && kLag < kStages));
   // A depth group waits for one stage while it holds another. Slots belong to one depth group each: a group that waited for
   // a slot whose last filling another one has yet to see would take the parity of the filling before for its own.
