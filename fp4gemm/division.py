@@ -12,7 +12,7 @@ SHARED_BYTES = 232448  # that a CTA of sm_90 can have
 _SYSTEM_BYTES = 1 << 10  # of shared memory that every CTA takes beside its own
 ALONE_BYTES = SM_SHARED_BYTES // 2 - _SYSTEM_BYTES + 16  # the least of which no two CTAs fit on an SM
 _ONE_PIECE = 256  # rows times blocks of tokens up to which they come in one piece
-# Token tiles that pass over the rows together, and tokens: of large tiles fewer, which the L2 keeps.
+# The most token tiles that pass over the rows together, and the most tokens of these.
 _RASTER, _RASTER_TOKENS = 8, 1024
 
 
