@@ -244,7 +244,7 @@ class _ValuesQuantizer:
     ) -> None:  # fmt: skip
         arch, name = select.arch_of(device), select.INPUT_NAMES[dtype]
         spec, share = select.values_spec(arch, name, m, k, scaling, convention, vectorized, options, gathered=gathered)
-        self.launch = Launcher(spec, QUANTIZE_ARGUMENTS, waits=True)
+        self.launch = Launcher(spec, QUANTIZE_ARGUMENTS, waits=True, dependent=select.early(spec, m) or None)
         self.grid = (-(-m // spec.rows), min(share, 65535), 1)
         self.stride = -(-(k + options.residual) // 8) * 8  # whole 16 bytes, as TMA wants rows
         prefetch = select.prefetch_ctas(spec, k, device) if share == 1 else 0

@@ -44,7 +44,8 @@ def programmatic(enabled: bool = True) -> Iterator[None]:
 
     They prefetch their weight meanwhile (CUTLASS's collective only sets itself up), and wait before they touch anything
     else: a chain of layers then has no gaps. Only for weights that no kernel of the chain writes. Holds for calls, and
-    captures, of this context; without it, only the GEMM behind its own quantizer in ``quantize_gemm`` is launched so.
+    captures, of this context. Without it ``quantize_gemm`` alone launches so: its GEMM behind its own quantizer, and
+    the quantizer of a few rows, which touches nothing before it has waited.
     """
     token = _programmatic.set(enabled)
     try:
@@ -105,9 +106,14 @@ def _dependent_config(grid: tuple[int, int, int], threads: int, shared_bytes: in
 
 
 class Launcher:
-    """A kernel whose one argument is a by-value struct, packed in place for each launch."""
+    """A kernel whose one argument is a by-value struct, packed in place for each launch.
 
-    def __init__(self, spec: KernelSpec, arguments: struct.Struct, *, waits: bool = False) -> None:
+    ``waits``, ``dependent``: see :class:`Dispatch`.
+    """
+
+    def __init__(
+        self, spec: KernelSpec, arguments: struct.Struct, *, waits: bool = False, dependent: bool | None = None
+    ) -> None:
         kernel = load(spec)
         if kernel.meta["params_bytes"] != arguments.size:
             raise DriverError(f"{spec.name}: argument of {kernel.meta['params_bytes']} bytes, packed {arguments.size}")
@@ -116,12 +122,13 @@ class Launcher:
         address = ctypes.addressof(self._buffer)
         threads, shared_bytes = kernel.meta["threads"], kernel.meta["smem_bytes"]
         self._dispatch = Dispatch(kernel, spec.entry_points[0], threads, shared_bytes, address, waits=waits)
+        self._dependent = dependent
         self._lock = threading.Lock()
 
     def __call__(self, grid: tuple[int, int, int], stream: int, *values: float) -> None:
         with self._lock:  # the driver copies the buffer before it returns
             self._pack(self._buffer, 0, *values)
-            self._dispatch(grid, stream)
+            self._dispatch(grid, stream, self._dependent)
 
 
 class Batch(NamedTuple):

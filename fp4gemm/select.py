@@ -179,6 +179,15 @@ def values_spec(
     return replace(spec, threads=threads, blocks=blocks, rows=1, resident=True), blocks
 
 
+def early(spec: QuantizeSpec, m: int) -> bool:
+    """Whether a quantizer of values of [m, k] is launched before the kernel in front has ended, which it waits for.
+
+    Its CTAs then stand ready beside those of the GEMM of the call before, where they are few and small enough for the
+    registers that it leaves. Elsewhere its GEMM would take the places it needs (docs/performance.md).
+    """
+    return m <= _FEW_VALUES_ROWS and spec.threads * spec.rows <= 128
+
+
 _PREFETCH_BYTES = 64 << 10  # of rows ahead for each SM
 
 

@@ -515,6 +515,51 @@ def test_dependent_layers_that_pack_their_weights(m: int, cuda: torch.device) ->
             cases.assert_same_bits(chain(x, plain, False), want, f"M = {m}")
 
 
+def refill(how: str, x: torch.Tensor, source: torch.Tensor) -> None:
+    """x becomes source + 0: by a copy, a kernel, a memset and a kernel, or on another stream."""
+    if how == "copy":
+        x.copy_(source)
+    elif how == "kernel":
+        torch.add(source, 0.0, out=x)
+    elif how == "memset":
+        x.zero_()
+        x.add_(source)
+    else:
+        here, other = torch.cuda.current_stream(), torch.cuda.Stream()
+        other.wait_stream(here)
+        with torch.cuda.stream(other):
+            torch.add(source, 0.0, out=x)
+        here.wait_stream(other)
+
+
+@pytest.mark.parametrize("how", ["copy", "kernel", "memset", "stream"])
+@pytest.mark.parametrize("m", [1, 16, 64])
+def test_a_quantizer_that_begins_early_waits_for_its_input(m: int, how: str, cuda: torch.device) -> None:
+    """Whatever stands in front of it, eagerly and in a graph: the quantizer of a few rows is launched before that has
+    ended, and x, refilled in place, is what it must see."""
+    k = 4096
+    packed = weight(512, k, False, cuda)[1]
+    sources = [random_values(m, k, dtype=torch.bfloat16, device=cuda, seed=seed) for seed in range(4)]
+    want = [fp4gemm.quantize_gemm(source, packed) for source in sources]
+    x = torch.zeros_like(sources[0])
+    for source, expected in zip(sources * 5, want * 5, strict=True):
+        refill(how, x, source)
+        cases.assert_same_bits(fp4gemm.quantize_gemm(x, packed), expected, f"M = {m}, {how}")
+    held = sources[0].clone()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        refill(how, x, held)
+        first = fp4gemm.quantize_gemm(x, packed)
+        refill(how, x, held * 2)
+        second = fp4gemm.quantize_gemm(x, packed)
+    for source, expected in zip(sources, want, strict=True):
+        held.copy_(source)
+        graph.replay()
+        cases.assert_same_bits(first, expected, f"M = {m}, {how}, graph")
+        # Outer scales double exactly, and so do products.
+        cases.assert_same_bits(second, expected * 2, f"M = {m}, {how}, graph, twice x")
+
+
 def test_two_streams_at_once(cuda: torch.device) -> None:
     """They share plans, whose argument each launch writes."""
     for m in (8, 40, 300):

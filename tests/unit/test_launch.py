@@ -260,3 +260,17 @@ def test_programmatic_reaches_kernels_that_wait_and_no_others(dependent_driver):
     assert plain() == [True, True]
     other((1, 1, 1), 0, True)  # it would read what is not there yet
     assert dependent_driver.seen[-1] == "plain"
+
+
+@pytest.mark.parametrize("dependent", [None, True])
+def test_a_launcher_says_whether_it_depends(dependent, monkeypatch):
+    size = launch.AMAX_ARGUMENTS.size
+    made = SimpleNamespace(
+        meta={"threads": 256, "params_bytes": size, "smem_bytes": 0}, entry_points={"amax": "handle"}
+    )
+    monkeypatch.setattr(launch, "load", lambda spec: made)
+    seen = []
+    monkeypatch.setattr(launch.Dispatch, "_launch", lambda self, grid, stream, how: seen.append(how) or 0)
+    spec = SimpleNamespace(name="fake", entry_points=("amax",))
+    launch.Launcher(spec, launch.AMAX_ARGUMENTS, waits=True, dependent=dependent)((9, 1, 1), 3, 1, 2, 3, 4, 5, 6)
+    assert seen == [dependent]

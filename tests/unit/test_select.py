@@ -146,6 +146,15 @@ def test_ctas_share_long_rows_where_there_are_few():
     assert share(1, 16384, "given") == 8
 
 
+def test_small_quantizers_of_few_rows_begin_early():
+    def early(m, k, scaling="per_row"):
+        return select.early(select.values_spec("sm_90a", "bf16", m, k, scaling, "te_per_token", True)[0], m)
+
+    assert [early(m, 8192) for m in (1, 64, 65, 1024)] == [True, True, False, False]
+    assert [early(16, k) for k in (4096, 8192, 14336)] == [True, True, False]
+    assert early(64, 14336, "given")
+
+
 def test_kernels_of_k_are_those_that_calls_ask_for():
     built = select.bf16_specs("sm_90a", 8192)
     for m in (1, 64, 65, 5000):

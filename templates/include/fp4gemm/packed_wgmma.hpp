@@ -76,7 +76,7 @@ template <class Config> class PackedWgmma {
       tiles_.tabulate_experts();
     }
     if (warp >= kProducer) {
-      if constexpr (Config::kGroups > 1) cutlass::arch::warpgroup_reg_dealloc<Config::kProducerRegisters>();
+      if constexpr (Config::kTradesRegisters) cutlass::arch::warpgroup_reg_dealloc<Config::kProducerRegisters>();
       if (warp == kProducer) {
         produce_weights();  // with barriers that this warp has made itself
       } else {
@@ -84,7 +84,7 @@ template <class Config> class PackedWgmma {
         if (warp == kProducer + 1) produce_tokens();
       }
     } else {
-      if constexpr (Config::kGroups > 1) cutlass::arch::warpgroup_reg_alloc<Config::kConsumerRegisters>();
+      if constexpr (Config::kTradesRegisters) cutlass::arch::warpgroup_reg_alloc<Config::kConsumerRegisters>();
       cluster_wait();
       // Panels are dealt out in turn: the first row groups may have one more.
       constexpr int kLeast = kTurns ? 1 : Config::kPanels / Config::kRowGroups;

@@ -59,6 +59,9 @@ struct PackedWgmmaConfig {
   static constexpr int kProducerRegisters = kGroups > 2 ? 32 : 24;
   static constexpr int kConsumerRegisters = (kLaunchRegisters * (kGroups + 1) - kProducerRegisters) / kGroups / 8 * 8;
   static constexpr int kMost = (kPanels + kRowGroups - 1) / kRowGroups;  // panels of a warpgroup
+  // Consumers with few sums need no more than they start with. They then do not wait until the producer has given up its own,
+  // and leave room for the next quantizer. A table of experts takes more.
+  static constexpr bool kTradesRegisters = kGroups > 1 && (kGrouped_ || kMost * kTokens > 64);
   // If registers last (spec.py: roomy), row tiles may have fewer panels: a warpgroup may skip its last panel, but not its only
   // one; and two k-steps go to a group of WGMMAs, which ptxas would serialize without registers to spare.
   static constexpr bool kUneven = kUneven_;
