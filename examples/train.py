@@ -349,24 +349,23 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 
 def run(options: argparse.Namespace, words: Sequence[str]) -> Path:
-    """Trains, and writes the document."""
+    """Trains, and writes the document, again after every run: one that is interrupted keeps those that ended."""
     size = Size(**{name: getattr(options, name) for name in vars(Size())})
     data = Data.of(text(options.text), torch.device(options.device))
     print(f"{len(data.train)} bytes to train on, {len(data.validation)} to validate", flush=True)
-    environment = report.environment(options.commit)
-    rows = []
+    command = report.command_line("examples/train.py", words, ("--folder", "--page", "--commit"))
+    document = report.Report("training", command, report.environment(options.commit), 0.0, [])
+    path = report.free_path(options.folder, report.file_name(document.document()))
     runs = [(name, 0.0) for name in options.recipe or RECIPES]
     if options.finish:
         runs += [(name, options.finish) for name, _ in runs if RECIPES[name] is not None]
     for seed, (name, finish) in itertools.product(range(options.seeds), runs):
         row = train(name, seed, data, size, options.compile, finish)
-        rows.append({"text": options.text, **row})
+        document.rows.append({"text": options.text, **row})
+        report.write(document.document(), path)
         print(f"{row['recipe']:32} seed {seed}: {row['train_loss']:.4f}, validation {row['val_loss']:.4f}, "
               f"{row['seconds']:.1f} s", flush=True)  # fmt: skip
-    command = report.command_line("examples/train.py", words, ("--folder", "--page", "--commit"))
-    document = report.Report("training", command, environment, 0.0, rows).document()
-    path = report.write(document, report.free_path(options.folder, report.file_name(document)))
-    print(f"\n{table(rows)}\n\n{path}")
+    print(f"\n{table(document.rows)}\n\n{path}")
     return path
 
 

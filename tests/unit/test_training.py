@@ -104,6 +104,21 @@ def test_results_are_written_and_rendered(rows, tmp_path):
     assert example.main(["--render", "--folder", str(tmp_path / "none")]) == 1
 
 
+def test_an_interrupted_run_keeps_what_has_ended(rows, tmp_path, monkeypatch):
+    def train(name, seed, *_):
+        if (name, seed) == ("per_token", 1):
+            raise KeyboardInterrupt
+        return {**rows[0 if name == "bf16" else 1], "seed": seed}
+
+    monkeypatch.setattr(example, "train", train)
+    wanted = ["--recipe", "bf16", "--recipe", "per_token", "--seeds", "3", "--device", "cpu", "--commit", "abc"]
+    with pytest.raises(KeyboardInterrupt):
+        example.main([*wanted, "--folder", str(tmp_path)])
+    (path,) = tmp_path.glob("training-*.json")
+    kept = [(row["recipe"], row["seed"]) for row in report.read(path)["rows"]]
+    assert kept == [("bf16", 0), ("per_token", 0), ("bf16", 1)]
+
+
 def test_gaps_pair_seeds():
     base = [{"seed": 0, "train_loss": 2.0}, {"seed": 1, "train_loss": 4.0}]
     mean, deviation = example.gap(
