@@ -3,8 +3,9 @@
     compute-sanitizer --tool memcheck  --error-exitcode 1 python tests/gpu/sanitize_cases.py
     compute-sanitizer --tool racecheck --error-exitcode 1 python tests/gpu/sanitize_cases.py
 
-Arguments choose suites (`quantize`, `engine`, ...). Results are compared with the reference too. The caching allocator
-is off, so memcheck sees where a tensor ends.
+Arguments choose suites (`quantize`, `engine`, ...), and `--kernel-name kernel_substring=gemm` the kernels that are
+checked: memcheck of a suite then takes seconds. Results are compared with the reference too. The caching allocator is
+off, so memcheck sees where a tensor ends.
 """
 
 from __future__ import annotations

@@ -1,0 +1,127 @@
+"""Hopper: products on prepacked weights, by a measured table, and the packers of these."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+
+from fp4gemm import table
+from fp4gemm.division import divide
+from fp4gemm.spec import PackedCollectiveSpec, PackedMmaSpec, PackedSpec, PackedWgmmaSpec, PackSpec, check
+
+FALLBACK = ("wgmma", (128, 2, 2, 1, 1, 1, 6))  # serves everything
+_SCHEDULES = {128: "cooperative", 64: "pingpong"}  # of the collective, by its weight rows
+
+
+def pack_spec(arch: str, sf_layout: str, direction: str) -> PackSpec:
+    """Raises NotImplementedError on an arch whose GEMMs read plain NVFP4."""
+    if arch != "sm_90a":
+        raise NotImplementedError(f"{arch}: the prepacked form is Hopper's; GEMMs read plain FP4Tensors here")
+    return PackSpec(arch, sf_layout, direction)
+
+
+def packed_of(
+    kernel: str, config: tuple[int, ...], a_dtype: str, out_dtype: str, bias: str | None, source: bool
+) -> PackedSpec:
+    """The spec of a row of the table; a collective's configuration is (weight rows, tokens, cluster along rows)."""
+    if kernel == "collective":
+        rows, tokens, cluster = config
+        tile, schedule = (rows, tokens, 64), _SCHEDULES[rows]
+        c = out_dtype if source else None
+        return PackedCollectiveSpec("sm_90a", a_dtype, out_dtype, bias, tile, (cluster, 1), schedule, c)
+    terms = ("sm_90a", a_dtype, out_dtype, bias, source)
+    if kernel == "mma":
+        tiles, warps, stages, blocks, split, loaders, pairs = config
+        return PackedMmaSpec(*terms, tiles, warps, stages, blocks, split, loaders, pairs)
+    tokens, panels, row_groups, depth_groups, multicast, split, stages = config
+    return PackedWgmmaSpec(*terms, tokens, panels, row_groups, depth_groups, multicast, split, stages)
+
+
+def quantizing(spec: PackedSpec, x_dtype: str, m: int) -> PackedMmaSpec | None:
+    """``spec`` made to quantize x of this dtype, with given outer scales, on its way in; None where that does not pay.
+
+    Every CTA quantizes the tokens again: for one that takes about as long as a launch of its own, and less in a chain
+    of dependent launches; from a few on it takes longer (docs/performance.md).
+    """
+    if not isinstance(spec, PackedMmaSpec) or m > 1:
+        return None
+    fused = replace(spec, quantize=x_dtype)
+    return fused if check(fused) is None else None
+
+
+def packed_spec(
+    gpu: tuple[str, int], m: int, n: int, k: int, a_dtype: str, out_dtype: str, bias: str | None, source: bool,
+    tma_output: bool = True,
+) -> PackedSpec:  # fmt: skip
+    """The GEMM on a prepacked weight: that of the nearest measured shape that can serve this one.
+
+    ``tma_output``: D is row-major, and rows are whole 16 bytes, as the collective's epilogue stores them.
+    """
+    name, sms = gpu
+    for kernel, config in [*((c.kernel, c.config) for c in table.by_distance(table.rows_for(name), m, n, k)), FALLBACK]:
+        for spec in _for_terms(packed_of(kernel, config, a_dtype, out_dtype, bias, source)):
+            if check(spec) is None and (
+                tma_output if isinstance(spec, PackedCollectiveSpec) else divide(spec, m, n, k, sms)
+            ):
+                return spec
+    raise AssertionError("the fallback serves everything")
+
+
+def _for_terms(spec: PackedSpec) -> Iterator[PackedSpec]:
+    """The kernel, measured with bf16 results and no C, behind what is better with the terms that ``spec`` has.
+
+    Warpgroups that take turns leave no registers for C, and write fp32 in parts of lines: the collective with the same
+    tile does neither.
+    """
+    if isinstance(spec, PackedWgmmaSpec) and spec.turns and (spec.source or spec.out_dtype == "fp32"):
+        config = (64 * spec.panels, spec.tokens, spec.multicast)
+        yield packed_of("collective", config, spec.a_dtype, spec.out_dtype, spec.bias, spec.source)
+    yield spec
+
+
+# Grouped kernels, WGMMA configurations by the mean number of tokens of an expert, as `tools/tune.py --grouped` measures
+# them for experts of equal size and for skewed ones: tiles for few tokens have room for more than the mean, because
+# each tile more reads a weight again. The second kernels share K, for weights with fewer row tiles than SMs.
+_GROUPED = (
+    (2, (8, 4, 2, 2, 1, 1, 20), (8, 1, 1, 4, 1, 1, 40)),
+    (8, (16, 4, 2, 2, 1, 1, 16), (16, 1, 1, 4, 1, 2, 16)),
+    (32, (32, 4, 2, 2, 1, 1, 12), (32, 1, 1, 4, 1, 2, 16)),
+    (64, (64, 6, 3, 1, 1, 1, 8), (64, 1, 1, 2, 1, 2, 14)),
+    (1024, (128, 2, 2, 1, 2, 1, 10), (128, 1, 1, 1, 1, 2, 8)),
+)
+_GROUPED_MANY = (256, 1, 2, 1, 2, 1, 6)
+
+
+def grouped_configs() -> list[tuple[int, ...]]:
+    """Every configuration that ``grouped_spec`` may choose."""
+    return sorted({config for _, *configs in _GROUPED for config in configs} | {_GROUPED_MANY, FALLBACK[1]})
+
+
+def _grouped_config(sms: int, experts: int, tokens: int, n: int) -> tuple[int, ...]:
+    for most, alone, sharing in _GROUPED:
+        if tokens <= most:
+            panels = grouped_of(alone, "bf16", "bf16", None, False).least_panels
+            return alone if experts * -(-n // (64 * panels)) >= sms else sharing
+    return _GROUPED_MANY
+
+
+def grouped_of(
+    config: tuple[int, ...], a_dtype: str, out_dtype: str, bias: str | None, source: bool
+) -> PackedWgmmaSpec:
+    spec = packed_of("wgmma", config, a_dtype, out_dtype, bias, source)
+    assert isinstance(spec, PackedWgmmaSpec)
+    return replace(spec, grouped=True)
+
+
+def grouped_spec(
+    sms: int, experts: int, tokens: int, n: int, k: int, a_dtype: str, out_dtype: str, bias: str | None, source: bool
+) -> PackedWgmmaSpec:
+    """The GEMM of ``experts`` prepacked weights [n, k] with about so many ``tokens`` each, on a GPU of ``sms`` SMs.
+
+    The sizes of experts are on the device, so their mean decides.
+    """
+    for chosen in (_grouped_config(sms, experts, tokens, n), FALLBACK[1]):
+        spec = grouped_of(chosen, a_dtype, out_dtype, bias, source)
+        if check(spec) is None and divide(spec, experts * tokens, n, k, sms, experts):
+            return spec
+    raise AssertionError("the fallback serves everything")

@@ -1,0 +1,209 @@
+"""Quantizers, amaxes and dequantizers: how many threads, blocks and rows each CTA has."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+
+from fp4gemm.formats import NORMS, PLAIN, QuantizeOptions, scale_columns
+from fp4gemm.select.device import INPUT_NAMES
+from fp4gemm.spec import (
+    AmaxSpec,
+    DequantizeSpec,
+    GroupSpec,
+    GroupSumsSpec,
+    QuantizeSpec,
+    TileAmaxSpec,
+    TileQuantizeSpec,
+)
+
+_INPUT_BYTES = {name: dtype.itemsize for dtype, name in INPUT_NAMES.items()}
+
+FEW_ROWS = 256  # about two for each SM
+
+
+def quantize_spec(
+    arch: str, dtype: str, k: int, scaling: str, convention: str, sf_layout: str, vectorized: bool,
+    options: QuantizeOptions = PLAIN, *, gathered: bool = False, noop: bool = False, few: bool = False,
+) -> QuantizeSpec:  # fmt: skip
+    """Whole rows on chip where they fit, as many rows to a CTA as give it 256 threads.
+
+    A tiled layout wants four rows at least (layout.hpp), for which four blocks a thread leave room; fp32 takes twice
+    the registers: two blocks. ``few``: of rows, which leave most SMs idle; each has a CTA of its own then, with more
+    threads, where it is long enough to need them. The figures are in docs/performance.md.
+    """
+    columns = (scale_columns(k) + 3) // 4 * 4  # with the padding a tiled layout has
+    threads, blocks, rows, resident = (few and _few_rows_shape(columns, dtype, options)) or _rows_shape(
+        columns, dtype, sf_layout != "linear", scaling == "per_row", options
+    )
+    return QuantizeSpec(
+        arch, dtype, scaling, convention, sf_layout, threads, blocks, rows, vectorized, resident,
+        stochastic=options.stochastic, adaptive=options.adaptive,
+        residual=options.residual_side if options.residual else None, gathered=gathered, noop=noop,
+        producer=options.producer,
+    )  # fmt: skip
+
+
+_Shape = tuple[int, int, int, bool]  # threads of a row, blocks of a thread, rows of a CTA, and whether that is a row
+
+
+def _rows_shape(columns: int, dtype: str, tiled: bool, per_row: bool, options: QuantizeOptions) -> _Shape:
+    # Noise and companions cost instructions, and more blocks share what a thread does once.
+    most = 4 if (tiled or options.stochastic or options.residual) and dtype != "fp32" else 2
+    blocks = min(most, max(1, columns // 32))
+    threads = _threads(columns, blocks)
+    resident = threads <= 1024
+    if not resident:
+        threads, blocks = 512, 2
+    # Companions take registers: a CTA of 512 threads would have too few.
+    staged = tiled and threads <= 128 and not options.residual
+    rows = max(4 if staged else 1, 1 << (256 // threads).bit_length() >> 1)
+    reduced = per_row or options.producer in NORMS
+    if options.stochastic and not options.residual and not reduced and threads * rows == 512:
+        threads //= 2  # without a row to reduce; a CTA of 512 threads has too few registers
+    return threads, blocks, rows, resident
+
+
+def _few_rows_shape(columns: int, dtype: str, options: QuantizeOptions) -> _Shape | None:
+    """None where a row is too short to need more threads, or too long for one CTA of them."""
+    long = options.producer in ("silu_mul", "gelu_tanh") and columns <= 512
+    blocks = 1 if long or dtype == "fp32" else 2
+    threads = _threads(columns, blocks)
+    most = 256 if options.residual else 512  # companions take registers
+    return (threads, blocks, 1, True) if columns >= 128 and threads <= most else None
+
+
+def group_rows_spec(
+    arch: str, dtype: str, k: int | None, scaling: str, convention: str, sf_layout: str, vectorized: bool,
+    stochastic: bool,
+) -> GroupSpec:  # fmt: skip
+    """The quantizer of rows of a group of members with ``k`` columns, None: each with its own number of them."""
+    options = QuantizeOptions(stochastic=True) if stochastic else PLAIN
+    if k is not None and scaling == "per_row":
+        return GroupSpec(quantize_spec(arch, dtype, k, scaling, convention, sf_layout, vectorized, options))
+    # Rows in parts: nothing is reduced, or no number of registers fits all rows, which are read twice then.
+    blocks = 1 if dtype == "fp32" else 2
+    return GroupSpec(
+        QuantizeSpec(
+            arch, dtype, scaling, convention, sf_layout, 128, blocks, 4, vectorized, False, stochastic=stochastic
+        )
+    )
+
+
+def uniform_rows_spec(arch: str, dtype: str, k: int, convention: str, sf_layout: str, vectorized: bool) -> GroupSpec:
+    """The quantizer of rows of members of one shape that together are one matrix of ``k`` columns."""
+    return GroupSpec(quantize_spec(arch, dtype, k, "per_row", convention, sf_layout, vectorized), uniform=True)
+
+
+def _threads(columns: int, blocks: int) -> int:
+    """Whole warps that hold a row, so many blocks a thread."""
+    return -(-columns // (32 * blocks)) * 32
+
+
+FEW_VALUES_ROWS = 64
+
+
+def values_spec(
+    arch: str, dtype: str, m: int, k: int, scaling: str, convention: str, vectorized: bool,
+    options: QuantizeOptions = PLAIN, *, gathered: bool = False,
+) -> tuple[QuantizeSpec, int]:  # fmt: skip
+    """The quantizer of [m, k] that writes values, and how many CTAs share a row.
+
+    Few rows leave most SMs idle, and one SM takes over a microsecond to encode a long row. So CTAs share one: with
+    per-row scaling each of them reads and reduces all of it, which is quick, and encodes every so many blocks of it.
+    """
+    spec = quantize_spec(arch, dtype, k, scaling, convention, "linear", vectorized, options, gathered=gathered)
+    spec = replace(spec, output="values")
+    columns = scale_columns(k)
+    if scaling != "per_row":
+        if m <= FEW_VALUES_ROWS:
+            spec = replace(spec, threads=128, blocks=1, rows=1, resident=True)  # without an amax any row is read once
+        return spec, -(-columns // (spec.threads * spec.blocks))
+    if m > FEW_VALUES_ROWS:
+        return spec, 1
+    blocks = 4 if columns >= 512 else 2 if columns >= 256 else 1
+    threads = _threads(columns, blocks)
+    if threads > 512:  # a thread would have too few registers: rows are streamed
+        return spec, 1 if spec.resident else 8
+    return replace(spec, threads=threads, blocks=blocks, rows=1, resident=True), blocks
+
+
+def early(spec: QuantizeSpec, m: int) -> bool:
+    """Whether a quantizer of values of [m, k] is launched before the kernel in front has ended, which it waits for.
+
+    Its CTAs then stand ready beside those of the GEMM of the call before, where they are few and small enough for the
+    registers that it leaves. Elsewhere its GEMM would take the places it needs (docs/performance.md).
+    """
+    return m <= FEW_VALUES_ROWS and spec.threads * spec.rows <= 128
+
+
+_PREFETCH_BYTES = 64 << 10  # of rows ahead for each SM
+
+
+def prefetch_ctas(spec: QuantizeSpec, k: int, device: int) -> int:
+    """How many CTAs ahead a quantizer of whole rows fetches rows into L2; 0 where it does not."""
+    if not spec.resident or not spec.vectorized:
+        return 0
+    cta_bytes = spec.rows * k * _INPUT_BYTES[spec.dtype]
+    sms: int = torch.cuda.get_device_properties(device).multi_processor_count
+    return sms * max(1, round(_PREFETCH_BYTES / cta_bytes))
+
+
+def amax_spec(arch: str, dtype: str, vectorized: bool, producer: str | None = None) -> AmaxSpec:
+    return AmaxSpec(arch, dtype, vectorized, producer)
+
+
+def tile_quantize_spec(
+    arch: str, dtype: str, scaling: str, convention: str, rows: str | None, columns: str | None,
+    hadamard: bool = False, stochastic: bool = False, square: bool = False, vectorized: bool = True,
+) -> TileQuantizeSpec:  # fmt: skip
+    """As many CTAs of an SM as shared memory has room for and registers suffice for."""
+    flags = (hadamard, stochastic, square, vectorized)
+    ctas = _tile_ctas(arch, dtype)
+    # What would spill registers has one CTA less.
+    quick = convention in ("te_per_token", "te")
+    if stochastic and (hadamard if dtype == "fp32" else square or not quick or dtype == "e4m3"):
+        ctas = max(1, ctas - 1)
+    return TileQuantizeSpec(arch, dtype, scaling, convention, rows, columns, *flags, ctas)
+
+
+def tile_amax_spec(
+    arch: str, dtype: str, rows: bool, columns: bool, hadamard: bool = False, vectorized: bool = True,
+    sums: bool = False,
+) -> TileAmaxSpec:  # fmt: skip
+    return TileAmaxSpec(arch, dtype, rows, columns, hadamard, vectorized, _tile_ctas(arch, dtype), sums)
+
+
+def group_tile_spec(
+    arch: str, dtype: str, scaling: str, convention: str, rows: str | None, columns: str | None, hadamard: bool,
+    stochastic: bool, vectorized: bool, gradient: str | None = None,
+) -> GroupSpec:  # fmt: skip
+    spec = tile_quantize_spec(
+        arch, dtype, scaling, convention, rows, columns, hadamard, stochastic, False, vectorized
+    )  # fmt: skip
+    # Would spill registers: what a member is takes some.
+    if stochastic and (not hadamard or arch == "sm_100a") and spec.ctas > 1:
+        spec = replace(spec, ctas=spec.ctas - 1)
+    return GroupSpec(replace(spec, gradient=gradient))
+
+
+def group_amax_spec(
+    arch: str, dtype: str, rows: bool, columns: bool, hadamard: bool, vectorized: bool, sums: bool,
+    gradient: str | None = None,
+) -> GroupSpec:  # fmt: skip
+    return GroupSpec(replace(tile_amax_spec(arch, dtype, rows, columns, hadamard, vectorized, sums), gradient=gradient))
+
+
+def group_sums_spec(arch: str, alignment: int) -> GroupSumsSpec:
+    """``alignment``: elements on which members begin."""
+    return GroupSumsSpec(arch, alignment)
+
+
+def _tile_ctas(arch: str, dtype: str) -> int:
+    tile = 3 if dtype == "fp32" else 4
+    return 1 if arch == "sm_120a" and dtype == "fp32" else 2 if arch == "sm_120a" else tile
+
+
+def dequantize_spec(arch: str, dtype: str, sf_layout: str, outer: bool) -> DequantizeSpec:
+    return DequantizeSpec(arch, dtype, sf_layout, outer)
