@@ -142,20 +142,27 @@ def test_a_plan_writes_addresses_and_nothing_else(driver, launches, monkeypatch)
         assert not set(STAND_INS) & set(words)
 
 
-def test_a_launcher_packs_its_values(launches, monkeypatch):
+AMAX = SimpleNamespace(name="fake", entry_points=("amax",))
+
+
+@pytest.fixture
+def made(monkeypatch):
+    """What loading AMAX gives."""
+    meta = {"threads": 256, "params_bytes": launch.AMAX_ARGUMENTS.size, "smem_bytes": 0}
+    kernel = SimpleNamespace(meta=meta, entry_points={"amax": "handle"})
+    monkeypatch.setattr(launch, "load", lambda spec: kernel)
+    return kernel
+
+
+def test_a_launcher_packs_its_values(launches, made):
     size = launch.AMAX_ARGUMENTS.size
-    made = SimpleNamespace(
-        meta={"threads": 256, "params_bytes": size, "smem_bytes": 0}, entry_points={"amax": "handle"}
-    )
-    monkeypatch.setattr(launch, "load", lambda spec: made)
-    spec = SimpleNamespace(name="fake", entry_points=("amax",))
-    launch.Launcher(spec, launch.AMAX_ARGUMENTS)((9, 1, 1), 3, 1, 2, 3, 4, 5, 6)
+    launch.Launcher(AMAX, launch.AMAX_ARGUMENTS)((9, 1, 1), 3, 1, 2, 3, 4, 5, 6)
     handle, grid, threads, smem, stream, data = launches[0]
     assert (handle, grid, threads, smem, stream) == ("handle", (9, 1, 1), 256, 0, 3)
     assert launch.AMAX_ARGUMENTS.unpack(data[:size]) == (1, 2, 3, 4, 5, 6)
     made.meta["params_bytes"] = size + 8
     with pytest.raises(DriverError, match=f"fake: argument of {size + 8} bytes, packed {size}"):
-        launch.Launcher(spec, launch.AMAX_ARGUMENTS)
+        launch.Launcher(AMAX, launch.AMAX_ARGUMENTS)
 
 
 @pytest.mark.parametrize(
@@ -263,14 +270,8 @@ def test_programmatic_reaches_kernels_that_wait_and_no_others(dependent_driver):
 
 
 @pytest.mark.parametrize("dependent", [None, True])
-def test_a_launcher_says_whether_it_depends(dependent, monkeypatch):
-    size = launch.AMAX_ARGUMENTS.size
-    made = SimpleNamespace(
-        meta={"threads": 256, "params_bytes": size, "smem_bytes": 0}, entry_points={"amax": "handle"}
-    )
-    monkeypatch.setattr(launch, "load", lambda spec: made)
+def test_a_launcher_says_whether_it_depends(dependent, made, monkeypatch):
     seen = []
     monkeypatch.setattr(launch.Dispatch, "_launch", lambda self, grid, stream, how: seen.append(how) or 0)
-    spec = SimpleNamespace(name="fake", entry_points=("amax",))
-    launch.Launcher(spec, launch.AMAX_ARGUMENTS, waits=True, dependent=dependent)((9, 1, 1), 3, 1, 2, 3, 4, 5, 6)
+    launch.Launcher(AMAX, launch.AMAX_ARGUMENTS, waits=True, dependent=dependent)((9, 1, 1), 3, 1, 2, 3, 4, 5, 6)
     assert seen == [dependent]
