@@ -208,15 +208,13 @@ template <class Config> class PackedWgmma {
     return weight_slot(slot) + panel_of(row_group, i) * kPackedBlockBytes;
   }
 
-  // Only where the slot is filled once more: a peer's producer that is done may be gone.
-  __device__ void release(int slot, int left) const {
-    if (left <= Config::kStages) return;
+  // By the lanes that a slot waits for: one for each CTA that fills it.
+  __device__ void release(int slot) const {
     uint32_t const lane = threadIdx.x % 32;
     if constexpr (Config::kMulticast == 1) {
-      if (lane == 0) barrier_arrive(empty(slot));
+      barrier_arrive(empty(slot));
     } else {
-      if (lane < Config::kMulticast)
-        barrier_arrive_cluster(map_to_rank(empty(slot), split_ * Config::kMulticast + lane));
+      barrier_arrive_cluster(map_to_rank(empty(slot), split_ * Config::kMulticast + lane));
     }
   }
 
@@ -242,7 +240,16 @@ template <class Config> class PackedWgmma {
       }
       if (count > 0) {
         Turn const turn{row_group == 1 || round > 0, bool(left)};
-        accumulate<kMine>(row_group, less, Cursor(position + depth, total), count, turn, acc);
+        Cursor const first(position + depth, total);
+        if constexpr (kUneven && kMine > 1) {
+          if (less) {
+            accumulate<kMine - 1>(row_group, first, count, turn, acc);
+          } else {
+            accumulate<kMine>(row_group, first, count, turn, acc);
+          }
+        } else {
+          accumulate<kMine>(row_group, first, count, turn, acc);
+        }
       }
       position += blocks;
       finish<kMine>(at, row_group, depth, less, acc, round++, bool(left));
@@ -289,12 +296,17 @@ template <class Config> class PackedWgmma {
     cute::warpgroup_wait<1>();
   }
 
-  // The main loop. A warp waits where it issues a WGMMA while the last one still reads its registers, so fragments are made two
-  // k-steps ahead, between the WGMMAs. A stage is released before the next but one is awaited.
-  template <int kMine> __device__ __forceinline__ void accumulate(int row_group, bool less, Cursor at, int count,
-                                                                  Turn turn, float (&acc)[kMine][kRegisters]) const {
-    constexpr uint64_t kDescriptor =
-        uint64_t(1) << 62 | uint64_t(64) << 32 | uint64_t(1) << 16;  // swizzle 128 B, 8 rows 1024 B
+  // The main loop, for the first kComputed panels of a warpgroup. A warp waits where it issues a WGMMA while the last one still
+  // reads its registers, so fragments are made two k-steps ahead, between the WGMMAs. A stage is released before the next but
+  // one is awaited.
+  template <int kComputed, int kMine>
+  __device__ __forceinline__ void accumulate(int row_group, Cursor at, int count, Turn turn,
+                                             float (&acc)[kMine][kRegisters]) const {
+    // Of the first slot: swizzle 128 B, 8 rows 1024 B.
+    uint64_t const descriptor = uint64_t(1) << 62 | uint64_t(64) << 32 | uint64_t(1) << 16 | tokens_ >> 4;
+    // Only slots that are filled once more are released: a peer's producer that is done may be gone.
+    int const again = max(0, at.left - Config::kStages + Config::kDepthGroups - 1) / Config::kDepthGroups;
+    int const releases = threadIdx.x % 32 < Config::kMulticast ? min(count, again) : 0;
     uint32_t fragments[4][4];
     Words words;
     if constexpr (kTurns) {
@@ -305,21 +317,22 @@ template <class Config> class PackedWgmma {
     words.load(block_at(at.slot, row_group, 0));
     words.template dequantize<0>(fragments[0]);
     words.template dequantize<1>(fragments[1]);
-    int done = -1;
     bool const lags = Config::kLag > 0 && count >= Config::kStages;
     if constexpr (Config::kLag > 0) await<kOrderBarrier>(lags && row_group == 1);
+    int done = at.slot;
+    bool more = true;
+    int i = 0;
 #pragma unroll 1
-    for (int i = 0; i < count; ++i) {
+    do {
       if constexpr (Config::kLag > 0) allow<kOrderBarrier>(lags && row_group == 0 && i == Config::kLag);
       if constexpr (kTurns) {
         bool const over = turn.followed && i + 1 == count;
         allow<kOrderBarrier>(over && row_group == 1), allow<kOrderBarrier + 1>(over && row_group == 0);
       }
-      uint64_t const tokens = kDescriptor | token_slot(at.slot) >> 4;
+      uint64_t const tokens = descriptor + uint32_t(at.slot * (Config::kTokenSlot / 16));
       int const slot = at.slot;
 #pragma unroll
-      for (int p = 0; p < kMine; ++p) {
-        if (p > 0 && p + 1 == kMine && less) continue;
+      for (int p = 0; p < kComputed; ++p) {
         if constexpr (Config::kPairs) {
           multiply(fragments[0], fragments[1], tokens, acc[p]);
           words.template dequantize<2>(fragments[2]);
@@ -328,13 +341,14 @@ template <class Config> class PackedWgmma {
           words.template dequantize<2>(fragments[2]);
           multiply(fragments[1], tokens + 2, acc[p]);
         }
-        if (p == 0 && done >= 0) release(done, at.left + Config::kDepthGroups);  // its last WGMMA is complete
+        if (p == 0 && uint32_t(i) - 1 < uint32_t(releases)) release(done);  // its last WGMMA is complete
         words.template dequantize<3>(fragments[3]);
-        if (p + 1 < kMine && !(p + 2 == kMine && less)) {
+        if (p + 1 < kComputed) {
           words.load(block_at(slot, row_group, p + 1));
         } else {
           at.next();
-          if (i + 1 < count) barrier_wait(full(at.slot), at.phase);
+          more = ++i < count;
+          if (more) barrier_wait(full(at.slot), at.phase);
           words.load(block_at(at.slot, row_group, 0));  // after the last block: whatever is there, unused
         }
         if constexpr (Config::kPairs) {
@@ -348,14 +362,14 @@ template <class Config> class PackedWgmma {
         words.template dequantize<1>(fragments[1]);
       }
       done = slot;
-    }
+    } while (more);
     cute::warpgroup_wait<0>();
 #pragma unroll
-    for (int i = 0; i < kMine; ++i) {
+    for (int i = 0; i < kComputed; ++i) {
 #pragma unroll
       for (float& v : acc[i]) asm volatile("" : "+f"(v)::"memory");
     }
-    release(done, at.left + Config::kDepthGroups);
+    if (count <= releases) release(done);
   }
 
   __device__ __forceinline__ static float4 fragment(float const (&acc)[kRegisters], int i) {
