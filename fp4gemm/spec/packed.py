@@ -9,7 +9,7 @@ from fp4gemm.formats import PACKED_BLOCK_BYTES
 from fp4gemm.spec.common import DTYPES, short, unknown
 
 SM90_SHARED_BYTES = 232448  # that a CTA can have
-WGMMA_TOKENS = (8, 16, 32, 64, 96, 128, 192, 256)
+WGMMA_TOKENS = (8, 16, 32, 48, 64, 96, 128, 192, 256)
 
 
 @dataclass(frozen=True)

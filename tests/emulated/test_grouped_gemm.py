@@ -36,6 +36,7 @@ SPECS = (
     spec_of((16, 1, 1, 4, 1, 2, 16), "bf16", "fp32", "bf16", False),  # K split in a cluster
     spec_of((16, 7, 4, 1, 1, 1, 10), "bf16", "bf16", None, False),  # seven panels, down to four
     spec_of((32, 2, 2, 2, 1, 1, 16), "fp16", "fp16", "fp32", True),
+    spec_of((48, 7, 4, 1, 1, 1, 8), "fp16", "fp16", None, False),
     spec_of((64, 2, 2, 1, 2, 1, 8), "bf16", "bf16", None, False),  # tokens to two CTAs at once
     spec_of((64, 4, 2, 1, 2, 1, 8), "bf16", "bf16", None, True),  # the same with row tiles of any size, in place
     spec_of((64, 6, 3, 1, 1, 1, 8), "bf16", "bf16", None, False),

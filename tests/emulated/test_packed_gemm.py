@@ -40,6 +40,7 @@ SPECS = (
     spec_of("mma", (1, 8, 3, 2, 1, 0, 0), "bf16", "fp32", None, False),  # K not split, two blocks a stage
     spec_of("wgmma", (16, 1, 1, 4, 1, 2, 16), "bf16", "bf16", None, False),
     spec_of("wgmma", (32, 7, 4, 1, 1, 2, 9), "bf16", "bf16", "fp32", False),  # row tiles of seven panels, or six
+    spec_of("wgmma", (48, 7, 4, 1, 1, 2, 6), "bf16", "bf16", None, False),
     spec_of("wgmma", (64, 2, 2, 2, 1, 2, 12), "fp16", "fp16", None, True),
     spec_of("wgmma", (64, 7, 4, 1, 1, 2, 6), "bf16", "bf16", None, False),
     spec_of("wgmma", (128, 4, 2, 1, 1, 2, 6), "bf16", "bf16", "bf16", False),

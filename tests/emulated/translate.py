@@ -13,7 +13,7 @@ from pathlib import Path
 from fp4gemm.render import template_dir
 
 HERE = Path(__file__).parent
-WGMMA_TOKENS = (8, 16, 32, 64, 96, 128, 192, 256)
+CUTE_TOKENS = (8, 16, 32, 64, 96, 128, 192, 256)
 
 _RULES: dict[str, tuple[tuple[str, str], ...]] = {
     "numeric.hpp": (
@@ -74,6 +74,11 @@ _RULES: dict[str, tuple[tuple[str, str], ...]] = {
     ),
     "packed_wgmma_config.hpp": (
         (r"Atom::fma\(.*?\);", "multiply_warpgroup<Atom::kTokens, Atom::kBf16>(a, b, acc);"),
+        (
+            r"#define FP4GEMM_WGMMA_48.*?#undef FP4GEMM_WGMMA_48",
+            "template <bool kIsBf16> struct Wgmma48"
+            " { static constexpr int kTokens = 48; static constexpr bool kBf16 = kIsBf16; };",
+        ),
         (r'asm volatile\("" : "\+r"\(v\)::"memory"\);', ""),
     ),
     "packed_wgmma.hpp": (
@@ -126,7 +131,7 @@ _STAND_INS = {
             "namespace cute { inline void warpgroup_arrive() {} inline void warpgroup_commit_batch() {}",
             "template <int> void warpgroup_wait() {} }",
             "namespace cute::SM90::GMMA { enum class Major { K }; enum class ScaleOut { One };",
-            *(_ATOM.format(n=n, t=t, b=b) for n in WGMMA_TOKENS for t, b in (("BF16", "true"), ("F16", "false"))),
+            *(_ATOM.format(n=n, t=t, b=b) for n in CUTE_TOKENS for t, b in (("BF16", "true"), ("F16", "false"))),
             "}",
         )
     ),

@@ -35,6 +35,39 @@ FP4GEMM_WGMMA(192)
 FP4GEMM_WGMMA(256)
 #undef FP4GEMM_WGMMA
 
+// A shape that CUTLASS has in a header of three megabytes.
+#define FP4GEMM_WGMMA_48(type) \
+  asm volatile("{\n.reg .pred p;\nsetp.eq.u32 p, 0, 0;\nwgmma.mma_async.sync.aligned.m64n48k16.f32." type "." type \
+               " {" \
+               "%0, %1, %2, %3, %4, %5, %6, %7, " \
+               "%8, %9, %10, %11, %12, %13, %14, %15, " \
+               "%16, %17, %18, %19, %20, %21, %22, %23}, " \
+               "{%24, %25, %26, %27}, %28, p, 1, 1, 0;\n}" \
+               : "+f"(d0), "+f"(d1), "+f"(d2), "+f"(d3), "+f"(d4), "+f"(d5), "+f"(d6), "+f"(d7), "+f"(d8), "+f"(d9), \
+                 "+f"(d10), "+f"(d11), "+f"(d12), "+f"(d13), "+f"(d14), "+f"(d15), "+f"(d16), "+f"(d17), "+f"(d18), \
+                 "+f"(d19), "+f"(d20), "+f"(d21), "+f"(d22), "+f"(d23) \
+               : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "l"(b))
+template <bool kBf16> struct Wgmma48 {
+  __device__ static void fma(uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, uint64_t b, float& d0, float& d1,
+                             float& d2, float& d3, float& d4, float& d5, float& d6, float& d7, float& d8, float& d9,
+                             float& d10, float& d11, float& d12, float& d13, float& d14, float& d15, float& d16,
+                             float& d17, float& d18, float& d19, float& d20, float& d21, float& d22, float& d23,
+                             cute::SM90::GMMA::ScaleOut) {
+    if constexpr (kBf16) {
+      FP4GEMM_WGMMA_48("bf16");
+    } else {
+      FP4GEMM_WGMMA_48("f16");
+    }
+  }
+};
+#undef FP4GEMM_WGMMA_48
+template <> struct Wgmma<OperandBf16, 48> {
+  using Atom = Wgmma48<true>;
+};
+template <> struct Wgmma<OperandFp16, 48> {
+  using Atom = Wgmma48<false>;
+};
+
 // Keeps a register's definition behind what stands before: the compiler must not move it over a wait for WGMMAs.
 __device__ __forceinline__ void pin(uint32_t& v) { asm volatile("" : "+r"(v)::"memory"); }
 
