@@ -81,15 +81,18 @@ def _for_terms(spec: PackedSpec) -> Iterator[PackedSpec]:
 
 # Grouped kernels, WGMMA configurations by the mean number of tokens of an expert, as `tools/tune.py --grouped` measures
 # them for experts of equal size and for skewed ones: tiles for few tokens have room for more than the mean, because
-# each tile more reads a weight again. The second kernels share K, for weights with fewer row tiles than SMs.
+# each tile more reads a weight again. Of a row the first that has row tiles for most SMs; the last ones share K.
 _GROUPED = (
     (2, (8, 4, 2, 2, 1, 1, 20), (8, 1, 1, 4, 1, 1, 40)),
     (8, (16, 4, 2, 2, 1, 1, 16), (16, 1, 1, 4, 1, 2, 16)),
-    (32, (32, 4, 2, 2, 1, 1, 12), (32, 1, 1, 4, 1, 2, 16)),
+    (12, (32, 4, 2, 2, 1, 1, 12), (32, 1, 1, 4, 1, 2, 16)),
+    (48, (48, 7, 4, 1, 1, 1, 8), (48, 4, 2, 2, 1, 1, 8), (48, 1, 1, 4, 1, 2, 16)),
     (64, (64, 6, 3, 1, 1, 1, 8), (64, 1, 1, 2, 1, 2, 14)),
+    (96, (96, 6, 3, 1, 1, 1, 7), (96, 1, 1, 2, 1, 2, 10)),
     (1024, (128, 2, 2, 1, 2, 1, 10), (128, 1, 1, 1, 1, 2, 8)),
 )
 _GROUPED_MANY = (256, 1, 2, 1, 2, 1, 6)
+_MOST_SMS = 0.6
 
 
 def grouped_configs() -> list[tuple[int, ...]]:
@@ -98,10 +101,13 @@ def grouped_configs() -> list[tuple[int, ...]]:
 
 
 def _grouped_config(sms: int, experts: int, tokens: int, n: int) -> tuple[int, ...]:
-    for most, alone, sharing in _GROUPED:
+    for most, *configs in _GROUPED:
         if tokens <= most:
-            panels = grouped_of(alone, "bf16", "bf16", None, False).least_panels
-            return alone if experts * -(-n // (64 * panels)) >= sms else sharing
+            for config in configs:
+                panels = grouped_of(config, "bf16", "bf16", None, False).least_panels
+                if experts * -(-n // (64 * panels)) >= _MOST_SMS * sms:
+                    return config
+            return configs[-1]
     return _GROUPED_MANY
 
 
