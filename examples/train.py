@@ -9,14 +9,15 @@ The text is `pydoc_data.topics`, the language reference that `help()` shows, rea
 standard library's own sources, some ten times as much, and `--text torch` those of torch, another ten times: 1000 steps
 see no byte of it twice. Every recipe sees the same initial weights and the same batches for a seed. The model is
 converted by `fp4gemm.convert`: attention and MLP projections are NVFP4, the embedding and the head are not, and
-everything else runs under torch.autocast in bf16 as it does without fp4gemm. `--finish 0.2` runs every recipe once more
-with the last fifth of the steps in plain bf16.
+everything else runs under torch.autocast in bf16 as it does without fp4gemm. `--finish 0.2` ends every recipe a second
+time, from the state that its run had by then, with the last fifth of the steps in plain bf16.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import copy
 import itertools
 import math
 import statistics
@@ -198,48 +199,64 @@ def validate(model: nn.Module, data: Data, size: Size, count: int = 10) -> float
     return statistics.fmean(losses)
 
 
-def train(name: str, seed: int, data: Data, size: Size, compiled: bool = False, finish: float = 0.0) -> dict[str, Any]:
-    """One run, as a row of a measurement document; losses are in nats a byte.
+def train(
+    name: str, seed: int, data: Data, size: Size, compiled: bool = False, finish: float = 0.0
+) -> Iterator[dict[str, Any]]:
+    """A run as a row of a measurement document, and with ``finish`` a second one; losses are in nats a byte.
 
-    ``finish``: the last steps, so much of all, and the validation, are in bf16.
+    ``finish``: the second run goes its own way where so much of all steps is left, and is in bf16 from there on.
     """
     device, recipe = data.train.device, RECIPES[name]
     model = build(size, recipe, seed, device)
     step_model: nn.Module = torch.compile(model, fullgraph=True) if compiled else model  # type: ignore[assignment]
     optimizer = torch.optim.AdamW(model.parameters(), lr=size.rate, betas=(0.9, 0.95), weight_decay=0.1)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: rate(step, size))
-    source = batches(data.train, size, seed)
+    parts = (model, optimizer, schedule)
     losses = torch.empty(size.steps, device=device)  # read once, at the end: a step does not wait for the GPU
-    started = time.perf_counter()
-    for step in range(size.steps):
-        optimizer.zero_grad()
-        with fp4gemm.autocast(recipe if step < round((1 - finish) * size.steps) else None):
-            loss = loss_of(step_model, *next(source))
-        loss.backward()
-        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        schedule.step()
-        losses[step] = loss.detach()
-    values = losses.tolist()
-    seconds = time.perf_counter() - started
-    every = max(1, size.steps // _POINTS)
-    with fp4gemm.autocast(None if finish else recipe):
-        validation = validate(model, data, size)
-    return {
-        "bench": "training",
-        "recipe": f"{name}, then bf16" if finish else name,
-        "finish": finish,
-        "options": {} if recipe is None else recipe.as_dict(),
-        "seed": seed,
-        "steps": size.steps,
-        "parameters": sum(p.numel() for p in model.parameters()),
-        "compiled": compiled,
-        "train_loss": statistics.fmean(values[-max(1, int(_TAIL * size.steps)) :]),
-        "val_loss": validation,
-        "seconds": seconds,
-        "curve": [statistics.fmean(values[at : at + every]) for at in range(0, size.steps, every)],
-        "curve_steps": every,
-    }
+
+    def steps(first: int, last: int, recipe: Recipe | None) -> float:
+        started = time.perf_counter()
+        source = itertools.islice(batches(data.train, size, seed), first, last)
+        for step, batch in enumerate(source, first):
+            optimizer.zero_grad()
+            with fp4gemm.autocast(recipe):
+                loss = loss_of(step_model, *batch)
+            loss.backward()
+            nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+            schedule.step()
+            losses[step] = loss.detach()
+        losses[-1:].tolist()  # waits
+        return time.perf_counter() - started
+
+    def row(finish: float, seconds: float) -> dict[str, Any]:
+        values, every = losses.tolist(), max(1, size.steps // _POINTS)
+        with fp4gemm.autocast(None if finish else recipe):
+            validation = validate(model, data, size)
+        return {
+            "bench": "training",
+            "recipe": f"{name}, then bf16" if finish else name,
+            "finish": finish,
+            "options": {} if recipe is None else recipe.as_dict(),
+            "seed": seed,
+            "steps": size.steps,
+            "parameters": sum(p.numel() for p in model.parameters()),
+            "compiled": compiled,
+            "train_loss": statistics.fmean(values[-max(1, int(_TAIL * size.steps)) :]),
+            "val_loss": validation,
+            "seconds": seconds,
+            "curve": [statistics.fmean(values[at : at + every]) for at in range(0, size.steps, every)],
+            "curve_steps": every,
+        }
+
+    fork = round((1 - finish) * size.steps)
+    seconds = steps(0, fork, recipe)
+    states = [copy.deepcopy(part.state_dict()) for part in parts] if finish else []
+    yield row(0.0, seconds + steps(fork, size.steps, recipe))
+    if finish:
+        for part, state in zip(parts, states, strict=True):
+            part.load_state_dict(state)
+        yield row(finish, seconds + steps(fork, size.steps, None))
 
 
 # --- results ----------------------------------------------------------------------------------------------------------
@@ -335,7 +352,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--seeds", type=int, default=3, help="how many, counted from 0 (default 3)")
     parser.add_argument("--text", choices=("topics", "stdlib", "torch"), default="topics")
     parser.add_argument(
-        "--finish", type=float, help="run each recipe also with this share of the steps, the last, in bf16"
+        "--finish", type=float, default=0.0, help="run each recipe also with this share of the steps, the last, in bf16"
     )
     parser.add_argument("--compile", action="store_true", help="torch.compile(fullgraph=True)")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
@@ -356,14 +373,14 @@ def run(options: argparse.Namespace, words: Sequence[str]) -> Path:
     command = report.command_line("examples/train.py", words, ("--folder", "--page", "--commit"))
     document = report.Report("training", command, report.environment(options.commit), 0.0, [])
     path = report.free_path(options.folder, report.file_name(document.document()))
-    runs = [(name, 0.0) for name in options.recipe or RECIPES]
-    if options.finish:
-        runs += [(name, options.finish) for name, _ in runs if RECIPES[name] is not None]
-    for seed, (name, finish) in itertools.product(range(options.seeds), runs):
-        row = train(name, seed, data, size, options.compile, finish)
+    runs = itertools.product(range(options.seeds), options.recipe or RECIPES)
+    for row in itertools.chain.from_iterable(
+        train(name, seed, data, size, options.compile, 0.0 if RECIPES[name] is None else options.finish)
+        for seed, name in runs
+    ):
         document.rows.append({"text": options.text, **row})
         report.write(document.document(), path)
-        print(f"{row['recipe']:32} seed {seed}: {row['train_loss']:.4f}, validation {row['val_loss']:.4f}, "
+        print(f"{row['recipe']:32} seed {row['seed']}: {row['train_loss']:.4f}, validation {row['val_loss']:.4f}, "
               f"{row['seconds']:.1f} s", flush=True)  # fmt: skip
     print(f"\n{table(document.rows)}\n\n{path}")
     return path
