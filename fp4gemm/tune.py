@@ -164,18 +164,32 @@ def _build(wanted: Iterable[PackedSpec]) -> None:
             raise RuntimeError(f"{built.spec.name}: {built.error}")
 
 
-def fewest(measured: Sequence[Measured], slack: float = 0.005) -> list[table.Choice]:
+def fewest(
+    measured: Sequence[Measured], before: Sequence[table.Choice] = (), slack: float = 0.005, noise: float = 0.015
+) -> list[table.Choice]:
     """A kernel for each product, no more than ``slack`` slower than its fastest, from a small set of kernels.
 
-    Closer than that, times decide nothing, and every kernel more is one more to build.
+    Closer than that, times decide nothing, and every kernel more is one more to build. The choice that ``before`` has
+    stays where it is no more than ``noise`` slower: a GPU at its power limit moves that much between two minutes.
     """
-    left = [{(c.kernel, c.config) for c, t in us.items() if t <= (1 + slack) * min(us.values())} for us in measured]
-    kernels = set()
+    known = {(c.m, c.n, c.k): c for c in before}
+    stay: list[table.Choice] = []
+    rest: list[Measured] = []
+    for us in measured:
+        product = next(iter(us))
+        old = known.get((product.m, product.n, product.k))
+        if old is not None and us.get(old, math.inf) <= (1 + noise) * min(us.values()):
+            stay.append(old)
+        else:
+            rest.append(us)
+    kernels = {(c.kernel, c.config) for c in stay}
+    left = [{(c.kernel, c.config) for c, t in us.items() if t <= (1 + slack) * min(us.values())} for us in rest]
+    left = [near for near in left if not near & kernels]
     while left:
         ((kernel, _),) = Counter(itertools.chain.from_iterable(map(sorted, left))).most_common(1)
         kernels.add(kernel)
         left = [near for near in left if kernel not in near]
-    return [min((c for c in us if (c.kernel, c.config) in kernels), key=us.__getitem__) for us in measured]
+    return stay + [min((c for c in us if (c.kernel, c.config) in kernels), key=us.__getitem__) for us in rest]
 
 
 def described(us: Measured) -> str:
