@@ -235,6 +235,12 @@ def test_more_tokens_have_larger_tiles():
     assert tiles[0] < tiles[-1]
 
 
+@pytest.mark.parametrize("n, panels, split", [(14336, 7, 1), (2048, 4, 1), (128, 1, 2)])
+def test_fewer_rows_have_smaller_tiles_then_share_k(n, panels, split):
+    spec = select.grouped_spec(132, 8, 16, n, 4096, "bf16", "bf16", None, False)
+    assert (spec.tokens, spec.panels, spec.split) == (48, panels, split)
+
+
 def test_the_mean_of_tokens():
     assert [mean_tokens(total, 8) for total in (0, 1, 8, 9, 80)] == [1, 1, 1, 2, 10]
 

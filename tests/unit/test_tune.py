@@ -67,7 +67,7 @@ def test_few_kernels_are_kept_where_times_are_close():
     assert [row.config for row in tune.fewest(measured, slack=0)] == [mma[1], third[1], other[1], third[1]]
 
     before = [Choice(1, 64, 64, *mma), Choice(2, 64, 64, *mma), Choice(8, 64, 64, *other)]
-    kept = tune.fewest(measured, before)  # one stays; one was not measured again, and one is too slow now
+    kept = tune.fewest(measured, before)  # one stays; one is no candidate any more, one too slow now
     assert {row.m: row.config for row in kept} == {1: mma[1], 2: third[1], 4: mma[1], 8: third[1]}
 
 
