@@ -7,6 +7,7 @@ import itertools
 import math
 import random
 import statistics
+import time
 from collections import deque
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import TypeVar
@@ -26,6 +27,7 @@ _MIN_CALLS = 8  # of a sample, so that a gap is shared by several of them; fewer
 _EAGER_US = 4 * _SAMPLE_US  # the CPU's share of the first call, tens of microseconds, stays below 1 % too
 _MAX_EAGER_CALLS = 200  # below the launch queue's depth, and a bound on the time of one sample
 _WARM_SAMPLES = 50  # a fifth of a second, in which an idle GPU reaches its clocks
+SETTLE_S = 0.15  # in which the power limit lets go of the clock that it left to what ran before
 _L2_BYTES = 60 << 20  # where the driver does not say
 
 
@@ -125,18 +127,23 @@ def sampler(mode: str, calls: Sequence[Call]) -> Sampler:
     return GraphSampler(calls) if mode == "graph" else EagerSampler(calls)
 
 
-def interleave(samplers: Mapping[_Name, Sampler], repeats: int) -> dict[_Name, float]:
+def interleave(samplers: Mapping[_Name, Sampler], repeats: int, settle_s: float = SETTLE_S) -> dict[_Name, float]:
     """Median of `repeats` samples of each candidate, taken in turn so that clocks and temperature are shared.
 
     The order is another one in each round: what ran just before decides the clock that the power limit leaves, and in
-    a fixed order large matrix products differed from themselves by 10 %.
+    a fixed order large matrix products differed from themselves by 10 %. Rounds of the first `settle_s` seconds do not
+    count, for the same reason: just after large products, kernels of 15 us took 18.
     """
     samples: dict[_Name, list[float]] = {name: [] for name in samplers}
     order, shuffled = list(samplers), random.Random(0)
-    for _ in range(repeats):
+    settled = time.perf_counter() + settle_s
+    while len(samples[order[0]]) < repeats:
+        counts = time.perf_counter() >= settled
         shuffled.shuffle(order)
         for name in order:
-            samples[name].append(samplers[name]())
+            us = samplers[name]()
+            if counts:
+                samples[name].append(us)
     return {name: statistics.median(times) for name, times in samples.items()}
 
 

@@ -104,11 +104,23 @@ def test_interleave_takes_turns_and_medians() -> None:
         return sample
 
     names = "abc"
-    got = timing.interleave({name: sampler(name, [9.0, 1.0, 2.0, 2.5, 0.0]) for name in names}, 5)
+    got = timing.interleave({name: sampler(name, [9.0, 1.0, 2.0, 2.5, 0.0]) for name in names}, 5, settle_s=0.0)
     assert got == {"a": 2.0, "b": 2.0, "c": 2.0}
     rounds = ["".join(order[i : i + 3]) for i in range(0, 15, 3)]
     assert all(sorted(each) == sorted(names) for each in rounds)
     assert len(set(rounds)) > 1  # not always after the same one
+
+
+def test_interleave_forgets_what_it_saw_before_clocks_settled(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [0.0]
+
+    def sample() -> float:
+        now[0] += 0.1
+        return 18.0 if now[0] < 0.35 else 15.0
+
+    monkeypatch.setattr(timing.time, "perf_counter", lambda: now[0])
+    assert timing.interleave({"a": sample}, 3, settle_s=0.3) == {"a": 15.0}
+    assert now[0] == pytest.approx(0.6)  # three rounds that settle, three that count
 
 
 def test_long_calls_make_short_samples(monkeypatch: pytest.MonkeyPatch) -> None:
