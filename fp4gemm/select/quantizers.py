@@ -118,7 +118,8 @@ def values_spec(
     columns = scale_columns(k)
     if scaling != "per_row":
         if m <= FEW_VALUES_ROWS:
-            spec = replace(spec, threads=128, blocks=1, rows=1, resident=True)  # without an amax any row is read once
+            # Without an amax any row is read once. Warps find places that CTAs of four do not.
+            spec = replace(spec, threads=32 if columns <= 512 else 128, blocks=1, rows=1, resident=True)
         return spec, -(-columns // (spec.threads * spec.blocks))
     if m > FEW_VALUES_ROWS:
         return spec, 1

@@ -52,7 +52,8 @@ _RULES: dict[str, tuple[tuple[str, str], ...]] = {
     "scale_writer.hpp": (),
     "amax.hpp": (),
     "rows.hpp": (
-        (r'asm volatile\("cp\.async\.bulk\.prefetch.*?\);', ";"),
+        (r'asm volatile\("(cp\.async\.bulk\.|)prefetch.*?\);', ";"),
+        (r'asm volatile\("" : "\+f"\(v\)::"memory"\);', ";"),
         (r'asm volatile\("bar\.sync[^;]*;"[^;]*;', "sync_named(group + 1, kThreads);"),
     ),
     "packed.hpp": (

@@ -49,6 +49,7 @@ template <class Config, int kStages = 1> class RowQuantizer {
 
   __device__ void run() const {
     if constexpr (Config::kValues) {
+      prefetch_own();
       // In this order: what stands behind may then count on all that came before this kernel.
       wait_for_inputs();
       launch_dependents();
@@ -65,13 +66,21 @@ template <class Config, int kStages = 1> class RowQuantizer {
       prefetch_ahead();
       if constexpr (Config::kScaling == Scaling::kPerRow)
         row_amax = reduce_group<Config::kThreads, Config::kRows>(row_amax);
-      store_step(0, x, amax, outer_scale(row_amax));
+      auto const outer = outer_of(Config::kScaling == Scaling::kPerRow ? row_amax : scale_in());
+      write_outer(outer);
+      store_step(0, x, amax, outer);
     } else if constexpr (Config::kScaling != Scaling::kPerRow) {
       // No reduction: CTAs split the row as well, where it is longer than a step.
       prefetch_ahead();
-      auto const outer = outer_scale(0.0f);
-      for (int first = blockIdx.y * kStep; first < padded_columns(); first += gridDim.y * kStep)
-        encode_step(first, outer);
+      float scale = scale_in();
+      for (int first = blockIdx.y * kStep; first < padded_columns(); first += gridDim.y * kStep) {
+        Block x[Config::kBlocks];
+        float amax[Config::kBlocks];
+        load_step(first, x, amax);
+        pin(scale);  // or what is made of it would be awaited before x is asked for
+        store_step(first, x, amax, outer_of(scale));
+      }
+      write_outer(outer_of(scale));
     } else {
       float row_amax = 0.0f;
       for (int first = 0; first < args_.columns; first += kStep) {
@@ -79,13 +88,27 @@ template <class Config, int kStages = 1> class RowQuantizer {
         float amax[Config::kBlocks];
         row_amax = fmaxf(row_amax, load_step(first, x, amax));
       }
-      auto const outer = outer_scale(reduce_group<Config::kThreads, Config::kRows>(row_amax));
-      for (int first = blockIdx.y * kStep; first < padded_columns(); first += gridDim.y * kStep)
-        encode_step(first, outer);
+      auto const outer = outer_of(reduce_group<Config::kThreads, Config::kRows>(row_amax));
+      write_outer(outer);
+      for (int first = blockIdx.y * kStep; first < padded_columns(); first += gridDim.y * kStep) {
+        Block x[Config::kBlocks];
+        float amax[Config::kBlocks];
+        load_step(first, x, amax);
+        store_step(first, x, amax, outer);
+      }
     }
   }
 
  private:
+  // What this kernel reads, to L2, while the kernel in front goes on: that may still write it, there, so nothing is read yet.
+  __device__ void prefetch_own() const {
+    if (thread_ != 0 || blockIdx.y != 0 || !real_ || args_.prefetch != 0) return;
+    if constexpr (Config::kScaling == Scaling::kGiven) prefetch_line_l2(args_.scale_in + row_ * args_.scale_in_stride);
+    if constexpr (Config::kVectorized)
+      prefetch_l2(static_cast<char const*>(args_.x) + row_ * args_.x_stride * Element::kBytes,
+                  args_.k * Element::kBytes);
+  }
+
   // Keeps memory busy while the CTAs of an SM all compute: they start together and stay in step.
   __device__ void prefetch_ahead() const {
     if (!Config::kVectorized || thread_ != 0 || args_.prefetch == 0) return;
@@ -100,21 +123,27 @@ template <class Config, int kStages = 1> class RowQuantizer {
 
   __device__ int padded_columns() const { return Scales::padded_columns(args_.columns); }
 
-  __device__ typename Convention::Outer outer_scale(float row_amax) const {
-    typename Convention::Outer outer;
+  // What the outer scale of this row follows from, where that is not the row.
+  __device__ float scale_in() const {
     if constexpr (Config::kScaling == Scaling::kGiven) {
       bool const given = real_ || args_.scale_in_stride == 0;  // one for all covers what has no rows, too
-      outer = Convention::from_decode(given ? args_.scale_in[row_ * args_.scale_in_stride] : 1.0f);
+      return given ? args_.scale_in[row_ * args_.scale_in_stride] : 1.0f;
     } else if constexpr (Config::kScaling == Scaling::kAmaxes) {
-      outer = Convention::from_amax(real_ ? args_.scale_in[row_] : 0.0f);
+      return real_ ? args_.scale_in[row_] : 0.0f;
     } else {
-      outer = Convention::from_amax(Config::kScaling == Scaling::kPerTensor ? *args_.scale_in : row_amax);
+      return *args_.scale_in;
     }
+  }
+  __device__ static typename Convention::Outer outer_of(float given_or_amax) {
+    if constexpr (Config::kScaling == Scaling::kGiven) return Convention::from_decode(given_or_amax);
+    return Convention::from_amax(given_or_amax);
+  }
+  // Behind loads of x: none would be moved in front of this store, which waits for the scale.
+  __device__ void write_outer(typename Convention::Outer const& outer) const {
     bool const per_row =
         Config::kScaling == Scaling::kPerRow || Config::kScaling == Scaling::kAmaxes || args_.scale_in_stride != 0;
     if (thread_ == 0 && blockIdx.y == 0 && (per_row ? real_ : row_ == 0))
       in_global(args_.outer_scale)[row_ * per_row] = outer.decode;
-    return outer;
   }
 
   __device__ Block load(void const* row, int column) const {
@@ -319,13 +348,6 @@ template <class Config, int kStages = 1> class RowQuantizer {
           data[column] = encode_block<Element, Convention>(x[i], amax[i], outer, scale[i], roundings[i]);
       }
     }
-  }
-
-  __device__ void encode_step(int first, typename Convention::Outer const& outer) const {
-    Block x[Config::kBlocks];
-    float amax[Config::kBlocks];
-    load_step(first, x, amax);
-    store_step(first, x, amax, outer);
   }
 };
 
