@@ -111,7 +111,7 @@ def _resident(cluster: int, sms: int) -> int:
 
 
 def wgmma_shared_bytes(spec: PackedWgmmaSpec) -> int:
-    """As in packed_wgmma.hpp: alignment and barriers, stages, partial sums, lines of results."""
+    """As in packed_wgmma_config.hpp: alignment and barriers, stages, partial sums, lines of results."""
     stage = -(-spec.tokens // 8) * 1024 + spec.panels * PACKED_BLOCK_BYTES
     fragments = spec.tokens // 8 // spec.split
     partials = spec.depth_groups * spec.split if spec.depth_groups > 1 else spec.split - 1

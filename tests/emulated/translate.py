@@ -82,10 +82,12 @@ _RULES: dict[str, tuple[tuple[str, str], ...]] = {
         ),
         (r'asm volatile\("" : "\+r"\(v\)::"memory"\);', ""),
     ),
-    "packed_wgmma.hpp": (
-        (r'asm volatile\("" : "\+f"\(v\)\s*::"memory"\);', ";"),
+    "packed_wgmma_results.hpp": (
         (r'asm volatile\("bar\.sync %0, 128;" ::"r"\(([^;]*?)\)\s*: "memory"\);', r"sync_named(\1, 128);"),
         (r'asm volatile\("bar\.sync 1, %0;" ::"n"\(([^;]*?)\)\s*: "memory"\);', r"sync_named(1, \1);"),
+    ),
+    "packed_wgmma.hpp": (
+        (r'asm volatile\("" : "\+f"\(v\)\s*::"memory"\);', ";"),
         (r'asm volatile\("\{[^"]*@p bar\.sync %1, 256;[^"]*"[^;]*;', "if (mine) sync_named(kBarrier, 256);"),
         (r'asm volatile\("\{[^"]*@p bar\.arrive %1, 256;[^"]*"[^;]*;', "if (mine) arrive_named(kBarrier, 256);"),
     ),

@@ -91,6 +91,7 @@ struct PackedWgmmaConfig {
   static constexpr int kLaunchRegisters = 65536 / kThreads / 8 * 8;
   static constexpr int kProducerRegisters = kGroups > 2 ? 32 : 24;
   static constexpr int kConsumerRegisters = (kLaunchRegisters * (kGroups + 1) - kProducerRegisters) / kGroups / 8 * 8;
+  static constexpr int kRegisters = kTokens / 2;  // accumulators of a panel
   static constexpr int kMost = (kPanels + kRowGroups - 1) / kRowGroups;  // panels of a warpgroup
   // Consumers with few sums need no more than they start with. They then do not wait until the producer has given up its own,
   // and leave room for the next quantizer. A table of experts takes more.
@@ -102,6 +103,8 @@ struct PackedWgmmaConfig {
   static constexpr int kLeastPanels =  // that a tile computes
       !kUneven ? kPanels : kPanels - (kPanels % kRowGroups > 0 ? kPanels % kRowGroups : kRowGroups);
   static constexpr bool kPairs = kRoomy;
+  // Of a tile, the i-th of a row group.
+  __device__ static int panel_of(int row_group, int i) { return kTurns ? i : row_group + i * kRowGroups; }
   static constexpr int kTokenBytes = kTokens * 128;
   static constexpr int kTokenSlot = (kTokenBytes + 1023) / 1024 * 1024;
   static constexpr int kWeightBytes = kPanels * kPackedBlockBytes;
