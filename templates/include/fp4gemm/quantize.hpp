@@ -71,12 +71,12 @@ template <class Config, int kStages = 1> class RowQuantizer {
       store_step(0, x, amax, outer);
     } else if constexpr (Config::kScaling != Scaling::kPerRow) {
       // No reduction: CTAs split the row as well, where it is longer than a step.
-      prefetch_ahead();
       float scale = scale_in();
       for (int first = blockIdx.y * kStep; first < padded_columns(); first += gridDim.y * kStep) {
         Block x[Config::kBlocks];
         float amax[Config::kBlocks];
         load_step(first, x, amax);
+        prefetch_ahead();  // of rows that are a step
         pin(scale);  // or what is made of it would be awaited before x is asked for
         store_step(first, x, amax, outer_of(scale));
       }
