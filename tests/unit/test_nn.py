@@ -478,6 +478,10 @@ def test_compiled_autocast_and_dtype():
         assert torch.equal(compiled(x), layer(x))
 
 
+def test_a_converted_encoder_compiled_and_eager():
+    nn_cases.check_encoder("aot_eager", torch.device("cpu"))
+
+
 @pytest.mark.parametrize("recipe", [per_token(), ALL, w4a16()], ids=["per_token", "all", "w4a16"])
 def test_compiled_without_graph_breaks(recipe):
     torch._dynamo.reset()
