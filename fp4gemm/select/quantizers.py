@@ -118,7 +118,7 @@ def values_spec(
     columns = scale_columns(k)
     if scaling != "per_row":
         if m <= FEW_VALUES_ROWS:
-            # Without an amax any row is read once. Warps find places that CTAs of four do not.
+            # Without an amax any row is read once. CTAs of one warp are quicker for rows that are no longer than this.
             spec = replace(spec, threads=32 if columns <= 512 else 128, blocks=1, rows=1, resident=True)
         return spec, -(-columns // (spec.threads * spec.blocks))
     if m > FEW_VALUES_ROWS:

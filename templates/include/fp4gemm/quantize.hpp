@@ -100,25 +100,26 @@ template <class Config, int kStages = 1> class RowQuantizer {
   }
 
  private:
+  __device__ void prefetch_row(int64_t row) const {
+    int const bytes = args_.k * Element::kBytes;
+    prefetch_l2(static_cast<char const*>(args_.x) + row * args_.x_stride * Element::kBytes,
+                Options::kProducer == Producer::kSiluMul ? 2 * bytes : bytes);
+    if constexpr (Options::kProducer == Producer::kAddRmsNorm)
+      prefetch_l2(static_cast<char const*>(args_.residual) + row * args_.residual_stride * Element::kBytes, bytes);
+  }
+
   // What this kernel reads, to L2, while the kernel in front goes on: that may still write it, there, so nothing is read yet.
   __device__ void prefetch_own() const {
     if (thread_ != 0 || blockIdx.y != 0 || !real_ || args_.prefetch != 0) return;
     if constexpr (Config::kScaling == Scaling::kGiven) prefetch_line_l2(args_.scale_in + row_ * args_.scale_in_stride);
-    if constexpr (Config::kVectorized)
-      prefetch_l2(static_cast<char const*>(args_.x) + row_ * args_.x_stride * Element::kBytes,
-                  args_.k * Element::kBytes);
+    if constexpr (Config::kVectorized) prefetch_row(row_);
   }
 
   // Keeps memory busy while the CTAs of an SM all compute: they start together and stay in step.
   __device__ void prefetch_ahead() const {
     if (!Config::kVectorized || thread_ != 0 || args_.prefetch == 0) return;
     int64_t const row = Scales::template row<Config::kRows>(cta_ + args_.prefetch, threadIdx.x / Config::kThreads);
-    if (row >= args_.rows) return;
-    int const bytes = args_.k * Element::kBytes;
-    prefetch_l2(static_cast<char const*>(args_.x) + row * args_.x_stride * Element::kBytes,
-                Options::kProducer == Producer::kSiluMul ? 2 * bytes : bytes);
-    if constexpr (Options::kProducer == Producer::kAddRmsNorm)
-      prefetch_l2(static_cast<char const*>(args_.residual) + row * args_.residual_stride * Element::kBytes, bytes);
+    if (row < args_.rows) prefetch_row(row);
   }
 
   __device__ int padded_columns() const { return Scales::padded_columns(args_.columns); }
