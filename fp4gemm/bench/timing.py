@@ -27,7 +27,7 @@ _MIN_CALLS = 8  # of a sample, so that a gap is shared by several of them; fewer
 _EAGER_US = 4 * _SAMPLE_US  # the CPU's share of the first call, tens of microseconds, stays below 1 % too
 _MAX_EAGER_CALLS = 200  # below the launch queue's depth, and a bound on the time of one sample
 _WARM_SAMPLES = 50  # a fifth of a second, in which an idle GPU reaches its clocks
-SETTLE_S = 0.15  # in which the power limit lets go of the clock that it left to what ran before
+SETTLE_S = 0.15  # behind large products times are up to a fifth longer, for about 0.1 s
 _L2_BYTES = 60 << 20  # where the driver does not say
 
 

@@ -18,6 +18,7 @@ CUTE_TOKENS = (8, 16, 32, 64, 96, 128, 192, 256)
 _RULES: dict[str, tuple[tuple[str, str], ...]] = {
     "numeric.hpp": (
         (r"#pragma once", '#pragma once\n#include "cuda.hpp"'),
+        (r'asm volatile\("" : "\+[fr]"\(v\)::"memory"\);', ";"),
         (
             r'uint16_t pair;\s*asm\("cvt\.rn\.satfinite.*?return static_cast<uint8_t>\(pair\);',
             "return to_e4m3_byte(v);",
@@ -53,7 +54,6 @@ _RULES: dict[str, tuple[tuple[str, str], ...]] = {
     "amax.hpp": (),
     "rows.hpp": (
         (r'asm volatile\("(cp\.async\.bulk\.|)prefetch.*?\);', ";"),
-        (r'asm volatile\("" : "\+f"\(v\)::"memory"\);', ";"),
         (r'asm volatile\("bar\.sync[^;]*;"[^;]*;', "sync_named(group + 1, kThreads);"),
     ),
     "packed.hpp": (
@@ -80,14 +80,12 @@ _RULES: dict[str, tuple[tuple[str, str], ...]] = {
             "template <bool kIsBf16> struct Wgmma48"
             " { static constexpr int kTokens = 48; static constexpr bool kBf16 = kIsBf16; };",
         ),
-        (r'asm volatile\("" : "\+r"\(v\)::"memory"\);', ""),
     ),
     "packed_wgmma_results.hpp": (
         (r'asm volatile\("bar\.sync %0, 128;" ::"r"\(([^;]*?)\)\s*: "memory"\);', r"sync_named(\1, 128);"),
         (r'asm volatile\("bar\.sync 1, %0;" ::"n"\(([^;]*?)\)\s*: "memory"\);', r"sync_named(1, \1);"),
     ),
     "packed_wgmma.hpp": (
-        (r'asm volatile\("" : "\+f"\(v\)\s*::"memory"\);', ";"),
         (r'asm volatile\("\{[^"]*@p bar\.sync %1, 256;[^"]*"[^;]*;', "if (mine) sync_named(kBarrier, 256);"),
         (r'asm volatile\("\{[^"]*@p bar\.arrive %1, 256;[^"]*"[^;]*;', "if (mine) arrive_named(kBarrier, 256);"),
     ),

@@ -18,6 +18,10 @@ inline constexpr uint8_t kE4m3Max = 0x7E;     // 448
 
 constexpr int ceil_div(int a, int b) { return (a + b - 1) / b; }
 
+// Keeps a value, and what is made of it, behind what stands before: loads that are to be asked for first, a wait for WGMMAs.
+__device__ __forceinline__ void pin(uint32_t& v) { asm volatile("" : "+r"(v)::"memory"); }
+__device__ __forceinline__ void pin(float& v) { asm volatile("" : "+f"(v)::"memory"); }
+
 __device__ __forceinline__ bool is_finite(float v) { return fabsf(v) <= kFloatMax; }
 
 // A pointer that came through shared memory, as one to global memory: accesses then need not find out.

@@ -364,7 +364,7 @@ template <class Config> class PackedWgmma {
 #pragma unroll
     for (int i = 0; i < kComputed; ++i) {
 #pragma unroll
-      for (float& v : acc[i]) asm volatile("" : "+f"(v)::"memory");
+      for (float& v : acc[i]) pin(v);
     }
     if (count <= releases) release(done);
   }

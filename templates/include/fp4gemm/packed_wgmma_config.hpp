@@ -68,9 +68,6 @@ template <> struct Wgmma<OperandFp16, 48> {
   using Atom = Wgmma48<false>;
 };
 
-// Keeps a register's definition behind what stands before: the compiler must not move it over a wait for WGMMAs.
-__device__ __forceinline__ void pin(uint32_t& v) { asm volatile("" : "+r"(v)::"memory"); }
-
 template <class Operand_, class Out_, class Bias_, bool kSource_, int kTokens_, int kPanels_, int kRowGroups_,
           int kDepthGroups_, int kMulticast_, int kSplit_, int kStages_, int kLag_, bool kRoomy, bool kUneven_,
           bool kGrouped_ = false>

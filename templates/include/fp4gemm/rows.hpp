@@ -93,9 +93,6 @@ template <int kThreads, int kGroups> __device__ __forceinline__ float reduce_gro
   return amax;
 }
 
-// Keeps what is made of a value behind what stands before.
-__device__ __forceinline__ void pin(float& v) { asm volatile("" : "+f"(v)::"memory"); }
-
 __device__ __forceinline__ void prefetch_l2(void const* address, uint32_t bytes) {
   asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(__cvta_generic_to_global(address)), "r"(bytes)
                : "memory");
