@@ -9,8 +9,10 @@ The text is `pydoc_data.topics`, the language reference that `help()` shows, rea
 standard library's own sources, some ten times as much, and `--text torch` those of torch, another ten times: 1000 steps
 see no byte of it twice. Every recipe sees the same initial weights and the same batches for a seed. The model is
 converted by `fp4gemm.convert`: attention and MLP projections are NVFP4, the embedding and the head are not, and
-everything else runs under torch.autocast in bf16 as it does without fp4gemm. `--finish 0.2` ends every recipe a second
-time, from the state that its run had by then, with the last fifth of the steps in plain bf16.
+everything else runs under torch.autocast in bf16 as it does without fp4gemm. A recipe whose name ends in `_inner`
+leaves the first and the last block in bf16 too, as published NVFP4 pretraining leaves blocks at both ends.
+`--finish 0.2` ends every recipe a second time, from the state that its run had by then, with the last fifth of the
+steps in plain bf16.
 """
 
 from __future__ import annotations
@@ -45,9 +47,11 @@ RECIPES: dict[str, Recipe | None] = {
     "bf16": None,
     "per_token": per_token(),
     "per_token_rht_sr_2d": per_token(rht=True, sr=True, weight_2d=True),
+    "per_token_rht_sr_2d_inner": per_token(rht=True, sr=True, weight_2d=True),
     "per_tensor": per_tensor(),
     "w4a16": w4a16(),
 }
+INNER = "_inner"  # ends the names of recipes that the first and the last block do not take
 BASELINE = "bf16"
 TORCH = Path(torch.__file__).parent
 BEGIN, END = "<!-- training:begin -->", "<!-- training:end -->"
@@ -167,11 +171,14 @@ class Transformer(nn.Module):
         return self.head(self.norm(x))
 
 
-def build(size: Size, recipe: Recipe | None, seed: int, device: torch.device) -> Transformer:
-    """The same initial weights for every recipe; it is called under ``fp4gemm.autocast(recipe)``."""
+def build(size: Size, name: str, seed: int, device: torch.device) -> Transformer:
+    """The same initial weights for every recipe of RECIPES; it is called under ``fp4gemm.autocast(recipe)``."""
     torch.manual_seed(seed)
     model = Transformer(size).to(device)
-    return model if recipe is None else fp4gemm.convert(model, None, lambda name, _: name != "head")
+    if RECIPES[name] is None:
+        return model
+    kept = ("head", "blocks.0.", f"blocks.{size.layers - 1}.") if name.endswith(INNER) else ("head",)
+    return fp4gemm.convert(model, None, lambda layer, _: not layer.startswith(kept))
 
 
 # --- training ---------------------------------------------------------------------------------------------------------
@@ -207,7 +214,7 @@ def train(
     ``finish``: the second run goes its own way where so much of all steps is left, and is in bf16 from there on.
     """
     device, recipe = data.train.device, RECIPES[name]
-    model = build(size, recipe, seed, device)
+    model = build(size, name, seed, device)
     step_model: nn.Module = torch.compile(model, fullgraph=True) if compiled else model  # type: ignore[assignment]
     optimizer = torch.optim.AdamW(model.parameters(), lr=size.rate, betas=(0.9, 0.95), weight_decay=0.1)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: rate(step, size))

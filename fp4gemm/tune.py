@@ -67,6 +67,7 @@ GROUPED = (
     (192, 2, 2, 1, 2, 1, 6), (256, 2, 2, 1, 2, 1, 5), (256, 1, 2, 1, 2, 1, 6),
 )  # fmt: skip
 _REPEATS = 7
+_NEAR = 1.08  # of the fastest: those that are timed again, each at its own clock
 
 
 def candidates(m: int, n: int, k: int, sms: int) -> list[PackedSpec]:
@@ -109,7 +110,7 @@ Measured = dict[table.Choice, float]  # microseconds of every kernel that was tr
 
 
 def tune(shapes: Sequence[tuple[int, int]], sizes: Sequence[int]) -> Iterator[Measured]:
-    """Measures the candidates of every (n, k) and m.
+    """Measures the candidates of every (n, k) and m; those that are far behind the fastest are left out.
 
     Weights rotate through more memory than the L2 holds; a call is a node of a CUDA graph, once launched behind the
     node in front and once dependent on it, and the geometric mean of both counts.
@@ -215,8 +216,13 @@ def _measure(m: int, weights: Sequence[Weight], specs: Mapping[table.Choice, Pac
     for dependent in (False, True):
         with launch.programmatic(dependent):
             samplers |= {(choice, dependent): timing.GraphSampler(calls(spec)) for choice, spec in specs.items()}
-    us = timing.interleave(samplers, _REPEATS)
-    return {choice: math.sqrt(us[choice, False] * us[choice, True]) for choice in specs}
+    shared = _means(timing.interleave(samplers, _REPEATS))
+    near = {choice for choice, us in shared.items() if us <= _NEAR * min(shared.values())}
+    return _means(timing.in_turns({key: sampler for key, sampler in samplers.items() if key[0] in near}, _REPEATS))
+
+
+def _means(us: Mapping[tuple[table.Choice, bool], float]) -> Measured:
+    return {choice: math.sqrt(us[choice, False] * us[choice, True]) for choice, dependent in us if dependent}
 
 
 def merge(rows: Sequence[table.Choice], new: Sequence[table.Choice]) -> list[table.Choice]:

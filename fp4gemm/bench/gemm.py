@@ -144,11 +144,11 @@ def _variant_rows(M: int, N: int, K: int, make: MakeWeights, repeats: int) -> li
 
 
 def times(candidates: Mapping[str, Candidates], repeats: int) -> Times:
-    """Median time of every candidate of every mode, all of them sampled in turn."""
+    """Median time of every candidate of every mode, each at its own clock, or interleaved where the CPU takes part."""
     samplers = {
         (mode, name): _sampler(mode, calls) for mode, by_name in candidates.items() for name, calls in by_name.items()
     }
-    return timing.interleave(samplers, repeats)
+    return timing.interleave(samplers, repeats) if EAGER in candidates else timing.in_turns(samplers, repeats)
 
 
 def _sampler(mode: str, calls: Sequence[Call]) -> timing.Sampler:

@@ -28,6 +28,8 @@ _EAGER_US = 4 * _SAMPLE_US  # the CPU's share of the first call, tens of microse
 _MAX_EAGER_CALLS = 200  # below the launch queue's depth, and a bound on the time of one sample
 _WARM_SAMPLES = 50  # a fifth of a second, in which an idle GPU reaches its clocks
 SETTLE_S = 0.15  # behind large products times are up to a fifth longer, for about 0.1 s
+TURN_S = 0.1  # after which a candidate's clock follows from its own power, and no longer from that of the one before
+_TURN_SAMPLES = 3
 _L2_BYTES = 60 << 20  # where the driver does not say
 
 
@@ -147,9 +149,31 @@ def interleave(samplers: Mapping[_Name, Sampler], repeats: int, settle_s: float 
     return {name: statistics.median(times) for name, times in samples.items()}
 
 
-def compare(candidates: Mapping[str, Sequence[Call]], mode: str, repeats: int) -> dict[str, float]:
-    """Microseconds per call of every candidate, measured in one process, interleaved."""
-    return interleave({name: sampler(mode, calls) for name, calls in candidates.items()}, repeats)
+def in_turns(samplers: Mapping[_Name, Sampler], repeats: int, turn_s: float = TURN_S) -> dict[_Name, float]:
+    """Median of at least `repeats` samples of each candidate at the clock that it has when it runs alone.
+
+    Large matrix products run at the power limit, and those that take less power at a higher clock. Candidates that take
+    turns with every sample share one clock, which no program that uses one of them sees. So a turn here is `turn_s`
+    seconds of a candidate and then some samples; the order is another one in each round.
+    """
+    samples: dict[_Name, list[float]] = {name: [] for name in samplers}
+    order, shuffled = list(samplers), random.Random(0)
+    for _ in range(math.ceil(repeats / _TURN_SAMPLES)):
+        shuffled.shuffle(order)
+        for name in order:
+            settled = time.perf_counter() + turn_s
+            while time.perf_counter() < settled:
+                samplers[name]()
+            samples[name] += [samplers[name]() for _ in range(_TURN_SAMPLES)]
+    return {name: statistics.median(times) for name, times in samples.items()}
+
+
+def compare(
+    candidates: Mapping[str, Sequence[Call]], mode: str, repeats: int, own_clocks: bool = False
+) -> dict[str, float]:
+    """Microseconds per call of every candidate, measured in one process: interleaved, or each at its own clock."""
+    measure = in_turns if own_clocks else interleave
+    return measure({name: sampler(mode, calls) for name, calls in candidates.items()}, repeats)
 
 
 def copies_of(nbytes: int) -> list[Call]:

@@ -1,4 +1,7 @@
-"""Philox4x32-10 (Salmon et al., SC 2011) in torch: the random bytes of stochastic rounding."""
+"""Philox4x32-7 (Salmon et al., SC 2011) in torch: the random bytes of stochastic rounding.
+
+Of their variants with four words it is the one with the fewest rounds that passes all tests of BigCrush.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +11,7 @@ from torch import Tensor
 _WORD = (1 << 32) - 1
 _MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 _WEYL = (0x9E3779B9, 0xBB67AE85)
-_ROUNDS = 10
+_ROUNDS = 7
 
 
 def philox(

@@ -26,21 +26,23 @@ def encode_e2m1(values: Tensor) -> Tensor:
 
 
 def encode_e2m1_stochastic(values: Tensor, random: Tensor) -> Tensor:
-    """Rounds float32 values to e2m1 codes up or down by chance: uint8 ``random`` / 256 of a step is added, then floor.
+    """Rounds float32 values to e2m1 codes up or down by chance: the place of |v| among them, plus uint8 ``random``
+    / 256, rounded down.
 
-    A value between neighbours a < b becomes b with probability floor(256 (|v| - a) / (b - a)) / 256, where the sum
-    below is exact. Sign, saturation and NaN as in :func:`encode_e2m1`.
+    A value between neighbours a < b becomes b with probability floor(256 (|v| - a) / (b - a)) / 256. Sign, saturation
+    and NaN as in :func:`encode_e2m1`.
     """
     magnitude = values.abs()
-    raised = magnitude + random.float() * (1 / 256) * _step(magnitude)  # the product is exact
-    step = _step(raised)
-    rounded = (raised / step).floor() * step  # a code, or more than 6
-    return encode_e2m1(torch.copysign(rounded, values))
-
-
-def _step(magnitude: Tensor) -> Tensor:
-    """Distance of the e2m1 values around a magnitude."""
-    return torch.where(magnitude < 2, 0.5, torch.where(magnitude < 4, 1.0, 2.0))
+    # In 1/256 of a code and rounded down. The products are exact; sums would not be before the rounding.
+    place = torch.where(
+        magnitude < 2,
+        (magnitude * 512).floor(),
+        torch.where(magnitude < 4, (magnitude * 256).floor() + 512, (magnitude * 128).floor() + 1024),
+    )
+    code = ((place + random) / 256).floor().clamp(max=7)  # NaN stays NaN
+    code = torch.where(torch.isnan(values), 7.0, code).to(torch.uint8)
+    negative = torch.signbit(values) & (values == values)
+    return code | (negative.to(torch.uint8) << 3)
 
 
 def encode_e4m3(values: Tensor) -> Tensor:

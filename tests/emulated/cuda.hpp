@@ -223,6 +223,7 @@ inline float __fmaf_rd(float a, float b, float c) {
   return rounded;
 }
 inline float __fadd_rd(float a, float b) { return __fmaf_rd(a, 1.0f, b); }
+inline uint32_t __vimax3_u32(uint32_t a, uint32_t b, uint32_t c) { return std::max(a, std::max(b, c)); }
 inline uint32_t __vimin3_u32(uint32_t a, uint32_t b, uint32_t c) { return std::min(a, std::min(b, c)); }
 inline uint32_t __funnelshift_l(uint32_t low, uint32_t high, int n) {
   return static_cast<uint32_t>((static_cast<uint64_t>(high) << 32 | low) << (n % 32) >> 32);
@@ -269,6 +270,10 @@ inline uint32_t float_to_half(float v) {
   uint16_t bits;
   std::memcpy(&bits, &half, 2);
   return bits;
+}
+inline uint32_t float_to_half_rz(float v) {
+  uint32_t const bits = float_to_half(v);
+  return bits - (std::fabs(static_cast<float>(half_bits_to_float(bits))) > std::fabs(v));
 }
 inline float to_float(uint32_t bits, bool bf16) {
   return bf16 ? bf16_to_float(bits & 0xFFFF) : half_bits_to_float(bits);

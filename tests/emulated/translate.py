@@ -48,6 +48,17 @@ _RULES: dict[str, tuple[tuple[str, str], ...]] = {
         (r"uint32_t v;\s*asm\(.*?return v;", "return multiply_bf16x2(multiply_bf16x2(bits, scale_), unit_);"),
         (r'asm\("mul\.f16x2[^;]*;"[^;]*;', "half = multiply_f16x2(e4m3_to_half2(scale), 0x58005800u);"),
     ),
+    "philox.hpp": (
+        (r'asm\("lop3\.b32[^;]*;"[^;]*;', "codes = (odd << 4 & 0xF000F000u) | (even & ~0xF000F000u);"),
+        (
+            r'asm\("\{\\n\.reg \.b64.*?\);',
+            "product = {static_cast<uint32_t>(uint64_t{a} * b), static_cast<uint32_t>(uint64_t{a} * b >> 32)};",
+        ),
+        (
+            r'asm\("cvt\.rz\.f16x2[^;]*;"[^;]*;',
+            "places = float_to_half_rz(low) | float_to_half_rz(high) << 16;",
+        ),
+    ),
     "quantize.hpp": (),
     "quantize_config.hpp": (),
     "scale_writer.hpp": (),
@@ -91,7 +102,6 @@ _RULES: dict[str, tuple[tuple[str, str], ...]] = {
     ),
     "convention.hpp": (),
     "hadamard.hpp": (),
-    "philox.hpp": (),
     "quick_scales.hpp": (
         (r'uint16_t pair;\s*asm\("cvt\.rn\.satfinite.*?return pair;', "return to_e4m3_byte(v);"),
         (r'float r;\s*asm\("rcp.*?return r;', "return 1.0f / v;"),

@@ -158,11 +158,33 @@ def test_sampler_names_the_modes() -> None:
 # --- the suites, on the CPU ------------------------------------------------------------------------------------------
 
 
+def test_a_turn_begins_with_samples_that_do_not_count(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each candidate is slower just after the other, as it is where the other took more power."""
+    now, last, order = [0.0], [("", 0.0)], []
+
+    def sampler(name: str, us: float) -> timing.Sampler:
+        def sample() -> float:
+            if last[0][0] != name:
+                last[0] = (name, now[0])
+                order.append(name)
+            now[0] += 0.03
+            return us if now[0] - last[0][1] > 0.1 else 2 * us
+
+        return sample
+
+    monkeypatch.setattr(timing.time, "perf_counter", lambda: now[0])
+    assert timing.in_turns({"a": sampler("a", 15.0), "b": sampler("b", 10.0)}, 9) == {"a": 15.0, "b": 10.0}
+    assert set(order) == {"a", "b"}
+    assert 3 < len(order) <= 6
+
+
 @pytest.fixture
 def on_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     """Suites run their calls once on the CPU and report invented times: 2 us for what is measured, 1 us for others."""
 
-    def compare(candidates: dict[str, list[timing.Call]], mode: str, repeats: int) -> dict[str, float]:
+    def compare(
+        candidates: dict[str, list[timing.Call]], mode: str, repeats: int, own_clocks: bool = False
+    ) -> dict[str, float]:
         for calls in candidates.values():
             assert len(calls) == 2
             for call in calls:

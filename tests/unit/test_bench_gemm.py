@@ -73,6 +73,7 @@ def on_cpu(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, bool]]:
     monkeypatch.setattr(timing, "rotation", lambda nbytes: 2)
     monkeypatch.setattr(timing, "sampler", sampler)
     monkeypatch.setattr(timing, "interleave", interleave)
+    monkeypatch.setattr(timing, "in_turns", interleave)
     monkeypatch.setattr(launch, "programmatic", programmatic, raising=False)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     monkeypatch.setattr(select, "gpu_of", lambda device: ("NVIDIA H200", 132))

@@ -3,6 +3,8 @@
 It shares no code with fp4gemm; roundings to nearest are those of the oracle of the plain conventions.
 """
 
+from fractions import Fraction
+
 import numpy as np
 import pytest
 import torch
@@ -29,7 +31,7 @@ def philox_words(seed: int, block: int) -> list[int]:
     word = 2**32
     k = [seed % word, seed // word % word]
     c = [block % word, block // word % word, 0, 0]
-    for _ in range(10):
+    for _ in range(7):
         low, high = 0xD2511F53 * c[0], 0xCD9E8D57 * c[2]
         c = [high // word ^ c[1] ^ k[0], high % word, low // word ^ c[3] ^ k[1], low % word]
         k = [(k[0] + 0x9E3779B9) % word, (k[1] + 0xBB67AE85) % word]
@@ -40,17 +42,14 @@ def noise(seed: int, block: int) -> list[int]:
     return list(b"".join(word.to_bytes(4, "little") for word in philox_words(seed, block)))
 
 
-def step_at(v) -> float:
-    return 0.5 if v < 2 else 1.0 if v < 4 else 2.0
-
-
 def stochastic_code(v, byte: int) -> int:
     if np.isnan(v):
         return 7
-    magnitude = abs(v)
-    t = magnitude + f32(byte / 256 * step_at(magnitude))
-    below = [i for i, value in enumerate(E2M1) if value <= t]
-    return below[-1] | int(np.signbit(v)) << 3
+    below = [i for i, value in enumerate(E2M1) if value <= abs(v)][-1]
+    if below < 7:
+        low, high = Fraction(E2M1[below]), Fraction(E2M1[below + 1])
+        below += (Fraction(float(abs(v))) - low) / (high - low) + Fraction(byte, 256) >= 1
+    return below | int(np.signbit(v)) << 3
 
 
 def encode(values: np.ndarray, seed: int | None, block: int) -> np.ndarray:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
 import sys
 from dataclasses import replace
@@ -83,10 +84,17 @@ def test_the_default_has_25_million_parameters():
 
 
 def test_every_recipe_starts_alike():
-    a, b = (example.build(TINY, recipe, 3, torch.device("cpu")) for recipe in (None, example.RECIPES["w4a16"]))
+    a, b = (example.build(TINY, name, 3, torch.device("cpu")) for name in ("bf16", "w4a16"))
     assert all(torch.equal(p, q) for p, q in zip(a.parameters(), b.parameters(), strict=True))
     kinds = [type(m).__module__ for m in b.modules() if isinstance(m, torch.nn.Linear)]
     assert kinds == ["fp4gemm.nn.layer"] * 8 + ["torch.nn.modules.linear"]
+
+
+def test_inner_recipes_leave_both_ends_in_bf16():
+    three = dataclasses.replace(TINY, layers=3)
+    model = example.build(three, "per_token_rht_sr_2d_inner", 3, torch.device("cpu"))
+    kinds = [type(m).__module__ == "fp4gemm.nn.layer" for m in model.modules() if isinstance(m, torch.nn.Linear)]
+    assert kinds == [False] * 4 + [True] * 4 + [False] * 5
 
 
 def test_results_are_written_and_rendered(rows, tmp_path):

@@ -95,7 +95,9 @@ template <class Config> class TileAmax {
   __device__ float column_amax(int step, int half) const {
     auto const x = tile_.column_block(step, half);
     if constexpr (Config::kHadamard) {
-      return block_amax<Fp32>(hadamard_sums<Element>(x, hadamard_));
+      auto const sums = HadamardSums::of<Element>(x, hadamard_);
+      float const amax = sums.amax();
+      return is_finite(amax) ? amax : amax_without_nan<Fp32>(sums.block());
     } else {
       return block_amax<Element>(x);
     }

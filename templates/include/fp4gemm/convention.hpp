@@ -3,6 +3,7 @@
 //
 //   from_amax, from_decode    the Outer of a row or tensor, from its amax or a given decode multiplier; .decode is stored
 //   block_scale(outer, amax)  e4m3 byte
+//   level(outer)              the one of its numbers that blocks follow from
 //   divider(outer, byte)      an object whose quotient(x) is what e2m1 rounds, or its magnitude that of |x|
 #pragma once
 
@@ -21,6 +22,10 @@ struct DivideBy {
   __device__ float quotient(float x) const { return x == 0.0f ? x : __fdiv_rn(x, d); }
 };
 
+// The divider that gives `factor`, a power of two, times the quotient: exactly, unless exponents end before.
+__device__ __forceinline__ MultiplyBy times(MultiplyBy divider, float factor) { return {divider.c * factor}; }
+__device__ __forceinline__ DivideBy times(DivideBy divider, float factor) { return {divider.d / factor}; }
+
 // Transformer Engine's conventions carry the encode multiplier S = 2688 / amax from the row to its blocks.
 struct EncodeOuter {
   float encode, decode;
@@ -33,6 +38,7 @@ struct TeScales {
     return to_e4m3(fminf(__fmul_rn(amax, __fmul_rn(outer.encode, kSixth)), kFloatMax));
   }
   __device__ static Outer from_decode(float decode) { return {fminf(__fdiv_rn(1.0f, decode), kFloatMax), decode}; }
+  __device__ static float level(Outer const& outer) { return outer.encode; }
 };
 
 // kLargest: the block scale that the amax gets; 4/6 (adaptive.hpp) leaves room for the larger scale of its 4.
@@ -72,6 +78,7 @@ struct DecodeScales {
   using Outer = DecodeOuter;
   __device__ static Outer from_decode(float decode) { return {decode == 0.0f ? 1.0f : decode, decode}; }
   __device__ static Outer from_amax(float amax) { return from_decode(__fdiv_rn(amax, kRange)); }
+  __device__ static float level(Outer const& outer) { return outer.level; }
 };
 
 struct Torchao : DecodeScales {

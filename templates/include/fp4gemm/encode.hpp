@@ -1,8 +1,8 @@
 // A block in registers -> its maximum, and its codes under a convention's divider and a rounding.
 #pragma once
 
-#include "fp4gemm/convention.hpp"
 #include "fp4gemm/philox.hpp"
+#include "fp4gemm/quick_scales.hpp"
 
 namespace fp4gemm {
 
@@ -21,9 +21,10 @@ template <class Element> __device__ __forceinline__ float flagged_amax(typename 
 
 __device__ __forceinline__ bool is_flagged(float amax) { return __float_as_uint(amax) >> 31 != 0; }
 
-// A rounding has eight(half, magnitude), codes without signs of magnitudes below kQuickLimit, magnitude(0) in the lowest nibble,
-// and one(i, v), the code of any value. i and 8 * half count in the block.
+// A rounding has eight(half, magnitude), codes without signs of magnitudes below kQuickLimit, given times kUnit, magnitude(0) in
+// the lowest nibble, and one(i, v), the code of any value. i and 8 * half count in the block.
 struct NearestEven {
+  static constexpr float kUnit = 1.0f;
   static constexpr bool kHardware = true;  // cvt.rn does the same
   template <class Magnitude> __device__ __forceinline__ static uint32_t eight(int, Magnitude const& magnitude) {
     uint32_t word = 0;
@@ -35,6 +36,7 @@ struct NearestEven {
 };
 
 struct Stochastic {
+  static constexpr float kUnit = kPlaceUnit;
   static constexpr bool kHardware = false;
   PhiloxBlock noise;
 
@@ -57,7 +59,8 @@ template <> struct RoundingOf<true> {
 template <class Element, class Divider, class Rounding>
 __device__ __forceinline__ uint32_t encode_half(typename Element::Block const& x, int half, Divider const& divider,
                                                 Rounding const& rounding) {
-  auto const magnitude = [&](int i) { return divider.quotient(fabsf(Element::value(x, 8 * half + i))); };
+  auto const in_units = times(divider, Rounding::kUnit);
+  auto const magnitude = [&](int i) { return in_units.quotient(fabsf(Element::value(x, 8 * half + i))); };
   return rounding.eight(half, magnitude) | Element::signs(x, half);
 }
 
@@ -78,16 +81,20 @@ template <class Element, class Convention, class Rounding = NearestEven>
 __device__ __forceinline__ uint2 encode_block(typename Element::Block const& x, float amax,
                                               typename Convention::Outer const& outer, uint8_t scale,
                                               Rounding const& rounding = {}) {
-  auto const divider = Convention::divider(outer, scale);
   if constexpr (kHasE2m1 && Rounding::kHardware) {  // which knows NaN, Inf and saturation: there is no other way
+    auto const divider = Convention::divider(outer, scale);
     auto const eight = [&](int half) {
       return to_e2m1_eight([&](int i) { return divider.quotient(Element::value(x, 8 * half + i)); });
     };
     return {eight(0), eight(1)};
   } else {
-    bool const quick = !is_flagged(amax) && divider.quotient(amax) < kQuickLimit;
-    return quick ? uint2{encode_half<Element>(x, 0, divider, rounding), encode_half<Element>(x, 1, divider, rounding)}
-                 : encode_any<Element>(x, divider, rounding);
+    using Quick = QuickScales<Convention>;
+    float2 const line = Quick::line(Convention::level(outer));  // once for all blocks of a line
+    auto const divider = Quick::divider(line, scale);
+    // As bits: those of NaN and of what is flagged, whose sign is set, are larger.
+    if (__float_as_uint(divider.quotient(amax)) < __float_as_uint(kQuickLimit) && Quick::ok(line))
+      return {encode_half<Element>(x, 0, divider, rounding), encode_half<Element>(x, 1, divider, rounding)};
+    return encode_any<Element>(x, Convention::divider(outer, scale), rounding);
   }
 }
 

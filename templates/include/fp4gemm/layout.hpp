@@ -41,9 +41,11 @@ struct Scales128x4 : TiledScales<128> {
     return tile_offset(m / 128, columns) + m % 32 * 16 + m % 128 / 32 * 4;
   }
   template <int kRows> __device__ static int64_t row(int cta, int i) {
-    if constexpr (kRows % 4 != 0) return static_cast<int64_t>(cta) * kRows + i;
+    if constexpr (kRows != 2 && kRows % 4 != 0) return static_cast<int64_t>(cta) * kRows + i;
     constexpr int kCtas = 128 / kRows;  // of a tile
-    return static_cast<int64_t>(cta / kCtas) * 128 + cta % kCtas * (kRows / 4) + i / 4 + i % 4 * 32;
+    int64_t const tile = static_cast<int64_t>(cta / kCtas) * 128;
+    if constexpr (kRows == 2) return tile + cta % 32 + (cta % kCtas / 32 * 2 + i) * 32;
+    return tile + cta % kCtas * (kRows / 4) + i / 4 + i % 4 * 32;
   }
 };
 

@@ -34,7 +34,8 @@ template <class Config, int kStages = 1> class RowQuantizer {
 
  public:
   // A tiled layout scatters the scales of one row in words of four; the rows of a CTA together fill whole chunks.
-  static constexpr bool kStaged = Scales::kTiled && Config::kRows % 4 == 0 && (!kPairs || Config::kResident);
+  static constexpr bool kStaged =
+      Scales::kTiled && Config::kRows % (kPairs ? 2 : 4) == 0 && (!kPairs || Config::kResident);
 
   __device__ explicit RowQuantizer(Arguments const& args) : RowQuantizer(args, blockIdx.x) {}
 
@@ -200,11 +201,20 @@ template <class Config, int kStages = 1> class RowQuantizer {
       if (real_ && column < args_.columns) x[i] = load(row, column);
     }
     if constexpr (Options::kNorm) normalize(x);
-    float step_amax = 0.0f;
+    uint32_t largest = 0;  // as bits, of which those of Inf and NaN are the largest
 #pragma unroll
     for (int i = 0; i < Config::kBlocks; ++i) {
-      amax[i] = flagged_amax<Element>(x[i]);
-      step_amax = fmaxf(step_amax, fabsf(amax[i]));
+      amax[i] = Element::amax(x[i]);
+      largest = max(largest, __float_as_uint(amax[i]));
+    }
+    float step_amax = __uint_as_float(largest);
+    if (!is_finite(step_amax)) {  // one branch for all blocks
+      step_amax = 0.0f;
+#pragma unroll
+      for (int i = 0; i < Config::kBlocks; ++i) {
+        amax[i] = flagged_amax<Element>(x[i]);
+        step_amax = fmaxf(step_amax, fabsf(amax[i]));
+      }
     }
     return step_amax;
   }
@@ -305,7 +315,7 @@ template <class Config, int kStages = 1> class RowQuantizer {
   __device__ void store_packed(int first, Block const (&x)[Config::kBlocks], float const (&amax)[Config::kBlocks],
                                typename Convention::Outer const& outer) const {
     ScaleWriter<Config, kStaged, kStages> const writer(args_, cta_, row_, first, stage_);
-    auto* data = static_cast<uint2*>(in_global(args_.data)) + row_ * out_columns<Config>(args_);
+    auto* const data = static_cast<uint2*>(in_global(args_.data)) + row_ * out_columns<Config>(args_) + first + thread_;
     uint64_t const seed = this->seed();
     if constexpr (kEarly) {
 #pragma unroll
@@ -314,8 +324,9 @@ template <class Config, int kStages = 1> class RowQuantizer {
         EncodedPair result{};
         if (real_ && column < args_.columns) {
           result = encode(x[i], amax[i], outer, column, seed);
-          data[place(column)] = result.codes;  // at once: they are registers
-          if (has_companion(column)) data[place(column) + 1] = result.companion;
+          uint2* const to = data + i * Config::kThreads + (place(column) - column);
+          to[0] = result.codes;  // at once: they are registers
+          if (has_companion(column)) to[1] = result.companion;
         }
         if constexpr (kPairs) {
           if (column >= args_.columns) continue;
@@ -346,7 +357,7 @@ template <class Config, int kStages = 1> class RowQuantizer {
         int const column = first + i * Config::kThreads + thread_;
         if (i % kNoiseBlocks == 0) make_noise(seed, first, i, roundings);
         if (real_ && column < args_.columns)
-          data[column] = encode_block<Element, Convention>(x[i], amax[i], outer, scale[i], roundings[i]);
+          data[i * Config::kThreads] = encode_block<Element, Convention>(x[i], amax[i], outer, scale[i], roundings[i]);
       }
     }
   }

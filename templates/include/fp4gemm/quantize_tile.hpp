@@ -3,7 +3,8 @@
 // thread reads whole blocks along rows and along columns, so neither result needs communication.
 #pragma once
 
-#include "fp4gemm/quick_scales.hpp"
+#include "fp4gemm/encode.hpp"
+#include "fp4gemm/hadamard.hpp"
 #include "fp4gemm/tile.hpp"
 #include "fp4gemm/tile_scales.hpp"
 
@@ -67,6 +68,24 @@ struct TileQuantizeConfig {
   static_assert(kRows || kColumns, "a result");
   static_assert(!(kSquare && kHadamard), "squares of x are not squares of what is transformed");
 };
+
+struct Encoded {
+  uint2 codes;
+  uint32_t scale;
+};
+
+// A block in any case. square_amax: the largest magnitude that its scale covers, if that is not its own; else negative.
+template <class Element, class Convention, bool kHadamard, class Rounding>
+__device__ __noinline__ Encoded encode_slowly(typename Element::Block x, float square_amax, float level,
+                                              Rounding rounding) {
+  if constexpr (kHadamard) {
+#pragma unroll
+    for (int i = 0; i < kBlock; ++i) x.w[i] = __float_as_uint(__fmul_rn(__uint_as_float(x.w[i]), kHadamardFactor));
+  }
+  typename Convention::Outer const outer{level, 0.0f};
+  uint8_t const scale = Convention::block_scale(outer, square_amax < 0.0f ? amax_without_nan<Element>(x) : square_amax);
+  return {encode_any<Element>(x, Convention::divider(outer, scale), rounding), scale};
+}
 
 // Place: TilePlace, or a reference to one in shared memory, which takes no registers.
 template <class Config, class Place = TilePlace> class TileQuantizer {
@@ -173,7 +192,9 @@ template <class Config, class Place = TilePlace> class TileQuantizer {
     if (writes && (stride == 0 ? at == 0 : real)) in_global(output<kColumn>().outer_scale)[at * stride] = outer.decode;
     auto const [level, decode] = outer;
     levels(kColumn)[line] = level;
-    quick(kColumn)[line] = QuickScales<Convention>::line(level);
+    using Quick = QuickScales<Convention>;
+    constexpr bool kSums = kColumn && Config::kHadamard;
+    quick(kColumn)[line] = kSums ? Quick::of_larger(Quick::line(level), 1.0f / kHadamardFactor) : Quick::line(level);
   }
 
   __device__ void reduce_squares() const {
@@ -234,28 +255,26 @@ template <class Config, class Place = TilePlace> class TileQuantizer {
     if constexpr (Config::kSquare)
       bmax = __int_as_float(kColumn ? *square(block, line / kBlock) : *square(line / kBlock, block));
     if constexpr (kColumn && Config::kHadamard) {
-      return encode_values<Fp32, true>(hadamard_sums<Element>(x, options_.hadamard), bmax, kColumn, level, line,
-                                       number);
+      auto const sums = HadamardSums::of<Element>(x, options_.hadamard);
+      return encode_values<Fp32, true>(sums.block(), sums.amax(), bmax, kColumn, level, line, number);
     } else {
-      return encode_values<Element, false>(x, bmax, kColumn, level, line, number);
+      return encode_values<Element, false>(x, Element::amax(x), bmax, kColumn, level, line, number);
     }
   }
 
-  // kHadamard: of kHadamardFactor times x. The factor goes to the divider: products are exact, or so small that codes are 0.
-  template <class Values, bool kHadamard> __device__ Encoded encode_values(typename Values::Block const& x,
+  // kHadamard: of kHadamardFactor times x. `level` is made for that: products are exact, or so small that codes are 0.
+  template <class Values, bool kHadamard> __device__ Encoded encode_values(typename Values::Block const& x, float amax,
                                                                            float square_amax, int side, float2 level,
                                                                            int line, int64_t number) const {
     using Quick = QuickScales<Convention>;
-    float const amax = kHadamard ? Values::amax(x) * kHadamardFactor : Values::amax(x);
     auto const scale = Quick::scale(level, Config::kSquare ? square_amax : amax);
-    auto divider = Quick::divider(level, scale);
+    auto const divider = Quick::divider(level, scale);
     typename RoundingOf<Config::kStochastic>::Type rounding;
     if constexpr (Config::kStochastic)
       rounding.noise = philox_block_of([this](int round) { return keys()[round]; }, number);
     // False for NaN, too.
     if (!(divider.quotient(amax) < kQuickLimit && Quick::ok(level)))
       return encode_slowly<Values, Convention, kHadamard>(x, square_amax, levels(side)[line], rounding);
-    if constexpr (kHadamard) divider = times_factor(divider);
     return {{encode_half<Values>(x, 0, divider, rounding), encode_half<Values>(x, 1, divider, rounding)}, scale};
   }
 

@@ -1,8 +1,7 @@
-// Block scales and dividers by less arithmetic than encode.hpp's, with the same results.
+// Block scales and dividers by less arithmetic than convention.hpp's, with the same results.
 #pragma once
 
-#include "fp4gemm/encode.hpp"
-#include "fp4gemm/hadamard.hpp"
+#include "fp4gemm/convention.hpp"
 
 namespace fp4gemm {
 
@@ -32,6 +31,8 @@ template <class Convention> struct QuickScales {
     return Convention::block_scale(Outer{line.x, 0.0f}, amax);
   }
   __device__ static auto divider(float2 line, uint8_t scale) { return Convention::divider(Outer{line.x, 0.0f}, scale); }
+  // The line of values that are given `factor`, a power of two, times too large.
+  __device__ static float2 of_larger(float2 line, float factor) { return {line.x * factor, line.y * factor}; }
 };
 
 template <class Convention> struct QuickTeScales {
@@ -54,8 +55,9 @@ template <> struct QuickScales<TePerToken> : QuickTeScales<TePerToken> {
     float const reciprocal = __fmaf_rn(near, __fmaf_rn(-s, near, 1.0f), near);
     float const quotient = __fmul_rn(line.y, reciprocal);
     float const c = __fmaf_rn(__fmaf_rn(-s, quotient, line.y), reciprocal, quotient);
-    return {scale == 0 ? 0.0f : c};
+    return {s == 0.0f ? 0.0f : c};
   }
+  __device__ static float2 of_larger(float2 line, float factor) { return {line.x / factor, line.y / factor}; }
 };
 
 template <> struct QuickScales<Te> : QuickTeScales<Te> {
@@ -67,28 +69,7 @@ template <> struct QuickScales<Te> : QuickTeScales<Te> {
   __device__ static MultiplyBy divider(float2 line, uint16_t scale) {
     return {__fdiv_rn(1.0f, __fmul_rn(from_e4m3_pair(scale), line.y))};
   }
+  __device__ static float2 of_larger(float2 line, float factor) { return {line.x / factor, line.y * factor}; }
 };
-
-// The divider of values from that of kHadamardFactor times values.
-__device__ __forceinline__ MultiplyBy times_factor(MultiplyBy divider) { return {divider.c * kHadamardFactor}; }
-__device__ __forceinline__ DivideBy times_factor(DivideBy divider) { return {divider.d / kHadamardFactor}; }
-
-struct Encoded {
-  uint2 codes;
-  uint32_t scale;
-};
-
-// A block in any case. square_amax: the largest magnitude that its scale covers, if that is not its own; else negative.
-template <class Element, class Convention, bool kHadamard, class Rounding>
-__device__ __noinline__ Encoded encode_slowly(typename Element::Block x, float square_amax, float level,
-                                              Rounding rounding) {
-  if constexpr (kHadamard) {
-#pragma unroll
-    for (int i = 0; i < kBlock; ++i) x.w[i] = __float_as_uint(__fmul_rn(__uint_as_float(x.w[i]), kHadamardFactor));
-  }
-  typename Convention::Outer const outer{level, 0.0f};
-  uint8_t const scale = Convention::block_scale(outer, square_amax < 0.0f ? amax_without_nan<Element>(x) : square_amax);
-  return {encode_any<Element>(x, Convention::divider(outer, scale), rounding), scale};
-}
 
 }  // namespace fp4gemm

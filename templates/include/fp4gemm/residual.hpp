@@ -14,12 +14,16 @@ inline constexpr uint8_t kLeastScale = 0x01;  // 2^-9: what a pair has instead o
 // x / d as IEEE rounds it where that is below kQuickLimit, and else something that also has the code 7. r = 1 / d, rounded: one
 // correction of x * r then gives the quotient (Markstein). fminf drops the NaN of an overflow.
 struct BoundedDivide {
-  float d, r;
+  float d, r, bound = 6.5f;
   __device__ float quotient(float magnitude) const {
     float const q = __fmul_rn(magnitude, r);
-    return fminf(__fmaf_rn(__fmaf_rn(-q, d, magnitude), r, q), 6.5f);
+    return fminf(__fmaf_rn(__fmaf_rn(-q, d, magnitude), r, q), bound);
   }
 };
+
+__device__ __forceinline__ BoundedDivide times(BoundedDivide divider, float factor) {
+  return {divider.d / factor, divider.r * factor, divider.bound * factor};
+}
 
 struct EncodedPair {
   uint2 codes, companion;

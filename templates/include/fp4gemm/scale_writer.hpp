@@ -58,10 +58,15 @@ template <class Config, int kStages> class ScaleWriter<Config, true, kStages> {
     uint8_t* const chunks = in_global(args_.block_scale) + Scales::row_offset(row, columns);
     int const end = min(kStep, Scales::padded_columns(columns) - first_);
     for (int column = threadIdx.x * 4; column < end && row < args_.padded_rows; column += Config::kCta * 4) {
-      auto* const chunk = reinterpret_cast<uint4*>(chunks + Scales::column_offset(first_ + column));
+      uint8_t* const chunk = chunks + Scales::column_offset(first_ + column);
+      if constexpr (Config::kRows == 2) {
+        *reinterpret_cast<uint2*>(chunk) = {word(0, column), word(1, column)};
+      } else {
 #pragma unroll
-      for (int i = 0; i < Config::kRows; i += 4)
-        chunk[i / 4] = {word(i, column), word(i + 1, column), word(i + 2, column), word(i + 3, column)};
+        for (int i = 0; i < Config::kRows; i += 4)
+          reinterpret_cast<uint4*>(chunk)[i / 4] = {word(i, column), word(i + 1, column), word(i + 2, column),
+                                                    word(i + 3, column)};
+      }
     }
   }
 
