@@ -193,6 +193,23 @@ def test_rows_that_do_not_fit(kind: str, kernels: None, monkeypatch: pytest.Monk
         compare(problem.run(x, arguments), reference.quantize(x, **arguments))
 
 
+@pytest.mark.parametrize("kind", ["residual", "residual_stochastic"])
+@pytest.mark.parametrize("layout", ["8x4", "128x4"])
+def test_two_rows_of_a_cta(kind: str, layout: str, kernels: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As wide rows with companions have it: their scales leave through shared memory, 8 bytes at a time."""
+    whole = select.quantize_spec
+
+    def pairs_of_rows(*args: Any, **options: Any) -> QuantizeSpec:
+        return replace(whole(*args, **options), threads=32, blocks=2, rows=2, resident=True)
+
+    monkeypatch.setattr(select, "quantize_spec", pairs_of_rows)
+    rng = random.Random(kind + layout)
+    for m, scaling in ((170, "per_row"), (131, "given")):
+        problem = replace(Problem.draw(rng, kind), m=m, k=1024, scaling=scaling, sf_layout=layout)
+        x, arguments = problem.values(), problem.arguments()
+        compare(problem.run(x, arguments), reference.quantize(x, **arguments))
+
+
 @pytest.mark.parametrize("case", range(24))
 def test_rmsnorm(case: int, kernels: None) -> None:
     """With a residual and without, every dtype, ragged rows, zeros and what is not finite."""
