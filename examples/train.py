@@ -20,13 +20,16 @@ from __future__ import annotations
 import argparse
 import contextlib
 import copy
+import functools
 import itertools
 import math
+import multiprocessing
 import statistics
 import sys
 import sysconfig
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -101,6 +104,12 @@ class Data:
         values = torch.frombuffer(bytearray(raw), dtype=torch.uint8).to(device)
         cut = len(values) * 9 // 10
         return cls(values[:cut], values[cut:])
+
+
+@functools.cache
+def load(name: str, device: str) -> Data:
+    """The text of that name."""
+    return Data.of(text(name), torch.device(device))
 
 
 def batches(values: Tensor, size: Size, seed: int) -> Iterator[tuple[Tensor, Tensor]]:
@@ -356,6 +365,9 @@ def plot(rows: Sequence[dict[str, Any]], path: Path) -> None:
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--recipe", action="append", choices=RECIPES, help="repeatable; default: all")
+    parser.add_argument(
+        "--jobs", type=int, default=1, help="runs at a time; they share the GPU, which shows in their times"
+    )
     parser.add_argument("--seeds", type=int, default=3, help="how many, counted from 0 (default 3)")
     parser.add_argument("--text", choices=("topics", "stdlib", "torch"), default="topics")
     parser.add_argument(
@@ -372,19 +384,36 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
+def _rows_of_run(options: argparse.Namespace, size: Size, seed: int, name: str) -> Iterator[dict[str, Any]]:
+    data = load(options.text, options.device)
+    yield from train(name, seed, data, size, options.compile, 0.0 if RECIPES[name] is None else options.finish)
+
+
+def _list_of_run(*run: Any) -> list[dict[str, Any]]:
+    return list(_rows_of_run(*run))
+
+
+def _rows(
+    options: argparse.Namespace, size: Size, runs: Sequence[tuple[int, str]]
+) -> Iterator[Iterable[dict[str, Any]]]:
+    """Of each run in this order, which may go on in processes of their own."""
+    if options.jobs == 1:
+        yield from (_rows_of_run(options, size, *run) for run in runs)
+        return
+    with ProcessPoolExecutor(options.jobs, multiprocessing.get_context("spawn")) as pool:
+        yield from (future.result() for future in [pool.submit(_list_of_run, options, size, *run) for run in runs])
+
+
 def run(options: argparse.Namespace, words: Sequence[str]) -> Path:
     """Trains, and writes the document, again after every run: one that is interrupted keeps those that ended."""
     size = Size(**{name: getattr(options, name) for name in vars(Size())})
-    data = Data.of(text(options.text), torch.device(options.device))
+    data = load(options.text, options.device)
     print(f"{len(data.train)} bytes to train on, {len(data.validation)} to validate", flush=True)
     command = report.command_line("examples/train.py", words, ("--folder", "--page", "--commit"))
     document = report.Report("training", command, report.environment(options.commit), 0.0, [])
     path = report.free_path(options.folder, report.file_name(document.document()))
-    runs = itertools.product(range(options.seeds), options.recipe or RECIPES)
-    for row in itertools.chain.from_iterable(
-        train(name, seed, data, size, options.compile, 0.0 if RECIPES[name] is None else options.finish)
-        for seed, name in runs
-    ):
+    runs = list(itertools.product(range(options.seeds), options.recipe or RECIPES))
+    for row in itertools.chain.from_iterable(_rows(options, size, runs)):
         document.rows.append({"text": options.text, **row})
         report.write(document.document(), path)
         print(f"{row['recipe']:32} seed {row['seed']}: {row['train_loss']:.4f}, validation {row['val_loss']:.4f}, "

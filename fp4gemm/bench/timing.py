@@ -29,7 +29,7 @@ _MAX_EAGER_CALLS = 200  # below the launch queue's depth, and a bound on the tim
 _WARM_SAMPLES = 50  # a fifth of a second, in which an idle GPU reaches its clocks
 SETTLE_S = 0.15  # behind large products times are up to a fifth longer, for about 0.1 s
 TURN_S = 0.1  # after which a candidate's clock follows from its own power, and no longer from that of the one before
-_TURN_SAMPLES = 3
+_TURN_SAMPLES = 4
 _L2_BYTES = 60 << 20  # where the driver does not say
 
 
@@ -169,11 +169,12 @@ def in_turns(samplers: Mapping[_Name, Sampler], repeats: int, turn_s: float = TU
 
 
 def compare(
-    candidates: Mapping[str, Sequence[Call]], mode: str, repeats: int, own_clocks: bool = False
-) -> dict[str, float]:
+    candidates: Mapping[str, Sequence[Call]], mode: str, repeats: int, own_clocks: bool = False,
+    settle_s: float = SETTLE_S,
+) -> dict[str, float]:  # fmt: skip
     """Microseconds per call of every candidate, measured in one process: interleaved, or each at its own clock."""
-    measure = in_turns if own_clocks else interleave
-    return measure({name: sampler(mode, calls) for name, calls in candidates.items()}, repeats)
+    samplers = {name: sampler(mode, calls) for name, calls in candidates.items()}
+    return in_turns(samplers, repeats) if own_clocks else interleave(samplers, repeats, settle_s)
 
 
 def copies_of(nbytes: int) -> list[Call]:

@@ -183,7 +183,7 @@ def on_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     """Suites run their calls once on the CPU and report invented times: 2 us for what is measured, 1 us for others."""
 
     def compare(
-        candidates: dict[str, list[timing.Call]], mode: str, repeats: int, own_clocks: bool = False
+        candidates: dict[str, list[timing.Call]], mode: str, repeats: int, own_clocks: bool = False, settle_s: float = 0
     ) -> dict[str, float]:
         for calls in candidates.values():
             assert len(calls) == 2
