@@ -55,7 +55,7 @@ def _groups(arch: str) -> list[KernelSpec]:
     per_token = (arch, "bf16", "amax", "te_per_token")
     per_row = (arch, "bf16", "per_row", "te_per_token", "128x4")
     ctas = 2 if arch == "sm_120a" else 4
-    noisy = 3 if arch == "sm_100a" else ctas
+    noisy = min(ctas, 3)
     return [
         GroupSpec(QuantizeSpec(*per_row, 128, 4, 4)),
         GroupSpec(QuantizeSpec(*per_row, 128, 4, 4), uniform=True),

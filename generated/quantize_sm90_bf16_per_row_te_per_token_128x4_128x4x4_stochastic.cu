@@ -8,6 +8,6 @@ using Config = QuantizeConfig<Bf16, TePerToken, Scales128x4, Scaling::kPerRow,
 
 extern "C" __device__ int fp4gemm_meta[6] = {Config::kCta, 1, 1, 1, 0, sizeof(Config::Arguments)};
 
-extern "C" __global__ void __launch_bounds__(Config::kCta, Config::kCtasOfSm) quantize(const __grid_constant__ Config::Arguments args) {
+extern "C" __global__ void __launch_bounds__(Config::kCta, 2) quantize(const __grid_constant__ Config::Arguments args) {
   RowQuantizer<Config>(args).run();
 }

@@ -184,7 +184,7 @@ def group_tile_spec(
         arch, dtype, scaling, convention, rows, columns, hadamard, stochastic, False, vectorized
     )  # fmt: skip
     # Would spill registers: what a member is takes some.
-    if stochastic and (not hadamard or arch == "sm_100a") and spec.ctas > 1:
+    if stochastic and (not hadamard or arch != "sm_120a") and spec.ctas > 1:
         spec = replace(spec, ctas=spec.ctas - 1)
     return GroupSpec(replace(spec, gradient=gradient))
 

@@ -67,6 +67,14 @@ class QuantizeSpec:
         return not (self.stochastic or self.adaptive or self.residual or self.gathered or self.noop or self.producer)
 
     @property
+    def least_ctas(self) -> int | None:
+        """Of an SM, that the compiler leaves registers for; only where it would take too many, or spill a few."""
+        cta = self.threads * self.rows
+        if self.arch == "sm_90a" and (cta == 512 or (self.plain and (self.blocks, cta) == (4, 256))):
+            return 1024 // cta
+        return 1 if self.arch == "sm_120a" and self.stochastic and cta == 512 else None
+
+    @property
     def name(self) -> str:
         shape = f"{self.threads}x{self.blocks}x{self.rows}"
         flags = ("" if self.vectorized else "_scalar") + ("" if self.resident else "_stream")

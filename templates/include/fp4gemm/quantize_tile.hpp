@@ -93,6 +93,7 @@ template <class Config, class Place = TilePlace> class TileQuantizer {
   using Element = typename Tile::Value;
   using Convention = typename Config::Convention;
   using Outer = typename Convention::Outer;
+  using Rounding = typename RoundingOf<Config::kStochastic>::Type;
   static constexpr int kScaleBytes = kTile * kTileBlocks;
 
   TileView const& view_;
@@ -254,24 +255,24 @@ template <class Config, class Place = TilePlace> class TileQuantizer {
     float bmax = -1.0f;
     if constexpr (Config::kSquare)
       bmax = __int_as_float(kColumn ? *square(block, line / kBlock) : *square(line / kBlock, block));
+    Rounding rounding;  // first, as it is small: what is made after it need not live beside Philox's state
+    if constexpr (Config::kStochastic)
+      rounding.noise = philox_block_of([this](int round) { return keys()[round]; }, number);
     if constexpr (kColumn && Config::kHadamard) {
       auto const sums = HadamardSums::of<Element>(x, options_.hadamard);
-      return encode_values<Fp32, true>(sums.block(), sums.amax(), bmax, kColumn, level, line, number);
+      return encode_values<Fp32, true>(sums.block(), sums.amax(), bmax, kColumn, level, line, rounding);
     } else {
-      return encode_values<Element, false>(x, Element::amax(x), bmax, kColumn, level, line, number);
+      return encode_values<Element, false>(x, Element::amax(x), bmax, kColumn, level, line, rounding);
     }
   }
 
   // kHadamard: of kHadamardFactor times x. `level` is made for that: products are exact, or so small that codes are 0.
   template <class Values, bool kHadamard> __device__ Encoded encode_values(typename Values::Block const& x, float amax,
                                                                            float square_amax, int side, float2 level,
-                                                                           int line, int64_t number) const {
+                                                                           int line, Rounding const& rounding) const {
     using Quick = QuickScales<Convention>;
     auto const scale = Quick::scale(level, Config::kSquare ? square_amax : amax);
     auto const divider = Quick::divider(level, scale);
-    typename RoundingOf<Config::kStochastic>::Type rounding;
-    if constexpr (Config::kStochastic)
-      rounding.noise = philox_block_of([this](int round) { return keys()[round]; }, number);
     // False for NaN, too.
     if (!(divider.quotient(amax) < kQuickLimit && Quick::ok(level)))
       return encode_slowly<Values, Convention, kHadamard>(x, square_amax, levels(side)[line], rounding);
