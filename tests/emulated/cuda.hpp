@@ -214,15 +214,6 @@ inline float __fadd_rn(float a, float b) { return a + b; }
 inline float __fdiv_rn(float a, float b) { return a / b; }
 inline float __fsqrt_rn(float v) { return std::sqrt(v); }
 inline float __fmaf_rn(float a, float b, float c) { return std::fma(a, b, c); }
-// fma(a, b, c) rounded down; sums of doubles and their error are exact here.
-inline float __fmaf_rd(float a, float b, float c) {
-  double const product = static_cast<double>(a) * b, sum = product + c, part = sum - product;
-  double const error = (product - (sum - part)) + (c - part);
-  auto rounded = static_cast<float>(sum);
-  if (rounded > sum || (rounded == sum && error < 0)) rounded = std::nextafter(rounded, -INFINITY);
-  return rounded;
-}
-inline float __fadd_rd(float a, float b) { return __fmaf_rd(a, 1.0f, b); }
 inline uint32_t __vimax3_u32(uint32_t a, uint32_t b, uint32_t c) { return std::max(a, std::max(b, c)); }
 inline uint32_t __vimin3_u32(uint32_t a, uint32_t b, uint32_t c) { return std::min(a, std::min(b, c)); }
 inline uint32_t __funnelshift_l(uint32_t low, uint32_t high, int n) {

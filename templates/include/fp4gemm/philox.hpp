@@ -64,7 +64,7 @@ __device__ __forceinline__ uint32_t stochastic_code(float magnitude, uint32_t by
   uint32_t const by_half = static_cast<uint32_t>(magnitude * 512.0f);
   uint32_t const by_one = static_cast<uint32_t>(magnitude * 256.0f) + 512;
   uint32_t const by_two = static_cast<uint32_t>(magnitude * 128.0f) + 1024;
-  return __vimin3_u32(by_half, by_one, by_two) + byte >> 8;
+  return (__vimin3_u32(by_half, by_one, by_two) + byte) >> 8;
 }
 
 // Places of two magnitudes, times kPlaceUnit, in 1/512 of a code, rounded down, as the halves of a word. The bits of an fp16
@@ -85,8 +85,8 @@ __device__ __forceinline__ uint32_t stochastic_four(Magnitude const& magnitude, 
     return (places_among_codes(magnitude(i), magnitude(i + 2)) >> 1) + bytes;
   };
   uint32_t const even = raised(first, noise & 0x00FF00FFu), odd = raised(first + 1, gather_bytes(noise, 0, 0x4341));
-  uint32_t
-      codes;  // odd ones where the mask is 1, else even ones; not from C++, where each would have a mask of its own
+  // Odd ones where the mask is 1, else even ones; the compiler would give each a mask of its own.
+  uint32_t codes;
   asm("lop3.b32 %0, %1, %2, 0xF000F000, 0xE4;" : "=r"(codes) : "r"(odd << 4), "r"(even));
   return codes;
 }

@@ -65,9 +65,8 @@ template <> struct QuickScales<Te> : QuickTeScales<Te> {
     return in_range(encode) ? float2{__fmul_rn(encode, kSixth), __fdiv_rn(1.0f, encode)}
                             : float2{not_a_number(), not_a_number()};
   }
-  // A scale of 0 gives Inf, and the slow path.
   __device__ static MultiplyBy divider(float2 line, uint16_t scale) {
-    return {__fdiv_rn(1.0f, __fmul_rn(from_e4m3_pair(scale), line.y))};
+    return {fminf(__fdiv_rn(1.0f, __fmul_rn(from_e4m3_pair(scale), line.y)), kFloatMax)};  // zeros stay zeros
   }
   __device__ static float2 of_larger(float2 line, float factor) { return {line.x / factor, line.y * factor}; }
 };
