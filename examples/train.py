@@ -29,7 +29,7 @@ import sys
 import sysconfig
 import time
 from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -396,12 +396,17 @@ def _list_of_run(*run: Any) -> list[dict[str, Any]]:
 def _rows(
     options: argparse.Namespace, size: Size, runs: Sequence[tuple[int, str]]
 ) -> Iterator[Iterable[dict[str, Any]]]:
-    """Of each run in this order, which may go on in processes of their own."""
+    """Of each run, in this order, or where they go on in processes of their own as they end."""
     if options.jobs == 1:
         yield from (_rows_of_run(options, size, *run) for run in runs)
         return
     with ProcessPoolExecutor(options.jobs, multiprocessing.get_context("spawn")) as pool:
-        yield from (future.result() for future in [pool.submit(_list_of_run, options, size, *run) for run in runs])
+        try:
+            for future in as_completed([pool.submit(_list_of_run, options, size, *run) for run in runs]):
+                yield future.result()
+        except BaseException:
+            pool.shutdown(cancel_futures=True)
+            raise
 
 
 def run(options: argparse.Namespace, words: Sequence[str]) -> Path:

@@ -106,7 +106,7 @@ def grouped_candidates(experts: int, tokens: int, n: int, k: int, sms: int) -> l
     return specs
 
 
-Measured = dict[table.Choice, float]  # microseconds of every kernel that was tried for one product
+Measured = dict[table.Choice, float]  # microseconds of the kernels that are near the fastest for one product
 
 
 def tune(shapes: Sequence[tuple[int, int]], sizes: Sequence[int]) -> Iterator[Measured]:
@@ -130,7 +130,7 @@ def tune_grouped(
     experts: int, n: int, k: int, sizes: Sequence[int], counts: Callable[[int], Sequence[int]] | None = None
 ) -> Iterator[tuple[int, dict[tuple[int, ...], float]]]:
     """For so many tokens of an expert each, or those that ``counts`` makes of that mean: microseconds of each grouped
-    candidate's configuration, measured as in :func:`tune`."""
+    candidate's configuration, launched behind the node in front and sampled in turn."""
     device = torch.cuda.current_device()
     sms = torch.cuda.get_device_properties(device).multi_processor_count
     _build({spec for tokens in sizes for spec in grouped_candidates(experts, tokens, n, k, sms)})

@@ -1,4 +1,5 @@
-"""How time is measured: cold rotating inputs, CUDA-graph or eager samples, candidates interleaved, medians."""
+"""How time is measured: cold rotating inputs, CUDA-graph or eager samples, candidates interleaved or
+each at its own clock, medians."""
 
 from __future__ import annotations
 

@@ -92,7 +92,7 @@ __device__ __forceinline__ uint2 encode_block(typename Element::Block const& x, 
     float2 const line = Quick::line(Convention::level(outer));  // once for all blocks of a line
     auto const divider = Quick::divider(line, scale);
     // As bits: those of NaN and of what is flagged, whose sign is set, are larger.
-    if (__float_as_uint(divider.quotient(amax)) < __float_as_uint(kQuickLimit) && Quick::ok(line))
+    if (__float_as_uint(divider.quotient(amax)) < __float_as_uint(kQuickLimit) && Quick::ok(line, amax))
       return {encode_half<Element>(x, 0, divider, rounding), encode_half<Element>(x, 1, divider, rounding)};
     return encode_any<Element>(x, Convention::divider(outer, scale), rounding);
   }

@@ -33,7 +33,8 @@ template <class Config, int kStages = 1> class RowQuantizer {
   bool const real_;  // false for a row that exists only as scale-factor padding
 
  public:
-  // A tiled layout scatters the scales of one row in words of four; the rows of a CTA together fill whole chunks.
+  // A tiled layout scatters the scales of one row in words of four; the rows of a CTA together fill whole chunks, or
+  // halves of them.
   static constexpr bool kStaged =
       Scales::kTiled && Config::kRows % (kPairs ? 2 : 4) == 0 && (!kPairs || Config::kResident);
 

@@ -274,7 +274,7 @@ template <class Config, class Place = TilePlace> class TileQuantizer {
     auto const scale = Quick::scale(level, Config::kSquare ? square_amax : amax);
     auto const divider = Quick::divider(level, scale);
     // False for NaN, too.
-    if (!(divider.quotient(amax) < kQuickLimit && Quick::ok(level)))
+    if (!(divider.quotient(amax) < kQuickLimit && Quick::ok(level, amax)))
       return encode_slowly<Values, Convention, kHadamard>(x, square_amax, levels(side)[line], rounding);
     return {{encode_half<Values>(x, 0, divider, rounding), encode_half<Values>(x, 1, divider, rounding)}, scale};
   }

@@ -26,7 +26,10 @@ __device__ __forceinline__ float approximate_reciprocal(float v) {
 template <class Convention> struct QuickScales {
   using Outer = typename Convention::Outer;
   __device__ static float2 line(float level) { return {level, level}; }
-  __device__ static bool ok(float2 line) { return line.x >= 0x1p-90f && line.x <= 0x1p90f; }
+  // Nor are all products of a power of two where a block is next to nothing, but nothing.
+  __device__ static bool ok(float2 line, float amax) {
+    return line.x >= 0x1p-90f && line.x <= 0x1p90f && (amax >= 0x1p-120f || amax == 0.0f);
+  }
   __device__ static uint8_t scale(float2 line, float amax) {
     return Convention::block_scale(Outer{line.x, 0.0f}, amax);
   }
@@ -38,7 +41,7 @@ template <class Convention> struct QuickScales {
 template <class Convention> struct QuickTeScales {
   // Quotients and remainders of S and block scales then are far from the ends of the exponents.
   __device__ static bool in_range(float encode) { return encode >= 0x1p-90f && encode <= 0x1p90f; }
-  __device__ static bool ok(float2) { return true; }
+  __device__ static bool ok(float2, float) { return true; }
   __device__ static float not_a_number() { return __uint_as_float(0x7FC00000u); }
   // Of NaN it is NaN, and so is then the divider.
   __device__ static uint16_t scale(float2 line, float amax) { return to_e4m3_pair(__fmul_rn(amax, line.x)); }
@@ -65,8 +68,9 @@ template <> struct QuickScales<Te> : QuickTeScales<Te> {
     return in_range(encode) ? float2{__fmul_rn(encode, kSixth), __fdiv_rn(1.0f, encode)}
                             : float2{not_a_number(), not_a_number()};
   }
+  // A scale of 0 gives Inf, and the slow path.
   __device__ static MultiplyBy divider(float2 line, uint16_t scale) {
-    return {fminf(__fdiv_rn(1.0f, __fmul_rn(from_e4m3_pair(scale), line.y)), kFloatMax)};  // zeros stay zeros
+    return {__fdiv_rn(1.0f, __fmul_rn(from_e4m3_pair(scale), line.y))};
   }
   __device__ static float2 of_larger(float2 line, float factor) { return {line.x / factor, line.y * factor}; }
 };
