@@ -26,7 +26,7 @@ __device__ __forceinline__ float approximate_reciprocal(float v) {
 template <class Convention> struct QuickScales {
   using Outer = typename Convention::Outer;
   __device__ static float2 line(float level) { return {level, level}; }
-  // Nor are all products of a power of two where a block is next to nothing, but nothing.
+  // Nor for a block next to nothing, whose values times a power of two would not be exact.
   __device__ static bool ok(float2 line, float amax) {
     return line.x >= 0x1p-90f && line.x <= 0x1p90f && (amax >= 0x1p-120f || amax == 0.0f);
   }
