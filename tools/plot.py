@@ -79,6 +79,7 @@ def _options(row: Row) -> str:
 _LINES = {  # colour, line style and marker of each curve
     sweep.OURS: (_OURS, "-", "o"),
     sweep.OURS_PDL: (_OURS, "--", ""),
+    sweep.OURS_SUSTAINED: (_OURS, ":", "x"),
     sweep.PEER: ("#d55e00", "-", "s"),
     sweep.LIMIT: ("black", ":", ""),
 }

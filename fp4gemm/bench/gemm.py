@@ -2,7 +2,8 @@
 
 The sweep multiplies bf16 activations by prepacked weights (W4A16: `gemm`) and quantizes the activations on the way
 (W4A4: `quantize_gemm`; its GEMM reads activations that are exact in bf16, so it is the kernel of `gemm`). All
-candidates of a problem are timed in turn, in one process.
+candidates of a problem are timed in one process: in `graph` in turns of 2 ms, so that they share the clock that the
+power limit leaves them, as the kernels of a model do; in `sustained` each at the clock that it has for itself.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ QUICK_SHAPES, QUICK_SIZES = SHAPES[:1], (1, 64, 1024)
 PACKED = ((8192, 8192, 8192), (4096, 4096, 4096), (1024, 8192, 8192))  # M, N, K of gemm(a4, b4)
 VARIED = ((16, 8192, 8192), (1024, 8192, 8192))  # of the variants
 GRAPH, GRAPH_PDL, EAGER = "graph", "graph_pdl", "eager"  # graph_pdl: dependent launches between consecutive calls
+SUSTAINED = "sustained"  # plain graphs, each candidate for 0.2 s by itself before it is timed
 _GIVEN_UP_TO = 64  # M: with a given outer scale, small products quantize inside the GEMM kernel
 _GIVEN = 1.0 / 512  # a decode multiplier that suits N(0, 1): amax about 5.2 = 512 / 2688 * 5.2 of the range
 _PEER_ERROR = 1e-2  # more than twice what humming shows when it is called as it should be
@@ -88,11 +90,12 @@ def _sweep_rows(M: int, N: int, K: int, make: MakeWeights, repeats: int) -> list
     }
     errors = {name: rel_error(calls[0](), inputs[name], problem.weights) for name, calls in ours.items()}
     yardsticks = _yardsticks(problem)
-    us = times({GRAPH: ours | yardsticks, GRAPH_PDL: ours}, repeats) | times({EAGER: ours | yardsticks}, repeats)
+    us = times({GRAPH: ours | yardsticks, GRAPH_PDL: ours}, repeats)
+    us |= times({SUSTAINED: ours | yardsticks}, repeats) | times({EAGER: ours | yardsticks}, repeats)
     moved = nbytes(problem.x[0], problem.weights.packed[0]) + 2 * M * N
     rows = []
-    for mode in (GRAPH, GRAPH_PDL, EAGER):
-        others = {name: us[EAGER if mode == EAGER else GRAPH, name] for name in yardsticks}
+    for mode in (GRAPH, GRAPH_PDL, SUSTAINED, EAGER):
+        others = {name: us[GRAPH if mode == GRAPH_PDL else mode, name] for name in yardsticks}
         for name in ours:
             op, _, outer_scale = name.partition(" ")
             row = _row(op, (M, N, K), "bf16", mode, us[mode, name], others, moved) | {"rel_error": errors[name]}
@@ -120,7 +123,7 @@ def _packed_rows(M: int, N: int, K: int, make: MakeWeights, repeats: int) -> lis
     error = {"rel_error": rel_error(calls[0](), a4, problem.weights)}
     moved = nbytes(a4, problem.weights.packed[0]) + 2 * M * N
     rows = []
-    for mode in (GRAPH, EAGER):
+    for mode in (GRAPH, SUSTAINED, EAGER):
         us = times({mode: {"gemm": calls, "cublas_bf16": problem.cublas()}}, repeats)
         others = {"cublas_bf16": us[mode, "cublas_bf16"]}
         rows.append(_row("gemm", (M, N, K), "nvfp4", mode, us[mode, "gemm"], others, moved) | error)
@@ -144,11 +147,11 @@ def _variant_rows(M: int, N: int, K: int, make: MakeWeights, repeats: int) -> li
 
 
 def times(candidates: Mapping[str, Candidates], repeats: int) -> Times:
-    """Median time of every candidate of every mode, each at its own clock, or interleaved where the CPU takes part."""
+    """Median time of every candidate of every mode: in turn, or, sustained, each at its own clock."""
     samplers = {
         (mode, name): _sampler(mode, calls) for mode, by_name in candidates.items() for name, calls in by_name.items()
     }
-    return timing.interleave(samplers, repeats) if EAGER in candidates else timing.in_turns(samplers, repeats)
+    return timing.in_turns(samplers, repeats) if SUSTAINED in candidates else timing.interleave(samplers, repeats)
 
 
 def _sampler(mode: str, calls: Sequence[Call]) -> timing.Sampler:

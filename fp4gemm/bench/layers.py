@@ -65,12 +65,9 @@ def _row(op: str, M: int, N: int, K: int, layout: str, options: Mapping[str, obj
 
 
 def _measured(row: Row, ours: Sequence[Call], others: Mapping[str, Sequence[Call]], config: Config) -> list[Row]:
-    """The row in every mode. What is mostly matrix products is timed at its own clock, but for eager calls."""
-    products = row["op"] in ("gemm", "forward", "backward")
     rows = []
     for mode in timing.MODES:
-        own_clocks = products and mode == "graph"
-        us = timing.compare({"fp4gemm": ours, **others}, mode, config.repeats, own_clocks)
+        us = timing.compare({"fp4gemm": ours, **others}, mode, config.repeats)
         rows.append({**row, "mode": mode, "us": us["fp4gemm"], "vs_us": {name: us[name] for name in others}})
     return rows
 

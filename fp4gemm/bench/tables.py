@@ -316,7 +316,7 @@ def _speedup_table(rows: Sequence[Row]) -> Table | None:
         else ""
     )
     title = "Speed-up over cuBLAS bf16: bf16 activations [M, K] · NVFP4 weights [N, K], CUDA graphs"
-    order = (sweep.OURS, sweep.OURS_PDL, sweep.PEER, sweep.LIMIT)
+    order = (sweep.OURS, sweep.OURS_PDL, sweep.OURS_SUSTAINED, sweep.PEER, sweep.LIMIT)
     return _curve_table(title, sweep.speedups(rows), order, lambda ratio: f"{ratio:.2f}", note)
 
 

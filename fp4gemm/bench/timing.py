@@ -29,7 +29,9 @@ _EAGER_US = 4 * _SAMPLE_US  # the CPU's share of the first call, tens of microse
 _MAX_EAGER_CALLS = 200  # below the launch queue's depth, and a bound on the time of one sample
 _WARM_SAMPLES = 50  # a fifth of a second, in which an idle GPU reaches its clocks
 SETTLE_S = 0.15  # behind large products times are up to a fifth longer, for about 0.1 s
-TURN_S = 0.1  # after which a candidate's clock follows from its own power, and no longer from that of the one before
+TURN_S = (
+    0.2  # behind a large product a lighter one gains clock for 0.1 to 0.15 s, until it has what its own power leaves
+)
 _TURN_SAMPLES = 4
 _L2_BYTES = 60 << 20  # where the driver does not say
 
@@ -170,12 +172,11 @@ def in_turns(samplers: Mapping[_Name, Sampler], repeats: int, turn_s: float = TU
 
 
 def compare(
-    candidates: Mapping[str, Sequence[Call]], mode: str, repeats: int, own_clocks: bool = False,
-    settle_s: float = SETTLE_S,
-) -> dict[str, float]:  # fmt: skip
-    """Microseconds per call of every candidate, measured in one process: interleaved, or each at its own clock."""
+    candidates: Mapping[str, Sequence[Call]], mode: str, repeats: int, settle_s: float = SETTLE_S
+) -> dict[str, float]:
+    """Microseconds per call of every candidate, measured in turn in one process."""
     samplers = {name: sampler(mode, calls) for name, calls in candidates.items()}
-    return in_turns(samplers, repeats) if own_clocks else interleave(samplers, repeats, settle_s)
+    return interleave(samplers, repeats, settle_s)
 
 
 def copies_of(nbytes: int) -> list[Call]:

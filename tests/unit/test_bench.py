@@ -168,7 +168,7 @@ def test_a_turn_begins_with_samples_that_do_not_count(monkeypatch: pytest.Monkey
                 last[0] = (name, now[0])
                 order.append(name)
             now[0] += 0.03
-            return us if now[0] - last[0][1] > 0.1 else 2 * us
+            return us if now[0] - last[0][1] > timing.TURN_S else 2 * us
 
         return sample
 
@@ -183,7 +183,7 @@ def on_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     """Suites run their calls once on the CPU and report invented times: 2 us for what is measured, 1 us for others."""
 
     def compare(
-        candidates: dict[str, list[timing.Call]], mode: str, repeats: int, own_clocks: bool = False, settle_s: float = 0
+        candidates: dict[str, list[timing.Call]], mode: str, repeats: int, settle_s: float = 0
     ) -> dict[str, float]:
         for calls in candidates.values():
             assert len(calls) == 2

@@ -17,7 +17,7 @@ from fp4gemm import launch, report, select
 from fp4gemm.bench import common, gemm, humming, problem, sweep, tables, timing
 
 US = {"cublas_bf16": 6.0, "dequantize_cublas": 12.0, "humming": 3.0, "gemm": 2.0}  # graphs; others 2.5
-MODES = ("graph", "graph_pdl", "eager")
+MODES = ("graph", "graph_pdl", "sustained", "eager")
 
 
 def exact_product(x: torch.Tensor, w: fp4gemm.FP4Tensor) -> torch.Tensor:
@@ -64,16 +64,21 @@ def on_cpu(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, bool]]:
         return lambda: 0.0
 
     def interleave(samplers: Mapping[tuple[str, str], timing.Sampler], repeats: int) -> dict[tuple[str, str], float]:
+        assert all(mode != "sustained" for mode, _ in samplers)
         return {
             (mode, name): US.get(name, 2.5) * (10 if mode == "eager" else 0.5 if mode == "graph_pdl" else 1)
             for mode, name in samplers
         }
 
+    def in_turns(samplers: Mapping[tuple[str, str], timing.Sampler], repeats: int) -> dict[tuple[str, str], float]:
+        assert all(mode == "sustained" for mode, _ in samplers)
+        return {(mode, name): US.get(name, 2.5) * 3 for mode, name in samplers}
+
     monkeypatch.setattr(timing, "DEVICE", "cpu")
     monkeypatch.setattr(timing, "rotation", lambda nbytes: 2)
     monkeypatch.setattr(timing, "sampler", sampler)
     monkeypatch.setattr(timing, "interleave", interleave)
-    monkeypatch.setattr(timing, "in_turns", interleave)
+    monkeypatch.setattr(timing, "in_turns", in_turns)
     monkeypatch.setattr(launch, "programmatic", programmatic, raising=False)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     monkeypatch.setattr(select, "gpu_of", lambda device: ("NVIDIA H200", 132))
@@ -136,7 +141,7 @@ def test_sweep(on_cpu: list[tuple[str, bool]], peer: type[FakePeer]) -> None:
         *((1, "gemm", None), (1, "quantize_gemm", "amax"), (1, "quantize_gemm", "given")),
         *((96, "gemm", None), (96, "quantize_gemm", "amax")),
     ]
-    assert len(rows) == 2 * 3 * 5  # shapes, modes, the above
+    assert len(rows) == 2 * 4 * 5  # shapes, modes, the above
     assert all(0 < row["rel_error"] < 4e-3 for row in rows)  # the cast to bf16
     assert {row["mode"] for row in rows} == set(MODES)
     first = ops[1, "gemm", None]
@@ -148,11 +153,11 @@ def test_sweep(on_cpu: list[tuple[str, bool]], peer: type[FakePeer]) -> None:
 @pytest.mark.usefixtures("on_cpu", "peer")
 def test_ratios_take_their_yardstick_from_the_right_mode() -> None:
     for row in sweep_rows():
-        eager = 10 if row["mode"] == "eager" else 1
+        slower = {"eager": 10, "sustained": 3}.get(row["mode"], 1)
         assert row["vs_us"] == {
-            name: US[name] * eager for name in ("cublas_bf16", "dequantize_cublas", "humming")
+            name: US[name] * slower for name in ("cublas_bf16", "dequantize_cublas", "humming")
         }  # cuBLAS has no dependent launches: its plain graph time counts
-        ours = (US["gemm"] if row["op"] == "gemm" else 2.5) * (0.5 if row["mode"] == "graph_pdl" else eager)
+        ours = (US["gemm"] if row["op"] == "gemm" else 2.5) * (0.5 if row["mode"] == "graph_pdl" else slower)
         assert row["us"] == ours
         assert row["ratio"] == pytest.approx(row["vs_us"]["cublas_bf16"] / ours)
         assert row.get("quantize_cost") == (None if row["op"] == "gemm" else 1.25)
@@ -164,7 +169,7 @@ def test_without_humming_nothing_is_said_of_it() -> None:
     assert all("humming" not in row["vs_us"] for row in rows)
     (speedup, costs, listed) = tables.of("gemm", rows)
     assert speedup.note == ""
-    assert [cells[1] for cells in speedup.rows] == [sweep.OURS, sweep.OURS_PDL, sweep.LIMIT]
+    assert [cells[1] for cells in speedup.rows] == [sweep.OURS, sweep.OURS_PDL, sweep.OURS_SUSTAINED, sweep.LIMIT]
     assert [cells[1:] for cells in costs.rows] == [("amax", "+25%"), ("given", "+25%")]
     assert "humming-kernels, us" not in listed.columns
 
@@ -205,7 +210,7 @@ def test_packed_operands_and_variants(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gemm, "VARIED", ((16, 48, 64),))
     rows = rows_of(common.Config())
     packed = [row for row in rows if row["a"] == "nvfp4"]
-    assert [(row["mode"], row["ratio"]) for row in packed] == [("graph", 3.0), ("eager", 3.0)]
+    assert [(row["mode"], row["ratio"]) for row in packed] == [(mode, 3.0) for mode in ("graph", "sustained", "eager")]
     assert packed[0]["bytes"] == 96 * 32 + 128 * 4 + 96 * 4 + 2304 + 4 + 2 * 96 * 48  # 128x4 scales: 128 rows
     varied = {row["epilogue"]: row for row in rows if row["epilogue"] != "rowcol"}
     assert set(varied) == {"rowcol_bias", "rowcol_fp32"}
