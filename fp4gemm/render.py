@@ -9,7 +9,8 @@ from typing import Any
 import jinja2
 
 from fp4gemm import epilogue
-from fp4gemm.spec import GemmSpec, KernelSpec, PackedCollectiveSpec, check
+from fp4gemm.formats import RECIPE_SIGNS
+from fp4gemm.spec import ANY_SIGNS, GemmSpec, KernelSpec, PackedCollectiveSpec, check
 
 _ELEMENTS = {"bf16": "Bf16", "fp16": "Fp16", "fp32": "Fp32"}
 _FILTERS: dict[str, dict[Any, str]] = {
@@ -29,6 +30,7 @@ _FILTERS: dict[str, dict[Any, str]] = {
         "rmsnorm": "kRmsNorm",
         "add_rmsnorm": "kAddRmsNorm",
     },
+    "signs": {None: "kNoHadamard", ANY_SIGNS: "kAnySigns", RECIPE_SIGNS: f"0x{RECIPE_SIGNS:04X}"},
     "gradient": {
         "relu": "kDRelu",
         "relu2": "kDRelu2",

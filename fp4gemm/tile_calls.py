@@ -133,7 +133,7 @@ def quantize_values(
 @lru_cache(maxsize=1024)
 def _quantizer(
     device: int, dtype: torch.dtype, scaling: str, convention: str, rows: str | None, columns: str | None,
-    hadamard: bool, stochastic: bool, square: bool, vectorized: bool,
+    hadamard: int | None, stochastic: bool, square: bool, vectorized: bool,
 ) -> Launcher:  # fmt: skip
     arch, name = select.arch_of(device), select.INPUT_NAMES[dtype]
     flags = (hadamard, stochastic, square, vectorized)
@@ -155,7 +155,7 @@ def quantize_into(
     launch = _quantizer(
         x.device.index, x.dtype, "given" if given else "amax", convention,
         None if rows is None else rows.sf_layout, None if columns is None else columns.sf_layout,
-        hadamard is not None, seed is not None, square, vectorized(x),
+        select.known_signs(hadamard), seed is not None, square, vectorized(x),
     )  # fmt: skip
     launch((tiles(x), 1, 1), stream, *quantize_values(x, rows, columns, hadamard, seed, noop))
 
@@ -170,7 +170,7 @@ def amax_values(
 
 @lru_cache(maxsize=64)
 def _amax(
-    device: int, dtype: torch.dtype, rows: bool, columns: bool, hadamard: bool, vectorized: bool, sums: bool
+    device: int, dtype: torch.dtype, rows: bool, columns: bool, hadamard: int | None, vectorized: bool, sums: bool
 ) -> Launcher:  # fmt: skip
     arch, name = select.arch_of(device), select.INPUT_NAMES[dtype]
     return Launcher(select.tile_amax_spec(arch, name, rows, columns, hadamard, vectorized, sums), TILE_AMAX_ARGUMENTS)
@@ -193,7 +193,8 @@ def amax(
     by_column = columns or transformed or sums
     partial = x.new_empty((-(-m // TILE), k), dtype=torch.float32) if sums else None
     device, stream = x.device.index, torch._C._cuda_getCurrentRawStream(x.device.index)
-    launch = _amax(device, x.dtype, rows or tensor, by_column, by_column and hadamard is not None, vectorized(x), sums)
+    transform = select.known_signs(hadamard) if by_column else None
+    launch = _amax(device, x.dtype, rows or tensor, by_column, transform, vectorized(x), sums)
     launch((tiles(x), 1, 1), stream, *amax_values(x, wanted, hadamard, partial))
     shapes = ((m,), (k,), (), ())
     found = [part.view(shape) for part, shape in zip(wanted, shapes, strict=True) if part is not None]

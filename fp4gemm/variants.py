@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from fp4gemm.formats import METRICS, NORMS, PRODUCERS, SF_LAYOUTS
+from fp4gemm.formats import METRICS, NORMS, PRODUCERS, RECIPE_SIGNS, SF_LAYOUTS
 from fp4gemm.spec import (
     ARCHS,
     AmaxSpec,
@@ -41,12 +41,12 @@ def _tiles(arch: str) -> list[KernelSpec]:
     ctas = 2 if arch == "sm_120a" else 4
     return [
         TileQuantizeSpec(*per_token, "128x4", "128x4", ctas=ctas),
-        TileQuantizeSpec(*per_token, "128x4", "128x4", hadamard=True, stochastic=True, ctas=ctas),
+        TileQuantizeSpec(*per_token, "128x4", "128x4", hadamard=RECIPE_SIGNS, stochastic=True, ctas=ctas),
         TileQuantizeSpec(*per_token, None, "128x4", ctas=ctas),
         TileQuantizeSpec(arch, "bf16", "amax", "te", "128x4", "128x4", square=True, ctas=ctas),
         TileAmaxSpec(arch, "bf16", True, True, ctas=ctas),
-        TileAmaxSpec(arch, "bf16", True, True, True, ctas=ctas),
-        TileAmaxSpec(arch, "bf16", True, True, True, ctas=ctas, sums=True),
+        TileAmaxSpec(arch, "bf16", True, True, RECIPE_SIGNS, ctas=ctas),
+        TileAmaxSpec(arch, "bf16", True, True, RECIPE_SIGNS, ctas=ctas, sums=True),
     ]
 
 
@@ -60,8 +60,8 @@ def _groups(arch: str) -> list[KernelSpec]:
         GroupSpec(QuantizeSpec(*per_row, 128, 4, 4)),
         GroupSpec(QuantizeSpec(*per_row, 128, 4, 4), uniform=True),
         GroupSpec(QuantizeSpec(*per_row, 128, 2, 4, resident=False)),
-        GroupSpec(TileQuantizeSpec(*per_token, "128x4", "128x4", hadamard=True, stochastic=True, ctas=noisy)),
-        GroupSpec(TileAmaxSpec(arch, "bf16", True, True, True, ctas=ctas, sums=True)),
+        GroupSpec(TileQuantizeSpec(*per_token, "128x4", "128x4", hadamard=RECIPE_SIGNS, stochastic=True, ctas=noisy)),
+        GroupSpec(TileAmaxSpec(arch, "bf16", True, True, RECIPE_SIGNS, ctas=ctas, sums=True)),
         GroupSumsSpec(arch, 8),
     ]
 

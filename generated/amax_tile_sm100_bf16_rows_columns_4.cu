@@ -2,7 +2,7 @@
 #include "fp4gemm/amax_tile.hpp"
 
 using namespace fp4gemm;
-using Config = TileAmaxConfig<Bf16, true, true, false, true>;
+using Config = TileAmaxConfig<Bf16, true, true, kNoHadamard, true>;
 
 extern "C" __device__ int fp4gemm_meta[6] = {Config::kThreads, 1, 1, 1, Config::kSharedBytes, sizeof(TileAmaxArguments)};
 

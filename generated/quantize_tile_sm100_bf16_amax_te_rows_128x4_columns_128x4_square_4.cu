@@ -3,7 +3,7 @@
 
 using namespace fp4gemm;
 using Config = TileQuantizeConfig<Bf16, Te, Scales128x4, Scales128x4, false,
-                                  true, true, false, false, true, true>;
+                                  true, true, kNoHadamard, false, true, true>;
 
 extern "C" __device__ int fp4gemm_meta[6] = {Config::kThreads, 1, 1, 1, Config::kSharedBytes, sizeof(TileQuantizeArguments)};
 

@@ -3,7 +3,7 @@
 
 using namespace fp4gemm;
 using Config = TileQuantizeConfig<Bf16, TePerToken, LinearScales, Scales128x4, false,
-                                  false, true, false, false, false, true>;
+                                  false, true, kNoHadamard, false, false, true>;
 
 extern "C" __device__ int fp4gemm_meta[6] = {Config::kThreads, 1, 1, 1, Config::kSharedBytes, sizeof(TileQuantizeArguments)};
 

@@ -117,7 +117,7 @@ def _rows_kernel(
 @lru_cache(maxsize=1024)
 def _tile_kernel(
     device: int, dtype: torch.dtype, scaling: str, convention: str, rows: str | None, columns: str | None,
-    hadamard: bool, stochastic: bool, vectorized: bool, gradient: str | None,
+    hadamard: int | None, stochastic: bool, vectorized: bool, gradient: str | None,
 ) -> _Kernel:  # fmt: skip
     arch, name = select.arch_of(device), select.INPUT_NAMES[dtype]
     flags = (hadamard, stochastic, vectorized, gradient)
@@ -127,7 +127,7 @@ def _tile_kernel(
 
 @lru_cache(maxsize=64)
 def _amax_kernel(
-    device: int, dtype: torch.dtype, rows: bool, columns: bool, hadamard: bool, vectorized: bool, sums: bool,
+    device: int, dtype: torch.dtype, rows: bool, columns: bool, hadamard: int | None, vectorized: bool, sums: bool,
     gradient: str | None,
 ) -> _Kernel:  # fmt: skip
     arch, name = select.arch_of(device), select.INPUT_NAMES[dtype]
@@ -169,8 +169,8 @@ def _reduce(
     vectorized = group.alignment > 1
     by_column = bool(sizes[1] or sizes[3]) or args.dbias
     launch = _amax_kernel(
-        group.x.device.index, group.x.dtype, bool(sizes[0] or sizes[2]), by_column, transformed, vectorized, args.dbias,
-        args.gradient,
+        group.x.device.index, group.x.dtype, bool(sizes[0] or sizes[2]), by_column,
+        select.known_signs(hadamard) if transformed else None, vectorized, args.dbias, args.gradient,
     )  # fmt: skip
     addresses = (0 if t is None else t.data_ptr() for t in (*parts, partial))
     launch(_tiles(group), stream, *group_values(group), *addresses, *signs(hadamard or 0), not args.shared)
@@ -258,7 +258,7 @@ def _quantize_tiles(
     group = args.group
     kernel = _tile_kernel(
         group.x.device.index, group.x.dtype, "given" if any(t is not None for t in args.outer_scales) else "amax",
-        args.convention, *args.layouts, args.hadamard is not None, args.seed is not None, group.alignment > 1,
+        args.convention, *args.layouts, select.known_signs(args.hadamard), args.seed is not None, group.alignment > 1,
         args.gradient,
     )  # fmt: skip
     outputs = [output_values(t, scale_in) for t, scale_in in zip(out, scales, strict=True)]

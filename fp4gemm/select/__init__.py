@@ -26,6 +26,7 @@ from fp4gemm.select.quantizers import (
     group_rows_spec,
     group_sums_spec,
     group_tile_spec,
+    known_signs,
     prefetch_ctas,
     quantize_spec,
     tile_amax_spec,
@@ -56,6 +57,7 @@ __all__ = [
     "grouped_configs",
     "grouped_gemm_spec",
     "grouped_spec",
+    "known_signs",
     "pack_spec",
     "packed_of",
     "packed_spec",
@@ -84,7 +86,7 @@ def bf16_specs(arch: str, k: int) -> list[KernelSpec]:
     ]
     aligned = k % 8 == 0  # rows of whole 16 bytes
     turned = [
-        tile_quantize_spec(arch, "bf16", scaling, "te_per_token", None, sf_layout, False, False, False, aligned)
+        tile_quantize_spec(arch, "bf16", scaling, "te_per_token", None, sf_layout, None, False, False, aligned)
         for scaling in ("amax", "given")
         for sf_layout in SF_LAYOUTS
     ]
@@ -94,7 +96,7 @@ def bf16_specs(arch: str, k: int) -> list[KernelSpec]:
         *dequantizers,
         *turned,
     ]
-    small.append(tile_amax_spec(arch, "bf16", False, True, False, aligned))
+    small.append(tile_amax_spec(arch, "bf16", False, True, None, aligned))
     if arch != "sm_90a":
         return [*small, *plain_gemms(arch)]
     values = [

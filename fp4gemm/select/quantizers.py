@@ -6,9 +6,10 @@ from dataclasses import replace
 
 import torch
 
-from fp4gemm.formats import NORMS, PLAIN, QuantizeOptions, scale_columns
+from fp4gemm.formats import NORMS, PLAIN, RECIPE_SIGNS, QuantizeOptions, scale_columns
 from fp4gemm.select.device import INPUT_NAMES
 from fp4gemm.spec import (
+    ANY_SIGNS,
     AmaxSpec,
     DequantizeSpec,
     GroupSpec,
@@ -155,42 +156,47 @@ def amax_spec(arch: str, dtype: str, vectorized: bool, producer: str | None = No
     return AmaxSpec(arch, dtype, vectorized, producer)
 
 
+def known_signs(hadamard: int | None) -> int | None:
+    """What a kernel knows of a transform with this mask: that of recipes, which then costs no instructions."""
+    return hadamard if hadamard in (None, RECIPE_SIGNS) else ANY_SIGNS
+
+
 def tile_quantize_spec(
     arch: str, dtype: str, scaling: str, convention: str, rows: str | None, columns: str | None,
-    hadamard: bool = False, stochastic: bool = False, square: bool = False, vectorized: bool = True,
+    hadamard: int | None = None, stochastic: bool = False, square: bool = False, vectorized: bool = True,
 ) -> TileQuantizeSpec:  # fmt: skip
     """As many CTAs of an SM as shared memory has room for and registers suffice for."""
     flags = (hadamard, stochastic, square, vectorized)
     ctas = _tile_ctas(arch, dtype)
     # What would spill registers has one CTA less.
     quick = convention in ("te_per_token", "te")
-    if stochastic and (hadamard if dtype == "fp32" else square or not quick or dtype == "e4m3"):
+    if stochastic and (hadamard is not None if dtype == "fp32" else square or not quick or dtype == "e4m3"):
         ctas = max(1, ctas - 1)
     return TileQuantizeSpec(arch, dtype, scaling, convention, rows, columns, *flags, ctas)
 
 
 def tile_amax_spec(
-    arch: str, dtype: str, rows: bool, columns: bool, hadamard: bool = False, vectorized: bool = True,
+    arch: str, dtype: str, rows: bool, columns: bool, hadamard: int | None = None, vectorized: bool = True,
     sums: bool = False,
 ) -> TileAmaxSpec:  # fmt: skip
     return TileAmaxSpec(arch, dtype, rows, columns, hadamard, vectorized, _tile_ctas(arch, dtype), sums)
 
 
 def group_tile_spec(
-    arch: str, dtype: str, scaling: str, convention: str, rows: str | None, columns: str | None, hadamard: bool,
+    arch: str, dtype: str, scaling: str, convention: str, rows: str | None, columns: str | None, hadamard: int | None,
     stochastic: bool, vectorized: bool, gradient: str | None = None,
 ) -> GroupSpec:  # fmt: skip
     spec = tile_quantize_spec(
         arch, dtype, scaling, convention, rows, columns, hadamard, stochastic, False, vectorized
     )  # fmt: skip
     # Would spill registers: what a member is takes some.
-    if stochastic and (not hadamard or arch != "sm_120a") and spec.ctas > 1:
+    if stochastic and (hadamard is None or arch != "sm_120a") and spec.ctas > 1:
         spec = replace(spec, ctas=spec.ctas - 1)
     return GroupSpec(replace(spec, gradient=gradient))
 
 
 def group_amax_spec(
-    arch: str, dtype: str, rows: bool, columns: bool, hadamard: bool, vectorized: bool, sums: bool,
+    arch: str, dtype: str, rows: bool, columns: bool, hadamard: int | None, vectorized: bool, sums: bool,
     gradient: str | None = None,
 ) -> GroupSpec:  # fmt: skip
     return GroupSpec(replace(tile_amax_spec(arch, dtype, rows, columns, hadamard, vectorized, sums), gradient=gradient))

@@ -17,6 +17,7 @@ from fp4gemm.spec.packed import (
     PackSpec,
 )
 from fp4gemm.spec.quantize import (
+    ANY_SIGNS,
     KERNEL_SCALINGS,
     TILE,
     TILE_THREADS,
@@ -30,6 +31,7 @@ from fp4gemm.spec.search import SearchSpec
 
 __all__ = [
     "ACTIVATIONS",
+    "ANY_SIGNS",
     "ARCHS",
     "DTYPES",
     "INPUT_DTYPES",

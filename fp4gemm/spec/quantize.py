@@ -5,12 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from fp4gemm.formats import ADAPTIVE, CONVENTIONS, GRADIENTS, NORMS, PRODUCERS, RESIDUAL_SIDES, SF_LAYOUTS
+from fp4gemm.formats import ADAPTIVE, CONVENTIONS, GRADIENTS, NORMS, PRODUCERS, RECIPE_SIGNS, RESIDUAL_SIDES, SF_LAYOUTS
 from fp4gemm.spec.common import short, thread_problem, unknown
 
 KERNEL_SCALINGS = ("per_row", "per_tensor", "amaxes", "given")
 TILE = 128  # rows and columns of x that a CTA of a tile kernel has
 TILE_THREADS = 256
+ANY_SIGNS = -1  # of a transform: its mask is an argument of the launch
 
 
 def _tile_problem(ctas: int) -> str | None:
@@ -19,6 +20,17 @@ def _tile_problem(ctas: int) -> str | None:
 
 def _flags(vectorized: bool, gradient: str | None) -> str:
     return ("" if vectorized else "_scalar") + (f"_d_{gradient}" if gradient else "")
+
+
+def _transform(hadamard: int | None) -> list[str]:
+    """What the name of a kernel says of its transform."""
+    return [] if hadamard is None else ["hadamard" if hadamard == ANY_SIGNS else f"hadamard_{hadamard:04x}"]
+
+
+def _transform_problem(hadamard: int | None) -> str | None:
+    if hadamard in (None, ANY_SIGNS, RECIPE_SIGNS):
+        return None
+    return f"hadamard: got {hadamard}, expected None, {ANY_SIGNS} (a mask given at launch) or {RECIPE_SIGNS}"
 
 
 def _gradient_problem(gradient: str | None, dtype: str) -> str | None:
@@ -145,8 +157,9 @@ class TileQuantizeSpec:
     """Quantizer of x, of its transpose, or of both from one read (templates/include/fp4gemm/quantize_tile.hpp).
 
     ``scaling``: it reads amaxes (``amax``) or decode multipliers (``given``). ``rows`` and ``columns`` are the scale
-    layouts of the result and of the transposed one, None: not made. ``hadamard`` transforms the transposed one, with a
-    mask given at launch; ``stochastic`` rounds both so; ``square``: one block scale for 16 x 16 values.
+    layouts of the result and of the transposed one, None: not made. ``hadamard``: the mask with which the transposed
+    one is transformed, RECIPE_SIGNS, or ANY_SIGNS, one that is given at launch; ``stochastic`` rounds both so;
+    ``square``: one block scale for 16 x 16 values.
     ``vectorized``: rows of x are contiguous and 16-byte aligned. ``ctas``: that an SM has room for. ``gradient``: x is
     multiplied by the derivative of this activation first."""
 
@@ -160,7 +173,7 @@ class TileQuantizeSpec:
     convention: str
     rows: str | None
     columns: str | None
-    hadamard: bool = False
+    hadamard: int | None = None
     stochastic: bool = False
     square: bool = False
     vectorized: bool = True
@@ -182,20 +195,22 @@ class TileQuantizeSpec:
     @property
     def name(self) -> str:
         results = [f"{way}_{layout}" for way, layout in (("rows", self.rows), ("columns", self.columns)) if layout]
-        options = [name for name in ("hadamard", "stochastic", "square") if getattr(self, name)]
-        parts = (short(self.arch), self.dtype, self.scaling, self.convention, *results, *options, str(self.ctas))
+        options = [name for name in ("stochastic", "square") if getattr(self, name)]
+        options = [*_transform(self.hadamard), *options, str(self.ctas)]
+        parts = (short(self.arch), self.dtype, self.scaling, self.convention, *results, *options)
         return "quantize_tile_" + "_".join(parts) + _flags(self.vectorized, self.gradient)
 
     def why_not(self) -> str | None:
         if self.rows is None and self.columns is None:
             return "rows, columns: got None for both, expected a scale layout"
-        if self.hadamard and (self.columns is None or self.square):
+        if self.hadamard is not None and (self.columns is None or self.square):
             return "hadamard: expected a transposed result, and a block scale for each of its blocks"
         return (
             unknown("scaling", self.scaling, ("amax", "given"))
             or unknown("convention", self.convention, CONVENTIONS)
             or unknown("rows", self.row_scales, SF_LAYOUTS)
             or unknown("columns", self.column_scales, SF_LAYOUTS)
+            or _transform_problem(self.hadamard)
             or _gradient_problem(self.gradient, self.dtype)
             or _tile_problem(self.ctas)
         )
@@ -203,9 +218,9 @@ class TileQuantizeSpec:
 
 @dataclass(frozen=True)
 class TileAmaxSpec:
-    """Largest magnitudes of rows, of columns (of what they are transformed to, if ``hadamard``) and of the tensor, from
-    one read of x, NaN ignored, into floats that are 0 before. ``sums``: also those of columns, of 128 rows each.
-    ``gradient``: as in TileQuantizeSpec."""
+    """Largest magnitudes of rows, of columns (of what they are transformed to, with ``hadamard``) and of the tensor,
+    from one read of x, NaN ignored, into floats that are 0 before. ``sums``: also those of columns, of 128 rows each.
+    ``hadamard`` and ``gradient``: as in TileQuantizeSpec."""
 
     template: ClassVar[str] = "amax_tile.cu.jinja"
     uses_cutlass: ClassVar[bool] = False
@@ -215,7 +230,7 @@ class TileAmaxSpec:
     dtype: str
     rows: bool
     columns: bool
-    hadamard: bool = False
+    hadamard: int | None = None
     vectorized: bool = True
     ctas: int = 4
     sums: bool = False
@@ -227,16 +242,21 @@ class TileAmaxSpec:
 
     @property
     def name(self) -> str:
-        wanted = [name for name in ("rows", "columns", "hadamard", "sums") if getattr(self, name)]
+        wanted = [name for name in ("rows", "columns") if getattr(self, name)]
+        wanted += [*_transform(self.hadamard), *(["sums"] if self.sums else [])]
         parts = (short(self.arch), self.dtype, *wanted, str(self.ctas))
         return "amax_tile_" + "_".join(parts) + _flags(self.vectorized, self.gradient)
 
     def why_not(self) -> str | None:
         if not self.rows and not self.columns:
             return "rows, columns: got False for both"
-        if (self.hadamard or self.sums) and not self.columns:
-            return f"{'hadamard' if self.hadamard else 'sums'}: expected columns, which it is of"
-        return _gradient_problem(self.gradient, self.dtype) or _tile_problem(self.ctas)
+        if (self.hadamard is not None or self.sums) and not self.columns:
+            return f"{'sums' if self.hadamard is None else 'hadamard'}: expected columns, which it is of"
+        return (
+            _transform_problem(self.hadamard)
+            or _gradient_problem(self.gradient, self.dtype)
+            or _tile_problem(self.ctas)
+        )
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from fp4gemm import reference, select, tile_calls
-from fp4gemm.spec import TILE, TileAmaxSpec, TileQuantizeSpec, check
+from fp4gemm.formats import RECIPE_SIGNS
+from fp4gemm.spec import ANY_SIGNS, TILE, TileAmaxSpec, TileQuantizeSpec, check
 from fp4gemm.tensor import FP4Tensor
 from fp4gemm.tile_calls import Output, vectorized
 
@@ -23,7 +24,7 @@ SIZES = (1, 2, 15, 16, 17, 31, 33, 64, 100, 127, 128, 129, 136, 144, 160, 200, 2
 PROBLEMS = 8  # of each kernel
 
 
-def spec_of(dtype: str, scaling: str, convention: str, *rest: object, **options: bool) -> TileQuantizeSpec:
+def spec_of(dtype: str, scaling: str, convention: str, *rest: object, **options: int | None) -> TileQuantizeSpec:
     return select.tile_quantize_spec("sm_90a", dtype, scaling, convention, *rest, **options)
 
 
@@ -35,15 +36,18 @@ SPECS = (
     spec_of("fp16", "amax", "torchao", "128x4", "8x4"),
     spec_of("fp32", "amax", "modelopt", "linear", "128x4"),
     spec_of("fp32", "given", "te", "128x4", "linear", vectorized=False),
-    spec_of("bf16", "amax", "te_per_token", "128x4", "128x4", hadamard=True),
-    spec_of("fp16", "given", "te", None, "8x4", hadamard=True),
-    spec_of("fp32", "amax", "modelopt", None, "linear", hadamard=True),
-    spec_of("bf16", "amax", "te", "8x4", "128x4", hadamard=True, stochastic=True),
+    spec_of("bf16", "amax", "te_per_token", "128x4", "128x4", hadamard=ANY_SIGNS),
+    spec_of("bf16", "amax", "te_per_token", "128x4", "128x4", hadamard=RECIPE_SIGNS),
+    spec_of("fp16", "given", "te", None, "8x4", hadamard=ANY_SIGNS),
+    spec_of("fp16", "amax", "te", None, "linear", hadamard=RECIPE_SIGNS),
+    spec_of("fp32", "amax", "modelopt", None, "linear", hadamard=ANY_SIGNS),
+    spec_of("fp32", "amax", "te_per_token", None, "128x4", hadamard=RECIPE_SIGNS, stochastic=True),
+    spec_of("bf16", "amax", "te", "8x4", "128x4", hadamard=RECIPE_SIGNS, stochastic=True),
     spec_of("fp32", "amax", "te_per_token", "128x4", "8x4", stochastic=True),
     spec_of("bf16", "amax", "te", "128x4", "128x4", square=True),
     spec_of("fp16", "given", "te_per_token", "128x4", None, square=True),
     spec_of("bf16", "amax", "te", "linear", "linear", square=True, stochastic=True),
-    spec_of("e4m3", "amax", "te_per_token", "128x4", "128x4", hadamard=True),
+    spec_of("e4m3", "amax", "te_per_token", "128x4", "128x4", hadamard=ANY_SIGNS),
     spec_of("e4m3", "given", "te", "linear", "8x4", vectorized=False),
 )
 
@@ -123,10 +127,15 @@ def poisoned(lines: int, k: int, layout: str, scale_in: Tensor) -> Output:
     return out
 
 
+def mask_of(spec: TileQuantizeSpec | TileAmaxSpec, p: Problem) -> int | None:
+    """The signs of a launch."""
+    return p.mask if spec.hadamard == ANY_SIGNS else spec.hadamard
+
+
 def run(emulator: emulation.Emulator, spec: TileQuantizeSpec, p: Problem, noop: Tensor | None = None) -> None:
     x = p.make(DTYPES[spec.dtype], spec.vectorized)
     assert vectorized(x) or not spec.vectorized
-    mask = p.mask if spec.hadamard else None
+    mask = mask_of(spec, p)
     seed: Tensor | int | None = None
     if spec.stochastic:
         seed = torch.tensor([p.seed]) if p.seed % 2 else p.seed
@@ -181,13 +190,13 @@ def test_noop(dtype: torch.dtype, value: float, emulator: emulation.Emulator) ->
 
 
 AMAX_SPECS = (
-    select.tile_amax_spec("sm_90a", "bf16", True, True, True),
+    select.tile_amax_spec("sm_90a", "bf16", True, True, ANY_SIGNS),
     select.tile_amax_spec("sm_90a", "fp16", True, True),
-    select.tile_amax_spec("sm_90a", "fp32", False, True, True),
-    select.tile_amax_spec("sm_90a", "bf16", True, False, False, False),
+    select.tile_amax_spec("sm_90a", "fp32", False, True, RECIPE_SIGNS),
+    select.tile_amax_spec("sm_90a", "bf16", True, False, None, False),
     select.tile_amax_spec("sm_90a", "e4m3", True, True),
-    select.tile_amax_spec("sm_90a", "bf16", True, True, True, sums=True),
-    select.tile_amax_spec("sm_90a", "fp32", False, True, False, False, sums=True),
+    select.tile_amax_spec("sm_90a", "bf16", True, True, RECIPE_SIGNS, sums=True),
+    select.tile_amax_spec("sm_90a", "fp32", False, True, None, False, sums=True),
 )
 
 
@@ -197,7 +206,7 @@ def test_amax(spec: TileAmaxSpec, emulator: emulation.Emulator) -> None:
     rng = random.Random(spec.name)
     for _ in range(PROBLEMS):
         p = Problem.draw(rng, spec)
-        x, mask = p.make(DTYPES[spec.dtype], spec.vectorized), p.mask if spec.hadamard else None
+        x, mask = p.make(DTYPES[spec.dtype], spec.vectorized), mask_of(spec, p)
         rows, columns, tensor = reference.amax(x, columns=True, tensor=True, hadamard=mask)
         want = [
             rows if spec.rows else None, columns if spec.columns else None,

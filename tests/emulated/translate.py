@@ -34,6 +34,7 @@ _RULES: dict[str, tuple[tuple[str, str], ...]] = {
         (r'float v;\s*asm\("cvt\.f32\.f16.*?return v;', "return half_bits_to_float(bits);"),
         (r'uint32_t m;\s*asm\("max\.NaN\.xorsign\.abs\.bf16x2.*?return m;', "return max_xorsign(a, b, 0x7F80);"),
         (r'uint32_t m;\s*asm\("max\.NaN\.xorsign\.abs\.f16x2.*?return m;', "return max_xorsign(a, b, 0x7C00);"),
+        (r'uint32_t v;\s*asm\("fma\.rn\.bf16x2.*?return __uint_as_float\(v\);', "return high(w);"),
         (
             r'uint32_t w;\s*asm\("cvt\.rn\.bf16x2\.f32.*?return w;',
             "return float_to_bf16(low) | float_to_bf16(high) << 16;",
@@ -49,7 +50,7 @@ _RULES: dict[str, tuple[tuple[str, str], ...]] = {
         (r'asm\("mul\.f16x2[^;]*;"[^;]*;', "half = multiply_f16x2(e4m3_to_half2(scale), 0x58005800u);"),
     ),
     "philox.hpp": (
-        (r'asm\("lop3\.b32[^;]*;"[^;]*;', "codes = (odd << 4 & 0xF000F000u) | (even & ~0xF000F000u);"),
+        (r'asm\("lop3\.b32[^;]*;"[^;]*;', "codes = (odd & 0xF000F000u) | (even & ~0xF000F000u);"),
         (
             r'asm\("\{\\n\.reg \.b64.*?\);',
             "product = {static_cast<uint32_t>(uint64_t{a} * b), static_cast<uint32_t>(uint64_t{a} * b >> 32)};",

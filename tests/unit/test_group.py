@@ -11,7 +11,7 @@ import torch
 
 import fp4gemm
 from fp4gemm import reference, select
-from fp4gemm.formats import SF_LAYOUTS, scale_layout
+from fp4gemm.formats import RECIPE_SIGNS, SF_LAYOUTS, scale_layout
 from fp4gemm.group.arguments import check_group
 from fp4gemm.group.shape import GroupShape
 from fp4gemm.reference.group import column_sums, member_seed
@@ -281,10 +281,10 @@ def test_what_is_selected_is_possible_and_named_apart(arch):
         select.group_tile_spec(arch, dtype, "amax", "te", "128x4", columns, *flags)
         for dtype in INPUT_DTYPES
         for columns in (None, "linear")
-        for flags in ((False, True, True), (False, False, False), (True, True, True))
-        if columns or not flags[0]
+        for flags in ((None, True, True), (None, False, False), (-1, True, True), (RECIPE_SIGNS, True, True))
+        if columns or flags[0] is None
     ]
-    specs += [select.group_amax_spec(arch, dtype, True, True, False, True, True) for dtype in INPUT_DTYPES]
+    specs += [select.group_amax_spec(arch, dtype, True, True, None, True, True) for dtype in INPUT_DTYPES]
     specs.append(select.group_sums_spec(arch, 8))
     for spec in specs:
         assert check(spec) is None, spec

@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from fp4gemm import select, tile_calls
-from fp4gemm.formats import SF_LAYOUTS
-from fp4gemm.spec import ARCHS, INPUT_DTYPES, TileAmaxSpec, TileQuantizeSpec, check
+from fp4gemm.formats import RECIPE_SIGNS, SF_LAYOUTS
+from fp4gemm.spec import ANY_SIGNS, ARCHS, INPUT_DTYPES, TileAmaxSpec, TileQuantizeSpec, check
 from fp4gemm.tile_calls import TILE_AMAX_ARGUMENTS, TILE_QUANTIZE_ARGUMENTS, Output
 from fp4gemm.variants import default_variants
 
@@ -26,11 +26,17 @@ AMAX = TileAmaxSpec("sm_90a", "bf16", rows=True, columns=True)
         (QUANTIZE, {"rows": "4x4"}, "rows: got '4x4', expected one of linear, 128x4, 8x4"),
         (QUANTIZE, {"columns": "4x4"}, "columns: got '4x4', expected one of linear, 128x4, 8x4"),
         (QUANTIZE, {"rows": None, "columns": None}, "rows, columns: got None for both"),
-        (QUANTIZE, {"hadamard": True, "columns": None}, "hadamard: expected a transposed result"),
-        (QUANTIZE, {"hadamard": True, "square": True}, "hadamard: expected a transposed result, and a block scale"),
+        (QUANTIZE, {"hadamard": ANY_SIGNS, "columns": None}, "hadamard: expected a transposed result"),
+        (
+            QUANTIZE,
+            {"hadamard": RECIPE_SIGNS, "square": True},
+            "hadamard: expected a transposed result, and",
+        ),
         (QUANTIZE, {"ctas": 9}, "ctas: got 9, expected 1 to 8"),
         (AMAX, {"rows": False, "columns": False}, "rows, columns: got False for both"),
-        (AMAX, {"hadamard": True, "columns": False}, "hadamard: expected columns"),
+        (QUANTIZE, {"hadamard": 1}, "hadamard: got 1, expected None, -1"),
+        (AMAX, {"hadamard": 1}, "hadamard: got 1, expected None, -1"),
+        (AMAX, {"hadamard": ANY_SIGNS, "columns": False}, "hadamard: expected columns"),
         (AMAX, {"ctas": 0}, "ctas: got 0, expected 1 to 8"),
     ],
 )
@@ -50,13 +56,24 @@ def test_what_is_selected_is_possible_and_named_apart(arch):
         for scaling in ("amax", "given")
         for rows in layouts
         for columns in layouts
-        for flags in ((False,) * 4, (True, True, False, True), (False, True, True, True), (False, False, False, True))
-        if (rows or columns) and (columns or not flags[0])
+        for flags in (
+            (None, False, False, False),
+            (ANY_SIGNS, True, False, True),
+            (RECIPE_SIGNS, True, False, True),
+            (None, True, True, True),
+            (None, False, False, True),
+        )
+        if (rows or columns) and (columns or flags[0] is None)
     ]
     specs += [
         select.tile_amax_spec(arch, dtype, *flags)
         for dtype in INPUT_DTYPES
-        for flags in ((True, True, True, True), (True, False, False, True), (False, True, False, False))
+        for flags in (
+            (True, True, ANY_SIGNS, True),
+            (True, True, RECIPE_SIGNS, True),
+            (True, False, None, True),
+            (False, True, None, False),
+        )
     ]
     assert [spec for spec in specs if check(spec) is not None] == []
     assert len({spec.name for spec in specs}) == len(set(specs)) == len(specs)

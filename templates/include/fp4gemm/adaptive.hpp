@@ -38,9 +38,8 @@ template <Adaptive kError, class Convention> class Candidate {
   // its value * 2^-126.
   template <bool kFour> __device__ __forceinline__ void take(int i, float magnitude, float level) {
     float const v = quotient(magnitude);
-    uint32_t const bits = kFour ? magnitude_code_of_4(v) : magnitude_code(v);
+    uint32_t const bits = kFour ? magnitude_code_of_4(v, magic_of(i)) : magnitude_code(v, magic_of(i));
     word_[i / 8] += bits << (4 * (i % 8));
-    if (i % 8 == 7) word_[i / 8] -= kMagnitudeBias;
     add(__fmul_rn(__uint_as_float(bits << 22), 0x1p126f), level);
   }
   // Any value, with its sign; NaN does not count.

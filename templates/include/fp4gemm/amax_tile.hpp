@@ -22,11 +22,13 @@ struct TileAmaxArguments {
   HadamardSigns hadamard;
 };
 
-template <class Element_, bool kRows_, bool kColumns_, bool kHadamard_, bool kVectorized_, bool kSums_ = false,
+template <class Element_, bool kRows_, bool kColumns_, int kSigns_, bool kVectorized_, bool kSums_ = false,
           Producer kProducer_ = Producer::kNone>
 struct TileAmaxConfig {
   using Element = Element_;
-  static constexpr bool kRows = kRows_, kColumns = kColumns_, kHadamard = kHadamard_, kVectorized = kVectorized_;
+  static constexpr bool kRows = kRows_, kColumns = kColumns_, kVectorized = kVectorized_;
+  static constexpr int kSigns = kSigns_;
+  static constexpr bool kHadamard = kSigns != kNoHadamard;
   static constexpr bool kSums = kSums_;
   static constexpr Producer kProducer = kProducer_;
   static_assert(kColumns || !kSums, "sums are those of columns");
@@ -95,7 +97,7 @@ template <class Config> class TileAmax {
   __device__ float column_amax(int step, int half) const {
     auto const x = tile_.column_block(step, half);
     if constexpr (Config::kHadamard) {
-      auto const sums = HadamardSums::of<Element>(x, hadamard_);
+      auto const sums = HadamardSums::of<Element, Config::kSigns>(x, hadamard_);
       float const amax = sums.amax();
       return is_finite(amax) ? amax : amax_without_nan<Fp32>(sums.block());
     } else {

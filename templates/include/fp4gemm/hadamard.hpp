@@ -7,6 +7,9 @@ namespace fp4gemm {
 
 inline constexpr float kHadamardFactor = 0.25f;
 
+// What a kernel knows of the transform, if not bit i of a mask for value i: that there is none, or that signs are an argument.
+inline constexpr int kNoHadamard = -2, kAnySigns = -1;
+
 // Where values change their sign: bit 15 of word i for value 2 i, bit 31 for value 2 i + 1; a kernel argument, so that it is an
 // operand of the instruction that applies it.
 struct HadamardSigns {
@@ -18,18 +21,22 @@ struct HadamardSums {
   static constexpr int kHalf = kBlock / 2;
   float v[kBlock];
 
-  template <class Element>
+  // Signs that the kernel knows cost nothing: the first additions are subtractions.
+  template <class Element, int kSigns>
   __device__ __forceinline__ static HadamardSums of(typename Element::Block x, HadamardSigns const& signs) {
     HadamardSums result;
     float (&v)[kBlock] = result.v;
 #pragma unroll
     for (int i = 0; i < kBlock; ++i) {
-      if constexpr (Element::kBytes == 2) {
-        if (i % 2 == 0) x.w[i / 2] ^= signs.w[i / 2];
-      } else {
-        x.w[i] ^= i % 2 == 0 ? signs.w[i / 2] << 16 : signs.w[i / 2] & 0x80000000u;
+      if constexpr (kSigns == kAnySigns) {
+        if constexpr (Element::kBytes == 2) {
+          if (i % 2 == 0) x.w[i / 2] ^= signs.w[i / 2];
+        } else {
+          x.w[i] ^= i % 2 == 0 ? signs.w[i / 2] << 16 : signs.w[i / 2] & 0x80000000u;
+        }
       }
       v[i] = Element::value(x, i);
+      if (kSigns >= 0 && (kSigns >> i & 1) != 0) v[i] = -v[i];
     }
 #pragma unroll
     for (int stride = 1; stride < kHalf; stride *= 2) {

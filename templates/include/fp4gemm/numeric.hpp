@@ -66,28 +66,30 @@ __device__ __forceinline__ uint32_t to_e2m1(float v) {
   return code | (__float_as_uint(v) >> 31) << 3;
 }
 
-// Magnitude code of 0 <= v < kQuickLimit as the low bits of a word, plus 0x4B000000 (the bits of 2^23).
+// Magnitude code of 0 <= v < kQuickLimit as the low bits of a word, plus the bits of `magic`, 2^23 or so.
 // Between grid points the code is linear in v, with slope 2, 1 and 1/2: it is the least of three lines, rounded. Adding 2^23
 // rounds to an integer, to nearest and ties to the even code, and rounding is monotone, so the least of three rounded lines
 // is the rounded least: three FMA-pipe instructions and one on the half-rate ALU pipe, which is what bounds a quantizer.
 inline constexpr float kQuickLimit = 7.0f;
+inline constexpr float kMagic = 0x1p23f;
 
-__device__ __forceinline__ uint32_t magnitude_code(float v) {
-  float const by_half = __fmaf_rn(v, 2.0f, 8388608.0f);
-  float const by_one = __fadd_rn(v, 8388610.0f);
-  float const by_two = __fmaf_rn(v, 0.5f, 8388612.0f);
+__device__ __forceinline__ uint32_t magnitude_code(float v, float magic = kMagic) {
+  float const by_half = __fmaf_rn(v, 2.0f, magic);
+  float const by_one = __fadd_rn(v, magic + 2.0f);
+  float const by_two = __fmaf_rn(v, 0.5f, magic + 4.0f);
   return __vimin3_u32(__float_as_uint(by_half), __float_as_uint(by_one), __float_as_uint(by_two));
 }
 
 // The same where the third line is never the least.
 inline constexpr float kFourLimit = 4.5f;
 
-__device__ __forceinline__ uint32_t magnitude_code_of_4(float v) {
-  return min(__float_as_uint(__fmaf_rn(v, 2.0f, 8388608.0f)), __float_as_uint(__fadd_rn(v, 8388610.0f)));
+__device__ __forceinline__ uint32_t magnitude_code_of_4(float v, float magic) {
+  return min(__float_as_uint(__fmaf_rn(v, 2.0f, magic)), __float_as_uint(__fadd_rn(v, magic + 2.0f)));
 }
 
-// What eight words of magnitude_code add to a word of nibbles: 0x4B000000 at each of eight nibble positions, modulo 2^32.
-inline constexpr uint32_t kMagnitudeBias = 0x4B000000u * 0x11111111u;
+// For the i-th of eight codes that become a word of nibbles. 0x4B000000 of all but the lowest two are shifted out; with 0x4B500000
+// for the second, which is even, too, these two add up to 2^32, and nothing is left of either.
+__device__ __forceinline__ float magic_of(int i) { return i % 8 == 1 ? 0x1.Ap23f : kMagic; }
 
 // sm_100a and sm_120a round eight values, whatever they are, as to_e2m1 does.
 #if defined(__CUDA_ARCH_FEAT_SM100_ALL) || defined(__CUDA_ARCH_FEAT_SM120_ALL)
@@ -142,15 +144,28 @@ template <class Derived> struct Packed16 {
   __device__ static float value(Block const& x, int i) {
     return i % 2 ? Derived::high(x.w[i / 2]) : Derived::low(x.w[i / 2]);
   }
+  // The same in a block without NaN and Inf.
+  __device__ static float finite_value(Block const& x, int i) {
+    return i % 2 ? Derived::finite_high(x.w[i / 2]) : Derived::low(x.w[i / 2]);
+  }
   __device__ static void set(Block& x, int i, uint16_t bits) {
     x.w[i / 2] |= static_cast<uint32_t>(bits) << (i % 2 * 16);
   }
   using Raw = uint16_t;
 };
 
+// bf16 pairs (0, 1) and (0, -0), where the compiler does not see them: it would make two instructions of one for known halves.
+__constant__ uint32_t kHighOnly[2] = {0x3F800000, 0x80000000};
+
 struct Bf16 : Packed16<Bf16> {
   __device__ static float low(uint32_t w) { return __uint_as_float(w << 16); }
   __device__ static float high(uint32_t w) { return __uint_as_float(w & 0xFFFF0000u); }
+  // The low half times 0, plus 0, and the high one times 1, minus 0: for the FMA pipe, where the mask is one for the ALU.
+  __device__ static float finite_high(uint32_t w) {
+    uint32_t v;
+    asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(v) : "r"(w), "r"(kHighOnly[0]), "r"(kHighOnly[1]));
+    return __uint_as_float(v);
+  }
   // The larger magnitude under some sign, or NaN; one instruction.
   __device__ static uint32_t max_magnitude(uint32_t a, uint32_t b) {
     uint32_t m;
@@ -167,6 +182,7 @@ struct Bf16 : Packed16<Bf16> {
 struct Fp16 : Packed16<Fp16> {
   __device__ static float low(uint32_t w) { return half_to_float(static_cast<uint16_t>(w)); }
   __device__ static float high(uint32_t w) { return half_to_float(static_cast<uint16_t>(w >> 16)); }
+  __device__ static float finite_high(uint32_t w) { return high(w); }
   // The larger magnitude under some sign, or NaN; one instruction.
   __device__ static uint32_t max_magnitude(uint32_t a, uint32_t b) {
     uint32_t m;
@@ -201,6 +217,7 @@ struct Fp32 {
   __device__ static Block unpack(Words<4> const& x) { return x; }
 
   __device__ static float value(Block const& x, int i) { return __uint_as_float(x.w[i]); }
+  __device__ static float finite_value(Block const& x, int i) { return value(x, i); }
   __device__ static void set(Block& x, int i, uint32_t bits) { x.w[i] = bits; }
   __device__ static float amax(Block const& x) {
     float m = value(x, 0);

@@ -47,7 +47,7 @@ struct TileQuantizeArguments {
 };
 
 template <class Element_, class Convention_, class RowScales_, class ColumnScales_, bool kGiven_, bool kRows_,
-          bool kColumns_, bool kHadamard_, bool kStochastic_, bool kSquare_, bool kVectorized_,
+          bool kColumns_, int kSigns_, bool kStochastic_, bool kSquare_, bool kVectorized_,
           Producer kProducer_ = Producer::kNone>
 struct TileQuantizeConfig {
   using Element = Element_;
@@ -56,7 +56,8 @@ struct TileQuantizeConfig {
   using ColumnScales = ColumnScales_;
   static constexpr bool kGiven = kGiven_;  // scale_in holds decode multipliers, not amaxes
   static constexpr bool kRows = kRows_, kColumns = kColumns_;  // which results
-  static constexpr bool kHadamard = kHadamard_;  // transforms blocks along columns
+  static constexpr int kSigns = kSigns_;
+  static constexpr bool kHadamard = kSigns != kNoHadamard;  // transforms blocks along columns
   static constexpr bool kStochastic = kStochastic_;
   static constexpr bool kSquare = kSquare_;  // one block scale for 16 x 16 values
   static constexpr bool kVectorized = kVectorized_;  // rows are 16-byte aligned
@@ -241,7 +242,7 @@ template <class Config, class Place = TilePlace> class TileQuantizer {
         if (line < lines_left && left > 0) reinterpret_cast<uint2*>(to)[0] = low.codes;
         if (line < lines_left && left > 1) reinterpret_cast<uint2*>(to)[1] = high.codes;
       }
-      *reinterpret_cast<uint16_t*>(scales(kColumn) + scale_at) = low.scale | high.scale << 8;
+      *reinterpret_cast<uint16_t*>(scales(kColumn) + scale_at) = gather_bytes(low.scale, high.scale, 0x0040);
       // Lines of a step and of the next are as far apart in each layout as the first of all and that of the next.
       scale_at += TileScales<Scales>::offset(kStep, 0);
       number += step_blocks;
@@ -259,7 +260,7 @@ template <class Config, class Place = TilePlace> class TileQuantizer {
     if constexpr (Config::kStochastic)
       rounding.noise = philox_block_of([this](int round) { return keys()[round]; }, number);
     if constexpr (kColumn && Config::kHadamard) {
-      auto const sums = HadamardSums::of<Element>(x, options_.hadamard);
+      auto const sums = HadamardSums::of<Element, Config::kSigns>(x, options_.hadamard);
       return encode_values<Fp32, true>(sums.block(), sums.amax(), bmax, kColumn, level, line, rounding);
     } else {
       return encode_values<Element, false>(x, Element::amax(x), bmax, kColumn, level, line, rounding);
