@@ -26,6 +26,7 @@ inline uint8_t* shared_at(uint32_t address, uint32_t bytes) {
   if (cta.shared + offset + bytes > cta.memory.data() + cta.memory.size()) fail("past the end of shared memory");
   return cta.shared + offset;
 }
+inline void* __cvta_shared_to_generic(uint32_t address) { return shared_at(address, 1); }
 template <class T> T load_shared(uint32_t address) {
   T v;
   std::memcpy(&v, shared_at(address, sizeof(T)), sizeof(T));

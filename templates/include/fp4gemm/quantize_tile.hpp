@@ -103,6 +103,7 @@ template <class Config, class Place = TilePlace> class TileQuantizer {
   Tile const tile_;
   Place const place_;
   int const member_;  // of a group, of which each has a seed of its own
+  uint32_t const keys_;  // kept: the compiler would find out where shared memory begins again for each block
 
   // Behind the tile: scales of either result, then for each line of either a level and the quick form of it, then the squares' amaxes and the keys of
   // Philox, which would take two instructions a round to make again for each block.
@@ -114,7 +115,10 @@ template <class Config, class Place = TilePlace> class TileQuantizer {
   __device__ int* square(int row, int column) const {  // a block of rows and one of columns
     return reinterpret_cast<int*>(quick(2)) + row * kTileBlocks + column;
   }
-  __device__ uint2* keys() const { return reinterpret_cast<uint2*>(square(Config::kSquare ? kTileBlocks : 0, 0)); }
+  __device__ uint32_t keys_address() const {
+    return Config::kStochastic ? keep(shared_address(square(Config::kSquare ? kTileBlocks : 0, 0))) : 0;
+  }
+  __device__ uint2* keys() const { return static_cast<uint2*>(shared_pointer(keys_)); }
 
   __device__ int64_t row0() const { return place_.row * int64_t{kTile}; }
   __device__ int column0() const { return place_.column * kTile; }
@@ -125,7 +129,13 @@ template <class Config, class Place = TilePlace> class TileQuantizer {
       : TileQuantizer(args.view, args.options, shared, args.view.source.place(blockIdx.x), 0) {}
 
   __device__ TileQuantizer(TileView const& view, TileOptions const& options, uint8_t* shared, Place place, int member)
-      : view_(view), options_(options), shared_(shared), tile_(shared), place_(place), member_(member) {}
+      : view_(view),
+        options_(options),
+        shared_(shared),
+        tile_(shared),
+        place_(place),
+        member_(member),
+        keys_(keys_address()) {}
 
   __device__ void run() const {
     if (options_.noop != nullptr && skips()) return;

@@ -17,6 +17,8 @@ __device__ __forceinline__ uint32_t keep(uint32_t v) {
   return v;
 }
 
+__device__ __forceinline__ void* shared_pointer(uint32_t address) { return __cvta_shared_to_generic(address); }
+
 struct TilePlace {
   int row, column;  // in tiles
 };
