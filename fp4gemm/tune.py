@@ -114,7 +114,7 @@ def tune(shapes: Sequence[tuple[int, int]], sizes: Sequence[int]) -> Iterator[Me
     """Measures the candidates of every (n, k) and m; those that are far behind the fastest are left out.
 
     Weights rotate through more memory than the L2 holds; a call is a node of a CUDA graph, once launched behind the
-    node in front and once dependent on it, and the geometric mean of both counts.
+    node in front and once dependent on it, in turn with the others and at its own clock; the geometric mean counts.
     """
     device = torch.cuda.current_device()
     sms = torch.cuda.get_device_properties(device).multi_processor_count
@@ -219,7 +219,8 @@ def _measure(m: int, weights: Sequence[Weight], specs: Mapping[table.Choice, Pac
             samplers |= {(choice, dependent): timing.GraphSampler(calls(spec)) for choice, spec in specs.items()}
     shared = _means(timing.interleave(samplers, _REPEATS))
     near = {choice for choice, us in shared.items() if us <= _NEAR * min(shared.values())}
-    return _means(timing.in_turns({key: sampler for key, sampler in samplers.items() if key[0] in near}, _REPEATS))
+    own = _means(timing.in_turns({key: sampler for key, sampler in samplers.items() if key[0] in near}, _REPEATS))
+    return {choice: math.sqrt(shared[choice] * us) for choice, us in own.items()}
 
 
 def _means(us: Mapping[tuple[table.Choice, bool], float]) -> Measured:

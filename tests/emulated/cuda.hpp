@@ -19,7 +19,6 @@
 #include <vector>
 
 #define __device__
-#define __constant__
 #define __forceinline__ inline
 #define __noinline__
 #define __align__(n)

@@ -34,7 +34,6 @@ _RULES: dict[str, tuple[tuple[str, str], ...]] = {
         (r'float v;\s*asm\("cvt\.f32\.f16.*?return v;', "return half_bits_to_float(bits);"),
         (r'uint32_t m;\s*asm\("max\.NaN\.xorsign\.abs\.bf16x2.*?return m;', "return max_xorsign(a, b, 0x7F80);"),
         (r'uint32_t m;\s*asm\("max\.NaN\.xorsign\.abs\.f16x2.*?return m;', "return max_xorsign(a, b, 0x7C00);"),
-        (r'uint32_t v;\s*asm\("fma\.rn\.bf16x2.*?return __uint_as_float\(v\);', "return high(w);"),
         (
             r'uint32_t w;\s*asm\("cvt\.rn\.bf16x2\.f32.*?return w;',
             "return float_to_bf16(low) | float_to_bf16(high) << 16;",

@@ -22,12 +22,10 @@ template <class Element> __device__ __forceinline__ float flagged_amax(typename 
 __device__ __forceinline__ bool is_flagged(float amax) { return __float_as_uint(amax) >> 31 != 0; }
 
 // A rounding has eight(half, magnitude), codes without signs of magnitudes below kQuickLimit, given times kUnit, magnitude(0) in
-// the lowest nibble, and one(i, v), the code of any value. i and 8 * half count in the block. kSparesAlu: the ALU has more to do
-// than the FMA pipe.
+// the lowest nibble, and one(i, v), the code of any value. i and 8 * half count in the block.
 struct NearestEven {
   static constexpr float kUnit = 1.0f;
   static constexpr bool kHardware = true;  // cvt.rn does the same
-  static constexpr bool kSparesAlu = false;
   template <class Magnitude> __device__ __forceinline__ static uint32_t eight(int, Magnitude const& magnitude) {
     uint32_t word = 0;
 #pragma unroll
@@ -40,7 +38,6 @@ struct NearestEven {
 struct Stochastic {
   static constexpr float kUnit = kPlaceUnit;
   static constexpr bool kHardware = false;
-  static constexpr bool kSparesAlu = true;
   PhiloxBlock noise;
 
   template <class Magnitude> __device__ __forceinline__ uint32_t eight(int half, Magnitude const& magnitude) const {
@@ -63,10 +60,7 @@ template <class Element, class Divider, class Rounding>
 __device__ __forceinline__ uint32_t encode_half(typename Element::Block const& x, int half, Divider const& divider,
                                                 Rounding const& rounding) {
   auto const in_units = times(divider, Rounding::kUnit);
-  auto const magnitude = [&](int i) {
-    int const at = 8 * half + i;
-    return in_units.quotient(fabsf(Rounding::kSparesAlu ? Element::finite_value(x, at) : Element::value(x, at)));
-  };
+  auto const magnitude = [&](int i) { return in_units.quotient(fabsf(Element::value(x, 8 * half + i))); };
   return rounding.eight(half, magnitude) | Element::signs(x, half);
 }
 

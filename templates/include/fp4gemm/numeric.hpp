@@ -144,28 +144,15 @@ template <class Derived> struct Packed16 {
   __device__ static float value(Block const& x, int i) {
     return i % 2 ? Derived::high(x.w[i / 2]) : Derived::low(x.w[i / 2]);
   }
-  // The same in a block without NaN and Inf.
-  __device__ static float finite_value(Block const& x, int i) {
-    return i % 2 ? Derived::finite_high(x.w[i / 2]) : Derived::low(x.w[i / 2]);
-  }
   __device__ static void set(Block& x, int i, uint16_t bits) {
     x.w[i / 2] |= static_cast<uint32_t>(bits) << (i % 2 * 16);
   }
   using Raw = uint16_t;
 };
 
-// bf16 pairs (0, 1) and (0, -0), where the compiler does not see them: it would make two instructions of one for known halves.
-__constant__ uint32_t kHighOnly[2] = {0x3F800000, 0x80000000};
-
 struct Bf16 : Packed16<Bf16> {
   __device__ static float low(uint32_t w) { return __uint_as_float(w << 16); }
   __device__ static float high(uint32_t w) { return __uint_as_float(w & 0xFFFF0000u); }
-  // The low half times 0, plus 0, and the high one times 1, minus 0: for the FMA pipe, where the mask is one for the ALU.
-  __device__ static float finite_high(uint32_t w) {
-    uint32_t v;
-    asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(v) : "r"(w), "r"(kHighOnly[0]), "r"(kHighOnly[1]));
-    return __uint_as_float(v);
-  }
   // The larger magnitude under some sign, or NaN; one instruction.
   __device__ static uint32_t max_magnitude(uint32_t a, uint32_t b) {
     uint32_t m;
@@ -182,7 +169,6 @@ struct Bf16 : Packed16<Bf16> {
 struct Fp16 : Packed16<Fp16> {
   __device__ static float low(uint32_t w) { return half_to_float(static_cast<uint16_t>(w)); }
   __device__ static float high(uint32_t w) { return half_to_float(static_cast<uint16_t>(w >> 16)); }
-  __device__ static float finite_high(uint32_t w) { return high(w); }
   // The larger magnitude under some sign, or NaN; one instruction.
   __device__ static uint32_t max_magnitude(uint32_t a, uint32_t b) {
     uint32_t m;
@@ -217,7 +203,6 @@ struct Fp32 {
   __device__ static Block unpack(Words<4> const& x) { return x; }
 
   __device__ static float value(Block const& x, int i) { return __uint_as_float(x.w[i]); }
-  __device__ static float finite_value(Block const& x, int i) { return value(x, i); }
   __device__ static void set(Block& x, int i, uint32_t bits) { x.w[i] = bits; }
   __device__ static float amax(Block const& x) {
     float m = value(x, 0);
