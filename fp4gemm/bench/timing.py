@@ -29,9 +29,7 @@ _EAGER_US = 4 * _SAMPLE_US  # the CPU's share of the first call, tens of microse
 _MAX_EAGER_CALLS = 200  # below the launch queue's depth, and a bound on the time of one sample
 _WARM_SAMPLES = 50  # a fifth of a second, in which an idle GPU reaches its clocks
 SETTLE_S = 0.15  # behind large products times are up to a fifth longer, for about 0.1 s
-TURN_S = (
-    0.2  # behind a large product a lighter one gains clock for 0.1 to 0.15 s, until it has what its own power leaves
-)
+TURN_S = 0.2  # behind a large product a lighter one's clock rises for 0.1 to 0.15 s, to what its own power leaves
 _TURN_SAMPLES = 4
 _L2_BYTES = 60 << 20  # where the driver does not say
 
