@@ -6,6 +6,7 @@ from collections.abc import Iterable
 
 from fp4gemm.formats import METRICS, NORMS, PRODUCERS, RECIPE_SIGNS, SF_LAYOUTS
 from fp4gemm.spec import (
+    ANY_SIGNS,
     ARCHS,
     AmaxSpec,
     DequantizeSpec,
@@ -42,10 +43,12 @@ def _tiles(arch: str) -> list[KernelSpec]:
     return [
         TileQuantizeSpec(*per_token, "128x4", "128x4", ctas=ctas),
         TileQuantizeSpec(*per_token, "128x4", "128x4", hadamard=RECIPE_SIGNS, stochastic=True, ctas=ctas),
+        TileQuantizeSpec(*per_token, "128x4", "128x4", hadamard=ANY_SIGNS, stochastic=True, ctas=ctas),
         TileQuantizeSpec(*per_token, None, "128x4", ctas=ctas),
         TileQuantizeSpec(arch, "bf16", "amax", "te", "128x4", "128x4", square=True, ctas=ctas),
         TileAmaxSpec(arch, "bf16", True, True, ctas=ctas),
         TileAmaxSpec(arch, "bf16", True, True, RECIPE_SIGNS, ctas=ctas),
+        TileAmaxSpec(arch, "bf16", True, True, ANY_SIGNS, ctas=ctas),
         TileAmaxSpec(arch, "bf16", True, True, RECIPE_SIGNS, ctas=ctas, sums=True),
     ]
 

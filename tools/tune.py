@@ -1,8 +1,8 @@
 """Measures fp4gemm/sm90_table.json again, on this machine's GPU: `python tools/tune.py [--out FILE] [--sizes M...]`.
 
-Takes about ten minutes with kernels in the cache, and those of CUTLASS's layers most of a minute each without. A choice
-that is as fast as any, within noise, stays. With `--sizes` only these rows are new. `--grouped` prints what each
-grouped kernel takes instead, of which the rule of `select.grouped_spec` was made; sizes are then mean tokens.
+Takes about a quarter of an hour with kernels in the cache, and those of CUTLASS's layers most of a minute each without.
+A choice that is as fast as any, within noise, stays. With `--sizes` only these rows are new. `--grouped` prints what
+each grouped kernel takes instead, of which the rule of `select.grouped_spec` was made; sizes are then mean tokens.
 """
 
 from __future__ import annotations

@@ -11,6 +11,7 @@ import torch
 import fp4gemm
 from fp4gemm.bench import routing, timing
 from fp4gemm.bench.common import ARCH, Config, Job, random_inputs
+from fp4gemm.formats import RECIPE_SIGNS
 from fp4gemm.report import Row
 
 UNIFORM = "one shape"  # which the host knows
@@ -26,7 +27,7 @@ OPTIONS: tuple[dict[str, Any], ...] = (
     {},
     {"transposed": True},
     {"both": True},
-    {"both": True, "hadamard": 0xACE1, "seed": 1, "dbias": True},
+    {"both": True, "hadamard": RECIPE_SIGNS, "seed": 1, "dbias": True},
 )
 _CODES = 9 / 16  # bytes of a value's code and its share of a block scale
 

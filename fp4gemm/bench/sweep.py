@@ -26,7 +26,7 @@ def flop(row: Row) -> int:
 
 @dataclass(frozen=True)
 class Roof:
-    """The best that anything reached in a run: TB/s (bytes read + written) and cuBLAS's bf16 TFLOP/s."""
+    """The best that was reached in graphs, in turn: TB/s (bytes read + written) and cuBLAS's bf16 TFLOP/s."""
 
     tb_s: float
     tflop_s: float
@@ -56,8 +56,9 @@ def _bf16_bytes(row: Row) -> int:
 
 
 def add_limits(rows: Iterable[Row], copy_tb_s: float) -> None:
-    """Gives every GEMM row `limit_ratio`: the speed-up over cuBLAS that the roofline of this run allows."""
-    gemms = [row for row in rows if row["bench"] == "gemm"]
+    """Gives GEMM rows `limit_ratio`: the speed-up over cuBLAS that the roofline of this run allows. Not those at their
+    own clocks, which are others than that of the roof."""
+    gemms = [row for row in rows if row["bench"] == "gemm" and row["mode"] != "sustained"]
     if top := roof(gemms, copy_tb_s):
         for row in gemms:
             row["limit_ratio"] = row["vs_us"]["cublas_bf16"] / top.us(row)

@@ -64,7 +64,7 @@ def _enough_calls(us: float, sample_us: float) -> int:
     """Calls of `us` each that make a sample: _MIN_CALLS, or as many as last `sample_us`.
 
     Long samples are bad samples. Matrix products of milliseconds run at the clock that the power limit leaves, which
-    follows the power of the last tenth of a second: candidates share it only if they take turns more often than that.
+    follows the power of the last tenths of a second: candidates share it only if they take turns more often than that.
     """
     return min(_MIN_CALLS, math.ceil(sample_us / us))
 
@@ -154,8 +154,8 @@ def in_turns(samplers: Mapping[_Name, Sampler], repeats: int, turn_s: float = TU
     """Median of at least `repeats` samples of each candidate at the clock that it has when it runs alone.
 
     Large matrix products run at the power limit, and those that take less power at a higher clock. Candidates that take
-    turns with every sample share one clock, which no program that uses one of them sees. So a turn here is `turn_s`
-    seconds of a candidate and then some samples; the order is another one in each round.
+    turns with every sample share one clock; a program that runs one of them for long has another. So a turn here is
+    `turn_s` seconds of a candidate and then some samples; the order is another one in each round.
     """
     samples: dict[_Name, list[float]] = {name: [] for name in samplers}
     order, shuffled = list(samplers), random.Random(0)

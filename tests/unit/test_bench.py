@@ -168,7 +168,7 @@ def test_a_turn_begins_with_samples_that_do_not_count(monkeypatch: pytest.Monkey
                 last[0] = (name, now[0])
                 order.append(name)
             now[0] += 0.03
-            return us if now[0] - last[0][1] > timing.TURN_S else 2 * us
+            return us if now[0] - last[0][1] > 0.15 else 2 * us
 
         return sample
 

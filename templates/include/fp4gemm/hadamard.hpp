@@ -7,7 +7,7 @@ namespace fp4gemm {
 
 inline constexpr float kHadamardFactor = 0.25f;
 
-// What a kernel knows of the transform, if not bit i of a mask for value i: that there is none, or that signs are an argument.
+// What a kernel knows of the transform: its mask, bit i for value i, or that there is none, or that signs are an argument.
 inline constexpr int kNoHadamard = -2, kAnySigns = -1;
 
 // Where values change their sign: bit 15 of word i for value 2 i, bit 31 for value 2 i + 1; a kernel argument, so that it is an

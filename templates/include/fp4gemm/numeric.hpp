@@ -66,7 +66,7 @@ __device__ __forceinline__ uint32_t to_e2m1(float v) {
   return code | (__float_as_uint(v) >> 31) << 3;
 }
 
-// Magnitude code of 0 <= v < kQuickLimit as the low bits of a word, plus the bits of `magic`, 2^23 or so.
+// Magnitude code of 0 <= v < kQuickLimit as the low bits of a word, plus the bits of `magic`, an even number from 2^23 to 2^24 - 16.
 // Between grid points the code is linear in v, with slope 2, 1 and 1/2: it is the least of three lines, rounded. Adding 2^23
 // rounds to an integer, to nearest and ties to the even code, and rounding is monotone, so the least of three rounded lines
 // is the rounded least: three FMA-pipe instructions and one on the half-rate ALU pipe, which is what bounds a quantizer.
@@ -87,8 +87,8 @@ __device__ __forceinline__ uint32_t magnitude_code_of_4(float v, float magic) {
   return min(__float_as_uint(__fmaf_rn(v, 2.0f, magic)), __float_as_uint(__fadd_rn(v, magic + 2.0f)));
 }
 
-// For the i-th of eight codes that become a word of nibbles. 0x4B000000 of all but the lowest two are shifted out; with 0x4B500000
-// for the second, which is even, too, these two add up to 2^32, and nothing is left of either.
+// For the i-th of eight codes that become a word of nibbles. The bits of kMagic, 0x4B000000, are shifted out of all but the
+// lowest two; those of the second are 0x4B500000, so that 16 times them and the first's add up to 5 * 2^32, and nothing is left.
 __device__ __forceinline__ float magic_of(int i) { return i % 8 == 1 ? 0x1.Ap23f : kMagic; }
 
 // sm_100a and sm_120a round eight values, whatever they are, as to_e2m1 does.
