@@ -144,6 +144,7 @@ def test_sweep(on_cpu: list[tuple[str, bool]], peer: type[FakePeer]) -> None:
     assert len(rows) == 2 * 4 * 5  # shapes, modes, the above
     assert all(0 < row["rel_error"] < 4e-3 for row in rows)  # the cast to bf16
     assert {row["mode"] for row in rows} == set(MODES)
+    assert {row["mode"] for row in rows if "limit_ratio" not in row} == {"sustained"}  # the roof has another clock
     first = ops[1, "gemm", None]
     assert first["bytes"] == 128 * 2 + 2 * 2304 + 4 + 64 * 2  # x; two blocks of 64 x 64 and an outer scale; D
     assert first["tb_s"] == pytest.approx(first["bytes"] / 2.0 / 1e6)

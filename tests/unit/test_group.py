@@ -16,6 +16,7 @@ from fp4gemm.group.arguments import check_group
 from fp4gemm.group.shape import GroupShape
 from fp4gemm.reference.group import column_sums, member_seed
 from fp4gemm.spec import (
+    ANY_SIGNS,
     ARCHS,
     INPUT_DTYPES,
     GroupSpec,
@@ -281,7 +282,7 @@ def test_what_is_selected_is_possible_and_named_apart(arch):
         select.group_tile_spec(arch, dtype, "amax", "te", "128x4", columns, *flags)
         for dtype in INPUT_DTYPES
         for columns in (None, "linear")
-        for flags in ((None, True, True), (None, False, False), (-1, True, True), (RECIPE_SIGNS, True, True))
+        for flags in ((None, True, True), (None, False, False), (ANY_SIGNS, True, True), (RECIPE_SIGNS, True, True))
         if columns or flags[0] is None
     ]
     specs += [select.group_amax_spec(arch, dtype, True, True, None, True, True) for dtype in INPUT_DTYPES]

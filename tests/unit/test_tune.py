@@ -1,10 +1,15 @@
 """What is measured for the table of kernels, and how results are kept; times are made up."""
 
+import math
+
 import pytest
+import torch
 from typer.testing import CliRunner
 
 from fp4gemm import cli, select, table, tune
+from fp4gemm.bench import timing
 from fp4gemm.division import divide
+from fp4gemm.engine import Weight
 from fp4gemm.spec import PackedCollectiveSpec, check
 from fp4gemm.table import Choice
 
@@ -39,6 +44,19 @@ def test_the_packaged_table_names_candidates_only():
         | {("collective", c) for c in tune.COLLECTIVE}
     )
     assert {(row.kernel, row.config) for row in table.read(table.PACKAGED)} <= known
+
+
+def test_times_in_turn_and_at_own_clocks_both_count(monkeypatch):
+    fast, even, slow = (Choice(1, 64, 64, "mma", config) for config in tune.MMA[:3])
+    shared = {(fast, False): 9.0, (fast, True): 4.0, (even, False): 8.0, (even, True): 4.5, (slow, False): 9.0}
+    shared[slow, True] = 5.0  # 12 % behind: not timed again
+    own = {(fast, False): 16.0, (fast, True): 9.0, (even, False): 9.0, (even, True): 4.0}
+    monkeypatch.setattr(timing, "DEVICE", "cpu")
+    monkeypatch.setattr(timing, "GraphSampler", lambda calls: None)
+    monkeypatch.setattr(timing, "interleave", lambda samplers, repeats: {key: shared[key] for key in samplers})
+    monkeypatch.setattr(timing, "in_turns", lambda samplers, repeats: {key: own[key] for key in samplers})
+    us = tune._measure(1, [Weight(torch.empty(0), torch.ones(()), 64, 64)], dict.fromkeys((fast, even, slow)))
+    assert us == pytest.approx({fast: math.sqrt(6 * 12), even: 6.0})
 
 
 def test_new_rows_replace_those_of_the_same_products():
