@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from fp4gemm import select
+from fp4gemm.division import room_for
 from fp4gemm.formats import (
     BLOCK,
     NORMS,
@@ -33,6 +34,7 @@ from fp4gemm.launch import (
 from fp4gemm.spec import check
 
 _UNITS = 2**32  # half blocks that a dequantizer counts
+_MOST_CTAS_Y = 65535  # of a grid
 
 
 class Packed(NamedTuple):
@@ -79,7 +81,7 @@ class _Quantizer:
         self.rows = spec.rows
         step = spec.threads * spec.blocks
         # Without a row to reduce, CTAs divide rows too; a layout pads columns to whole fours.
-        self.steps = 1 if scaling == "per_row" else min(-(-(-(-scale_columns(k) // 4) * 4) // step), 65535)
+        self.steps = 1 if scaling == "per_row" else min(-(-(-(-scale_columns(k) // 4) * 4) // step), _MOST_CTAS_Y)
         if (options.residual and spec.resident) or norm:
             self.steps = 1  # the scales of a row leave together, or its sum of squares is taken
         self.prefetch = select.prefetch_ctas(spec, k, device) if self.steps == 1 else 0
@@ -244,8 +246,16 @@ class _ValuesQuantizer:
     ) -> None:  # fmt: skip
         arch, name = select.arch_of(device), select.INPUT_NAMES[dtype]
         spec, share = select.values_spec(arch, name, m, k, scaling, convention, vectorized, options, gathered=gathered)
-        self.launch = Launcher(spec, QUANTIZE_ARGUMENTS, waits=True, dependent=select.early(spec, m) or None)
-        self.grid = (-(-m // spec.rows), min(share, 65535), 1)
+        if share > _MOST_CTAS_Y:  # of which each has a step of a row
+            most = _MOST_CTAS_Y * spec.threads * spec.blocks * BLOCK
+            raise ValueError(f"x: got rows of {k} values, expected at most {most}")
+        self.grid = (-(-m // spec.rows), share, 1)
+        early = select.early(m, self.grid[0] * share, select.gpu_of(device)[1])
+        self.launch = (
+            Launcher(spec, QUANTIZE_ARGUMENTS, waits=True)
+            if early is None
+            else Launcher(spec, QUANTIZE_ARGUMENTS, waits=True, dependent=True, shared_bytes=room_for(early))
+        )
         self.stride = -(-(k + options.residual) // 8) * 8  # whole 16 bytes, as TMA wants rows
         prefetch = select.prefetch_ctas(spec, k, device) if share == 1 else 0
         self.sizes = (m, m, k, scale_columns(k), scale_in_stride, prefetch)

@@ -108,20 +108,21 @@ def _dependent_config(grid: tuple[int, int, int], threads: int, shared_bytes: in
 class Launcher:
     """A kernel whose one argument is a by-value struct, packed in place for each launch.
 
-    ``waits``, ``dependent``: see :class:`Dispatch`.
+    ``waits``, ``dependent``: see :class:`Dispatch`. ``shared_bytes``: instead of what the kernel needs.
     """
 
     def __init__(
-        self, spec: KernelSpec, arguments: struct.Struct, *, waits: bool = False, dependent: bool | None = None
-    ) -> None:
+        self, spec: KernelSpec, arguments: struct.Struct, *, waits: bool = False, dependent: bool | None = None,
+        shared_bytes: int | None = None,
+    ) -> None:  # fmt: skip
         kernel = load(spec)
         if kernel.meta["params_bytes"] != arguments.size:
             raise DriverError(f"{spec.name}: argument of {kernel.meta['params_bytes']} bytes, packed {arguments.size}")
         self._pack = arguments.pack_into
         self._buffer = ctypes.create_string_buffer(arguments.size)
         address = ctypes.addressof(self._buffer)
-        threads, shared_bytes = kernel.meta["threads"], kernel.meta["smem_bytes"]
-        self._dispatch = Dispatch(kernel, spec.entry_points[0], threads, shared_bytes, address, waits=waits)
+        threads, shared = kernel.meta["threads"], kernel.meta["smem_bytes"] if shared_bytes is None else shared_bytes
+        self._dispatch = Dispatch(kernel, spec.entry_points[0], threads, shared, address, waits=waits)
         self._dependent = dependent
         self._lock = threading.Lock()
 

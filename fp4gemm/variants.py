@@ -28,7 +28,7 @@ from fp4gemm.spec import (
 
 def _sm90_values() -> list[KernelSpec]:
     """Quantizers that write values: for few rows of K = 8192, and for many."""
-    few = {"per_row": (128, 4, 1), "given": (32, 1, 1)}
+    few = {"per_row": (128, 4, 1), "given": (128, 1, 1)}
     return [
         QuantizeSpec("sm_90a", "bf16", scaling, "te_per_token", "linear", *tile, output="values")
         for scaling in few

@@ -102,10 +102,10 @@ def bf16_specs(arch: str, k: int) -> list[KernelSpec]:
     values = [
         values_spec(arch, "bf16", m, k, scaling, "te_per_token", vectorized=k % BLOCK == 0)[0]
         for scaling in ("per_row", "given")
-        for m in (1, FEW_VALUES_ROWS + 1)
+        for m in (1, FEW_VALUES_ROWS, FEW_VALUES_ROWS + 1)
     ]
     packers = [pack_spec(arch, sf_layout, way) for sf_layout in SF_LAYOUTS for way in ("pack", "unpack")]
     chosen = dict.fromkeys((c.kernel, c.config) for c in table.read(table.PACKAGED))
     gemms = [packed_of(kernel, config, "bf16", "bf16", None, False) for kernel, config in chosen]
     grouped = [grouped_of(config, "bf16", "bf16", None, False) for config in grouped_configs()]
-    return [*small, *values, *packers, *gemms, *grouped]
+    return [*small, *dict.fromkeys(values), *packers, *gemms, *grouped]

@@ -102,7 +102,7 @@ def _threads(columns: int, blocks: int) -> int:
     return -(-columns // (32 * blocks)) * 32
 
 
-FEW_VALUES_ROWS = 64
+FEW_VALUES_ROWS = 128
 
 
 def values_spec(
@@ -119,25 +119,26 @@ def values_spec(
     columns = scale_columns(k)
     if scaling != "per_row":
         if m <= FEW_VALUES_ROWS:
-            # Without an amax any row is read once. CTAs of one warp are quicker for rows that are no longer than this.
-            spec = replace(spec, threads=32 if columns <= 512 else 128, blocks=1, rows=1, resident=True)
+            spec = replace(spec, threads=128, blocks=1, rows=1, resident=True)  # without an amax any row is read once
         return spec, -(-columns // (spec.threads * spec.blocks))
     if m > FEW_VALUES_ROWS:
         return spec, 1
-    blocks = 4 if columns >= 512 else 2 if columns >= 256 else 1
+    blocks = 1 if columns < 256 else 4 if columns > 1024 or (m <= 16 and columns >= 512) else 2
     threads = _threads(columns, blocks)
     if threads > 512:  # a thread would have too few registers: rows are streamed
         return spec, 1 if spec.resident else 8
     return replace(spec, threads=threads, blocks=blocks, rows=1, resident=True), blocks
 
 
-def early(spec: QuantizeSpec, m: int) -> bool:
-    """Whether a quantizer of values of [m, k] is launched before the kernel in front has ended, which it waits for.
+def early(m: int, ctas: int, sms: int) -> int | None:
+    """Of how many CTAs an SM has room, if a quantizer of values of [m, k] is launched before the kernel in front has
+    ended, which it waits for; None where it is not.
 
-    Its CTAs then stand ready beside those of the GEMM of the call before, where they are few and small enough for the
-    registers that it leaves. Elsewhere its GEMM would take the places it needs (docs/performance.md).
+    CTAs that stand ready begin a launch's time sooner. But all that an SM has room for would gather on the few SMs that
+    the GEMM of the call before leaves idle: so it has no room for more than there must be (docs/performance.md).
     """
-    return m <= FEW_VALUES_ROWS and spec.threads * spec.rows <= 128
+    of_sm = -(-ctas // sms)
+    return of_sm if of_sm <= (8 if m <= FEW_VALUES_ROWS else 2) else None
 
 
 _PREFETCH_BYTES = 64 << 10  # of rows ahead for each SM

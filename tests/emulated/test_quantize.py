@@ -28,7 +28,7 @@ def kernels(emulator: emulation.Emulator, monkeypatch: pytest.MonkeyPatch) -> No
     """``calls`` on CPU tensors: kernels are emulated, an amax of the tensor is torch's."""
 
     class Launcher(emulation.QuantizeLauncher):
-        def __init__(self, spec: QuantizeSpec, arguments: Any, **_: bool) -> None:
+        def __init__(self, spec: QuantizeSpec, arguments: Any, **_: Any) -> None:
             assert check(spec) is None
             super().__init__(emulator, spec, arguments)
 
@@ -40,6 +40,7 @@ def kernels(emulator: emulation.Emulator, monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr(calls, "_tensor_amax", tensor_amax)
     monkeypatch.setattr(calls, "_stream", lambda _: random.randrange(1 << 30))
     monkeypatch.setattr(select, "arch_of", lambda _: "sm_90a")
+    monkeypatch.setattr(select, "gpu_of", lambda _: ("", 132))
     monkeypatch.setattr(select, "prefetch_ctas", lambda *_: 0)
     for cache in (calls._quantizer, calls._values_quantizer):
         cache.cache_clear()

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fp4gemm import select, table
-from fp4gemm.division import SHARED_BYTES, SM_SHARED_BYTES, divide, wgmma_shared_bytes
+from fp4gemm.division import SHARED_BYTES, SM_SHARED_BYTES, divide, room_for, wgmma_shared_bytes
 from fp4gemm.spec import WGMMA_TOKENS, PackedMmaSpec, PackedWgmmaSpec, check
 
 MMA = PackedMmaSpec("sm_90a", "bf16", "bf16", None, False, 1, 8, 4, 2, 2, 0, 0)
@@ -220,3 +220,11 @@ def test_every_row_of_the_packaged_table_serves_its_shape(row, bias):
         assert check_mma(spec, row.m, row.n, row.k, SMS) is not None
     elif isinstance(spec, PackedWgmmaSpec):
         assert check_wgmma(spec, row.m, row.n, row.k, SMS) is not None
+
+
+@pytest.mark.parametrize("ctas", range(1, 17))
+def test_an_sm_has_room_for_so_many_ctas_and_no_more(ctas):
+    """With up to 512 bytes of its own, and 1 KB that each takes beside that."""
+    for own in (0, 512):
+        assert room_for(ctas) + own <= SHARED_BYTES
+        assert SM_SHARED_BYTES // (room_for(ctas) + own + 1024) == ctas

@@ -118,7 +118,7 @@ def test_selected_kernels_are_among_the_default_variants():
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("scaling", KERNEL_SCALINGS)
-@pytest.mark.parametrize("m", [1, 16, 64, 65, 4096])
+@pytest.mark.parametrize("m", [1, 16, 128, 129, 4096])
 def test_every_value_is_written_once(m, scaling, dtype):
     for k in (1, 8, 16, 1000, 4096, 8192, 11008, 16384, 28672, 32768, 32769, 65536, 200000):
         spec, share = select.values_spec("sm_90a", dtype, m, k, scaling, "te_per_token", k % 16 == 0)
@@ -130,8 +130,7 @@ def test_every_value_is_written_once(m, scaling, dtype):
         elif spec.resident:
             assert step >= columns
             assert share in (1, spec.blocks)
-            assert share & (share - 1) == 0
-        if m > 64 and scaling == "per_row":
+        if m > 128 and scaling == "per_row":
             assert share == 1
         # Whole rows of 16 values in registers: a CTA's threads must leave them room.
         assert spec.threads * spec.blocks * (16 if dtype == "fp32" else 8) <= 32768
@@ -142,22 +141,24 @@ def test_ctas_share_long_rows_where_there_are_few():
         return select.values_spec("sm_90a", "bf16", m, k, scaling, "te_per_token", True)[1]
 
     assert [share(1, k) for k in (2048, 4096, 8192, 28672, 65536)] == [1, 2, 4, 4, 8]
-    assert [share(m, 8192) for m in (16, 64, 65, 1024)] == [4, 4, 1, 1]
+    assert [share(m, 8192) for m in (16, 17, 128, 129, 1024)] == [4, 2, 2, 1, 1]
     assert share(1, 16384, "given") == 8
 
 
-def test_small_quantizers_of_few_rows_begin_early():
+def test_quantizers_of_few_ctas_begin_early():
     def early(m, k, scaling="per_row"):
-        return select.early(select.values_spec("sm_90a", "bf16", m, k, scaling, "te_per_token", True)[0], m)
+        spec, share = select.values_spec("sm_90a", "bf16", m, k, scaling, "te_per_token", True)
+        return select.early(m, -(-m // spec.rows) * share, 132)
 
-    assert [early(m, 8192) for m in (1, 64, 65, 1024)] == [True, True, False, False]
-    assert [early(16, k) for k in (4096, 8192, 14336)] == [True, True, False]
-    assert early(64, 14336, "given")
+    assert [early(m, 8192) for m in (1, 16, 66, 67, 128, 264, 265, 1024)] == [1, 1, 1, 2, 2, 2, None, None]
+    assert [early(m, 4096) for m in (1, 512, 1024)] == [1, 2, None]
+    assert [early(m, 14336, "given") for m in (16, 128, 256)] == [1, 7, 2]
+    assert early(128, 28672, "given") is None  # 14 of them: the SMs would be full anyway
 
 
 def test_kernels_of_k_are_those_that_calls_ask_for():
     built = select.bf16_specs("sm_90a", 8192)
-    for m in (1, 64, 65, 5000):
+    for m in (1, 64, 128, 129, 5000):
         for scaling in ("per_row", "given"):
             assert select.values_spec("sm_90a", "bf16", m, 8192, scaling, "te_per_token", True)[0] in built
     assert {select.pack_spec("sm_90a", name, "pack") for name in SF_LAYOUTS} < set(built)

@@ -259,11 +259,13 @@ template <class Config> class PackedMma {
       int const piece_first = piece * args_.piece_blocks * 4 + first_segment * 32 + threadIdx.x % 32;
       for (int row = first_row; row < args_.m; row += row_step) {
         auto const* const x = static_cast<char const*>(args_.x) + row * args_.x_stride * Element::kBytes;
-        auto const outer = TePerToken::from_decode(args_.outer_a[static_cast<int64_t>(row) * args_.outer_a_stride]);
+        float decode = args_.outer_a[static_cast<int64_t>(row) * args_.outer_a_stride];
         for (int block = piece_first; block < piece_end; block += segment_step * 32) {
           int const column = cta_first_ * 4 + block;
           typename Element::Block values{};
           if (column * kBlock < args_.k) values = load_block<Element, true>(x, column, args_.k);
+          pin(decode);  // or what is made of it would be awaited before x is asked for
+          auto const outer = TePerToken::from_decode(decode);
           float const amax = flagged_amax<Element>(values);
           uint8_t const scale = TePerToken::block_scale(outer, fabsf(amax));
           uint2 const codes = encode_block<Element, TePerToken>(values, amax, outer, scale);

@@ -31,6 +31,7 @@ template <class Config, int kStages = 1> class RowQuantizer {
   int64_t const row_;
   int const thread_;
   bool const real_;  // false for a row that exists only as scale-factor padding
+  char const* const x_;  // this row of it
 
  public:
   // A tiled layout scatters the scales of one row in words of four; the rows of a CTA together fill whole chunks, or
@@ -47,7 +48,8 @@ template <class Config, int kStages = 1> class RowQuantizer {
         stage_(stage),
         row_(Scales::template row<Config::kRows>(cta, threadIdx.x / Config::kThreads)),
         thread_(threadIdx.x % Config::kThreads),
-        real_(row_ < args.rows) {}
+        real_(row_ < args.rows),
+        x_(row_of_x(row_)) {}
 
   __device__ void run() const {
     if constexpr (Config::kValues) {
@@ -74,14 +76,19 @@ template <class Config, int kStages = 1> class RowQuantizer {
     } else if constexpr (Config::kScaling != Scaling::kPerRow) {
       // No reduction: CTAs split the row as well, where it is longer than a step.
       float scale = scale_in();
-      for (int first = blockIdx.y * kStep; first < padded_columns(); first += gridDim.y * kStep) {
+      auto const step = [&](int first) {
         Block x[Config::kBlocks];
         float amax[Config::kBlocks];
         load_step(first, x, amax);
         prefetch_ahead();  // of rows that are a step
         pin(scale);  // or what is made of it would be awaited before x is asked for
         store_step(first, x, amax, outer_of(scale));
-      }
+      };
+      int first = blockIdx.y * kStep;
+      step(first);
+      // Values are a step for each CTA: what a loop makes ready would stand in front of the loads.
+      if constexpr (!Config::kValues)
+        while ((first += gridDim.y * kStep) < padded_columns()) step(first);
       write_outer(outer_of(scale));
     } else {
       float row_amax = 0.0f;
@@ -102,10 +109,13 @@ template <class Config, int kStages = 1> class RowQuantizer {
   }
 
  private:
+  __device__ char const* row_of_x(int64_t row) const {
+    return static_cast<char const*>(in_global(args_.x)) + row * args_.x_stride * Element::kBytes;
+  }
+
   __device__ void prefetch_row(int64_t row) const {
     int const bytes = args_.k * Element::kBytes;
-    prefetch_l2(static_cast<char const*>(args_.x) + row * args_.x_stride * Element::kBytes,
-                Options::kProducer == Producer::kSiluMul ? 2 * bytes : bytes);
+    prefetch_l2(row_of_x(row), Options::kProducer == Producer::kSiluMul ? 2 * bytes : bytes);
     if constexpr (Options::kProducer == Producer::kAddRmsNorm)
       prefetch_l2(static_cast<char const*>(args_.residual) + row * args_.residual_stride * Element::kBytes, bytes);
   }
@@ -194,12 +204,11 @@ template <class Config, int kStages = 1> class RowQuantizer {
   }
 
   __device__ float load_step(int first, Block (&x)[Config::kBlocks], float (&amax)[Config::kBlocks]) const {
-    auto const* row = static_cast<char const*>(in_global(args_.x)) + row_ * args_.x_stride * Element::kBytes;
 #pragma unroll
     for (int i = 0; i < Config::kBlocks; ++i) {
       int const column = first + i * Config::kThreads + thread_;
       x[i] = Block{};
-      if (real_ && column < args_.columns) x[i] = load(row, column);
+      if (real_ && column < args_.columns) x[i] = load(x_, column);
     }
     if constexpr (Options::kNorm) normalize(x);
     uint32_t largest = 0;  // as bits, of which those of Inf and NaN are the largest
@@ -284,9 +293,8 @@ template <class Config, int kStages = 1> class RowQuantizer {
     int const odd = thread_ % 2;
 #pragma unroll
     for (int i = 0; i < Config::kBlocks; ++i) {
-      // CTAs that share a resident row all reduce it, which is cheap, and encode a block in gridDim.y of each thread's.
-      if (Config::kScaling == Scaling::kPerRow && Config::kResident && ((i ^ blockIdx.y) & (gridDim.y - 1)) != 0)
-        continue;
+      // CTAs that share a resident row all reduce it, which is cheap, and each encodes one of the blocks of a thread.
+      if (Config::kScaling == Scaling::kPerRow && Config::kResident && gridDim.y > 1 && i != blockIdx.y) continue;
       int const column = first + i * Config::kThreads + thread_;
       EncodedPair result{};
       uint4 low{}, high{};
