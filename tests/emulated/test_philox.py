@@ -21,8 +21,9 @@ extern "C" void codes(float const* v, uint8_t const* bytes, uint8_t* one, uint8_
   for (int64_t i = 0; i + 8 <= n; i += 8) {
     uint32_t noise[2];
     std::memcpy(noise, bytes + i, 8);
-    uint32_t const word = stochastic_eight([&](int j) { return v[i + j] * kPlaceUnit; }, noise[0], noise[1]);
-    for (int j = 0; j < 8; ++j) eight[i + j] = word >> (4 * j) & 15;
+    auto const value = [&](int j) { return (bytes[i + j] % 2 ? -v[i + j] : v[i + j]) * kPlaceUnit; };
+    uint32_t const word = stochastic_eight(value, noise[0], noise[1]);
+    for (int j = 0; j < 8; ++j) eight[i + j] = (word >> (4 * j) & 15) ^ bytes[i + j] % 2 << 3;
   }
 }
 }  // namespace fp4gemm

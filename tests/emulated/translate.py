@@ -49,7 +49,7 @@ _RULES: dict[str, tuple[tuple[str, str], ...]] = {
         (r'asm\("mul\.f16x2[^;]*;"[^;]*;', "half = multiply_f16x2(e4m3_to_half2(scale), 0x58005800u);"),
     ),
     "philox.hpp": (
-        (r'asm\("lop3\.b32[^;]*;"[^;]*;', "codes = (odd & 0xF000F000u) | (even & ~0xF000F000u);"),
+        (r'asm\("lop3\.b32[^;]*;"[^;]*;', "both = (a & kMask) | (b & ~kMask);"),
         (
             r'asm\("\{\\n\.reg \.b64.*?\);',
             "product = {static_cast<uint32_t>(uint64_t{a} * b), static_cast<uint32_t>(uint64_t{a} * b >> 32)};",

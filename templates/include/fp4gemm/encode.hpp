@@ -21,11 +21,12 @@ template <class Element> __device__ __forceinline__ float flagged_amax(typename 
 
 __device__ __forceinline__ bool is_flagged(float amax) { return __float_as_uint(amax) >> 31 != 0; }
 
-// A rounding has eight(half, magnitude), codes without signs of magnitudes below kQuickLimit, given times kUnit, magnitude(0) in
-// the lowest nibble, and one(i, v), the code of any value. i and 8 * half count in the block.
+// A rounding has eight(half, value), codes of values below kQuickLimit, given times kUnit, value(0) in the lowest nibble, and
+// one(i, v), the code of any value. i and 8 * half count in the block. kSigned: else eight knows magnitudes alone.
 struct NearestEven {
   static constexpr float kUnit = 1.0f;
   static constexpr bool kHardware = true;  // cvt.rn does the same
+  static constexpr bool kSigned = false;
   template <class Magnitude> __device__ __forceinline__ static uint32_t eight(int, Magnitude const& magnitude) {
     uint32_t word = 0;
 #pragma unroll
@@ -38,10 +39,11 @@ struct NearestEven {
 struct Stochastic {
   static constexpr float kUnit = kPlaceUnit;
   static constexpr bool kHardware = false;
+  static constexpr bool kSigned = true;
   PhiloxBlock noise;
 
-  template <class Magnitude> __device__ __forceinline__ uint32_t eight(int half, Magnitude const& magnitude) const {
-    return stochastic_eight(magnitude, noise.w[2 * half], noise.w[2 * half + 1]);
+  template <class Value> __device__ __forceinline__ uint32_t eight(int half, Value const& value) const {
+    return stochastic_eight(value, noise.w[2 * half], noise.w[2 * half + 1]);
   }
   __device__ uint32_t one(int i, float v) const {
     uint32_t const code = stochastic_code(fabsf(v), noise.w[i / 4] >> (i % 4 * 8) & 0xFF);
@@ -60,8 +62,12 @@ template <class Element, class Divider, class Rounding>
 __device__ __forceinline__ uint32_t encode_half(typename Element::Block const& x, int half, Divider const& divider,
                                                 Rounding const& rounding) {
   auto const in_units = times(divider, Rounding::kUnit);
-  auto const magnitude = [&](int i) { return in_units.quotient(fabsf(Element::value(x, 8 * half + i))); };
-  return rounding.eight(half, magnitude) | Element::signs(x, half);
+  auto const value = [&](int i) { return Element::value(x, 8 * half + i); };
+  if constexpr (Rounding::kSigned) {
+    return rounding.eight(half, [&](int i) { return in_units.quotient(value(i)); });
+  } else {
+    return rounding.eight(half, [&](int i) { return in_units.quotient(fabsf(value(i))); }) | Element::signs(x, half);
+  }
 }
 
 // For blocks with NaN or Inf and for those beyond the largest code (their scale underflowed, saturated or was given).

@@ -67,9 +67,9 @@ __device__ __forceinline__ uint32_t stochastic_code(float magnitude, uint32_t by
   return (__vimin3_u32(by_half, by_one, by_two) + byte) >> 8;
 }
 
-// Places of two magnitudes, times kPlaceUnit, in 1/512 of a code, rounded down, as the halves of a word. The bits of an fp16
-// number grow with it as places do: by as much in every binade, and by as much again up to the least normal number, which
-// stands for 1.
+// Places of two values, times kPlaceUnit, in 1/512 of a code, towards zero, with their signs, as the halves of a word. The bits
+// of an fp16 number grow with it as places do: by as much in every binade, and by as much again up to the least normal number,
+// which stands for 1.
 inline constexpr float kPlaceUnit = 0x1p-14f;
 
 __device__ __forceinline__ uint32_t places_among_codes(float low, float high) {
@@ -78,27 +78,38 @@ __device__ __forceinline__ uint32_t places_among_codes(float low, float high) {
   return places;
 }
 
-// Codes of four magnitudes as bytes 1 and 3, a nibble for each, with 8 for 7; other bits are undefined.
-template <class Magnitude>
-__device__ __forceinline__ uint32_t stochastic_four(Magnitude const& magnitude, int first, uint32_t noise) {
-  auto const places = [&](int i) { return places_among_codes(magnitude(i), magnitude(i + 2)); };
-  // Codes in bits 8 to 11 of each half, or 12 to 15: there the place keeps its last bit, below those of the noise. One shift is
-  // an instruction for the ALU, the other one for the FMA pipe; the ALU has more to do.
-  uint32_t const even = (places(first) >> 1) + (noise & 0x00FF00FFu);
-  uint32_t const odd = places(first + 1) * 8 + gather_bytes(noise, 0, 0x4341) * 16;
-  // Odd ones where the mask is 1, else even ones; the compiler would give each a mask of its own.
-  uint32_t codes;
-  asm("lop3.b32 %0, %1, %2, 0xF000F000, 0xE4;" : "=r"(codes) : "r"(odd), "r"(even));
-  return codes;
+// Bits of a where the mask is 1, else those of b; the compiler would give each a mask of its own.
+template <uint32_t kMask> __device__ __forceinline__ uint32_t bits_of(uint32_t a, uint32_t b) {
+  uint32_t both;
+  asm("lop3.b32 %0, %1, %2, %3, 0xE4;" : "=r"(both) : "r"(a), "r"(b), "n"(kMask));
+  return both;
 }
 
-// stochastic_code of eight magnitudes below 8, given times kPlaceUnit: magnitude(0) to magnitude(7), as nibbles; the first is
-// the lowest.
-template <class Magnitude>
-__device__ __forceinline__ uint32_t stochastic_eight(Magnitude const& magnitude, uint32_t noise0, uint32_t noise1) {
-  uint32_t const codes =
-      gather_bytes(stochastic_four(magnitude, 0, noise0), stochastic_four(magnitude, 4, noise1), 0x7531);
-  return codes - (codes >> 3 & 0x11111111u);  // 8 is 7
+// Of four values: codes of the magnitudes as bytes 1 and 3, a nibble for each, with 8 for 7. Signs are the top bits of bytes 1
+// and 3 of `even` and `odd`. Other bits are undefined.
+struct StochasticFour {
+  uint32_t even, odd, codes;
+
+  template <class Value> __device__ __forceinline__ StochasticFour(Value const& value, int first, uint32_t noise) {
+    even = places_among_codes(value(first), value(first + 2));
+    odd = places_among_codes(value(first + 1), value(first + 3));
+    // Codes in bits 8 to 11 of each half, or 12 to 15: there the place keeps its last bit, below those of the noise. What the FMA
+    // pipe can do is a product: the ALU has more to do.
+    uint32_t const odd_noise = gather_bytes(noise, 0, 0x4341), even_noise = noise - odd_noise * 256;
+    uint32_t const low = (even >> 1) + even_noise, high = odd * 8 + odd_noise * 16;
+    codes = bits_of<0xF000F000>(high, low);
+  }
+};
+
+// Codes of eight values below 8 in magnitude, given times kPlaceUnit: value(0) to value(7), as nibbles; the first is the lowest.
+// stochastic_code of the magnitude, and the sign.
+template <class Value>
+__device__ __forceinline__ uint32_t stochastic_eight(Value const& value, uint32_t noise0, uint32_t noise1) {
+  StochasticFour const a(value, 0, noise0), b(value, 4, noise1);
+  auto const gather = [](uint32_t of_a, uint32_t of_b) { return gather_bytes(of_a, of_b, 0x7531); };
+  uint32_t codes = gather(a.codes, b.codes);
+  codes -= codes >> 3 & 0x11111111u;  // 8 is 7
+  return bits_of<0x80808080>(gather(a.odd, b.odd), bits_of<0x08080808>(gather(a.even, b.even) >> 4, codes));
 }
 
 }  // namespace fp4gemm

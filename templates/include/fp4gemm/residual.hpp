@@ -11,17 +11,19 @@ enum class Residual { kNone, kActivation, kWeight };
 
 inline constexpr uint8_t kLeastScale = 0x01;  // 2^-9: what a pair has instead of 0
 
-// x / d as IEEE rounds it where that is below kQuickLimit, and else something that also has the code 7. r = 1 / d, rounded: one
-// correction of x * r then gives the quotient (Markstein). fminf drops the NaN of an overflow.
-struct BoundedDivide {
+// x / d as IEEE rounds it where that is below kQuickLimit in magnitude, and else something that also has the code 7 or -7. r =
+// 1 / d, rounded: one correction of x * r then gives the quotient (Markstein). fminf drops the NaN of an overflow. kSigned: x
+// may be negative.
+template <bool kSigned> struct BoundedDivide {
   float d, r, bound = 6.5f;
-  __device__ float quotient(float magnitude) const {
-    float const q = __fmul_rn(magnitude, r);
-    return fminf(__fmaf_rn(__fmaf_rn(-q, d, magnitude), r, q), bound);
+  __device__ float quotient(float x) const {
+    float const q = __fmul_rn(x, r), corrected = __fmaf_rn(__fmaf_rn(-q, d, x), r, q);
+    return kSigned ? copysignf(fminf(fabsf(corrected), bound), x) : fminf(corrected, bound);
   }
 };
 
-__device__ __forceinline__ BoundedDivide times(BoundedDivide divider, float factor) {
+template <bool kSigned>
+__device__ __forceinline__ BoundedDivide<kSigned> times(BoundedDivide<kSigned> divider, float factor) {
   return {divider.d / factor, divider.r * factor, divider.bound * factor};
 }
 
@@ -61,7 +63,7 @@ __device__ __forceinline__ void add_companion(EncodedPair& pair, typename Elemen
     uint8_t const scale = to_e4m3(fminf(__fmul_rn(Fp32::amax(d), kSixth), 448.0f));
     pair.companion_scale = scale == 0 ? kLeastScale : scale;
     float const divisor = from_e4m3(pair.companion_scale);
-    BoundedDivide const divider{divisor, __fdiv_rn(1.0f, divisor)};
+    BoundedDivide<Rounding::kSigned> const divider{divisor, __fdiv_rn(1.0f, divisor)};
     pair.companion = {encode_half<Fp32>(d, 0, divider, rounding), encode_half<Fp32>(d, 1, divider, rounding)};
   }
 }
