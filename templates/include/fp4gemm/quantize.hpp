@@ -84,11 +84,11 @@ template <class Config, int kStages = 1> class RowQuantizer {
         pin(scale);  // or what is made of it would be awaited before x is asked for
         store_step(first, x, amax, outer_of(scale));
       };
-      int first = blockIdx.y * kStep;
-      step(first);
-      // Values are a step for each CTA: what a loop makes ready would stand in front of the loads.
-      if constexpr (!Config::kValues)
-        while ((first += gridDim.y * kStep) < padded_columns()) step(first);
+      if constexpr (Config::kValues) {
+        step(blockIdx.y * kStep);  // of each CTA: what a loop makes ready would stand in front of the loads
+      } else {
+        for (int first = blockIdx.y * kStep; first < padded_columns(); first += gridDim.y * kStep) step(first);
+      }
       write_outer(outer_of(scale));
     } else {
       float row_amax = 0.0f;
