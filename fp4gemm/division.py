@@ -12,6 +12,7 @@ SHARED_BYTES = 232448  # that a CTA of sm_90 can have
 _SYSTEM_BYTES = 1 << 10  # of shared memory that every CTA takes beside its own
 ALONE_BYTES = SM_SHARED_BYTES // 2 - _SYSTEM_BYTES + 16  # the least of which no two CTAs fit on an SM
 _STATIC_BYTES = 512  # at most, that a CTA has beside what a launch asks for
+_UNIT = 128  # of shared memory: what a CTA takes is a multiple of it
 _ONE_PIECE = 256  # rows times blocks of tokens up to which they come in one piece
 # The most token tiles that pass over the rows together, and the most tokens of these.
 _RASTER, _RASTER_TOKENS = 8, 1024
@@ -19,7 +20,7 @@ _RASTER, _RASTER_TOKENS = 8, 1024
 
 def room_for(ctas: int) -> int:
     """Shared memory, in bytes, of a launch of which so many CTAs (1 to 16) fit on an SM, and no more."""
-    return SM_SHARED_BYTES // ctas - _SYSTEM_BYTES - _STATIC_BYTES
+    return SM_SHARED_BYTES // ctas // _UNIT * _UNIT - _SYSTEM_BYTES - _STATIC_BYTES
 
 
 @dataclass(frozen=True)

@@ -45,7 +45,7 @@ def programmatic(enabled: bool = True) -> Iterator[None]:
     They prefetch their weight meanwhile (CUTLASS's collective only sets itself up), and wait before they touch anything
     else: a chain of layers then has no gaps. Only for weights that no kernel of the chain writes. Holds for calls, and
     captures, of this context. Without it ``quantize_gemm`` alone launches so: its GEMM behind its own quantizer, and
-    the quantizer of a few rows, which touches nothing before it has waited.
+    a quantizer of few CTAs (``select.early``), which touches nothing before it has waited.
     """
     token = _programmatic.set(enabled)
     try:

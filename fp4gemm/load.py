@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from fp4gemm import cache
-from fp4gemm.spec import KernelSpec
+from fp4gemm.spec import KernelSpec, QuantizeSpec
 
 
 class DriverError(RuntimeError):
@@ -79,14 +79,15 @@ def _open(spec: KernelSpec, entry: cache.Entry) -> Kernel:
         name: check(driver.cuLibraryGetKernel(library, name.encode()), f"find {name} in {entry.path}")
         for name in entry.meta["entry_points"]
     }
-    # As much as there is: some kernels keep more there than they must, as much as a problem needs, or keep others away.
-    attribute = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
-    most = driver.CUdevice_attribute.CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN
-    static = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_SHARED_SIZE_BYTES
-    for index in range(torch.cuda.device_count()):
-        device = check(driver.cuDeviceGet(index), "cuDeviceGet")
-        main = points[entry.meta["entry_points"][0]]
-        size = check(driver.cuDeviceGetAttribute(most, device), "query shared memory")
-        size -= check(driver.cuKernelGetAttribute(static, main, device), "query a kernel's shared memory")
-        check(driver.cuKernelSetAttribute(attribute, size, main, device), "set shared memory")
+    # At least: some kernels keep more there, as much as a problem needs; quantizers of values keep others away with it.
+    if entry.meta["smem_bytes"] or (isinstance(spec, QuantizeSpec) and spec.output == "values"):
+        attribute = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
+        most = driver.CUdevice_attribute.CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN
+        static = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_SHARED_SIZE_BYTES
+        for index in range(torch.cuda.device_count()):
+            device = check(driver.cuDeviceGet(index), "cuDeviceGet")
+            main = points[entry.meta["entry_points"][0]]
+            size = check(driver.cuDeviceGetAttribute(most, device), "query shared memory")
+            size -= check(driver.cuKernelGetAttribute(static, main, device), "query a kernel's shared memory")
+            check(driver.cuKernelSetAttribute(attribute, size, main, device), "set shared memory")
     return Kernel(spec, entry.meta, points, library)

@@ -176,7 +176,7 @@ def quantize_gemm(
 ) -> Tensor:
     """Quantize ``x`` [..., K] per row and multiply: x . w^T [..., N], in ``out_dtype`` (default: that of ``x``).
 
-    Bit for bit ``gemm(quantize(x), w, bias)``, in two launches where ``w`` is prepacked, in one for a few rows with
+    Bit for bit ``gemm(quantize(x), w, bias)``, in two launches where ``w`` is prepacked, in one for a single row with
     ``outer_scale`` (float32, [], [1] or [rows], instead of the row amax). ``residual=KE`` and ``channel_order`` (int64
     or int32 [K]) are those of ``quantize``; ``w`` is then [N, K + KE], quantized with the same two and
     ``residual_side="weight"``. So is ``producer``: with ``silu_mul``, ``x`` is [..., 2 K]. Raises what ``quantize`` and

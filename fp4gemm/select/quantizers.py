@@ -112,7 +112,8 @@ def values_spec(
     """The quantizer of [m, k] that writes values, and how many CTAs share a row.
 
     Few rows leave most SMs idle, and one SM takes over a microsecond to encode a long row. So CTAs share one: with
-    per-row scaling each of them reads and reduces all of it, which is quick, and encodes every so many blocks of it.
+    per-row scaling each of them reads and reduces all of it, which is quick, and encodes one of the blocks of each
+    thread, or, of a row that is streamed, every so many steps.
     """
     spec = quantize_spec(arch, dtype, k, scaling, convention, "linear", vectorized, options, gathered=gathered)
     spec = replace(spec, output="values")
@@ -123,7 +124,9 @@ def values_spec(
         return spec, -(-columns // (spec.threads * spec.blocks))
     if m > FEW_VALUES_ROWS:
         return spec, 1
-    blocks = 1 if columns < 256 else 4 if columns > 1024 or (m <= 16 and columns >= 512) else 2
+    blocks = 1 if columns < 256 else 4 if m <= 16 and columns >= 512 else 2
+    if _threads(columns, blocks) >= 512:
+        blocks = 4
     threads = _threads(columns, blocks)
     if threads > 512:  # a thread would have too few registers: rows are streamed
         return spec, 1 if spec.resident else 8

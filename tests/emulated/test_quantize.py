@@ -248,13 +248,15 @@ def test_noop(dtype: torch.dtype, kernels: None) -> None:
 
 
 @pytest.mark.parametrize("residual", [0, 16, 48, 272])
-@pytest.mark.parametrize("m", [3, 70])
-def test_values(residual: int, m: int, kernels: None) -> None:
-    """code * block scale in bf16, companions included, for few rows and for many."""
+@pytest.mark.parametrize("given", ["no", "scalar", "rows"])
+@pytest.mark.parametrize("m, k", [(3, 272), (3, 4112), (130, 528)])
+def test_values(residual: int, m: int, k: int, given: str, kernels: None) -> None:
+    """code * block scale in bf16, companions included: few rows, those that CTAs share, and many rows."""
     options = QuantizeOptions(residual=residual) if residual else PLAIN
-    k = 272 if m < 64 else 528
     x, order = torch.randn(m, k, dtype=torch.bfloat16), torch.randperm(k) if residual > 16 else None
-    values, outer = calls.quantize_values(x, False, "te_per_token", None, options, order)
-    want = reference.quantize(x, residual=residual, channel_order=order)
+    outer_scale = {"no": None, "scalar": torch.tensor(1 / 512), "rows": torch.rand(m) / 512 + 1 / 512}[given]
+    per_tensor = given == "scalar"
+    values, outer = calls.quantize_values(x, per_tensor, "te_per_token", outer_scale, options, order)
+    want = reference.quantize(x, residual=residual, channel_order=order, outer_scale=outer_scale)
     assert torch.equal(outer, want.outer_scale)
     assert torch.equal(values[:, : k + residual].float(), reference.dequantize(want, outer=False))

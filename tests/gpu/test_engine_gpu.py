@@ -533,9 +533,9 @@ def refill(how: str, x: torch.Tensor, source: torch.Tensor) -> None:
 
 
 @pytest.mark.parametrize("how", ["copy", "kernel", "memset", "stream"])
-@pytest.mark.parametrize("m", [1, 16, 64])
+@pytest.mark.parametrize("m", [1, 16, 64, 128, 300])
 def test_a_quantizer_that_begins_early_waits_for_its_input(m: int, how: str, cuda: torch.device) -> None:
-    """Whatever stands in front of it, eagerly and in a graph: the quantizer of a few rows is launched before that has
+    """Whatever stands in front of it, eagerly and in a graph: a quantizer of few CTAs is launched before that has
     ended, and x, refilled in place, is what it must see."""
     k = 4096
     packed = weight(512, k, False, cuda)[1]

@@ -227,7 +227,7 @@ def test_values_of_every_block_amax(amax: float, convention: str, cuda: torch.de
 @pytest.mark.parametrize("k", [8, 16, 40, 1000, 4096, 8192, 14336, 16384, 16392, 40000, 70000])
 def test_values_however_many_ctas_share_a_row(k: int, given: str, dtype: torch.dtype, cuda: torch.device) -> None:
     for rows in (1, 3, 16, 100, 130):
-        if rows * k > 2_000_000:
+        if rows * k > 2_000_000 and (rows, k, dtype) != (130, 40000, torch.bfloat16):
             continue
         x = torch.randn(rows, k, generator=torch.Generator().manual_seed(rows + k)).to(dtype)
         outer = {"no": None, "scalar": torch.tensor(1 / 512), "rows": torch.full((rows,), 1 / 700)}[given]

@@ -206,7 +206,7 @@ def test_rmsnorm_then_quantize(first: int, device: torch.device) -> None:
 
 
 @pytest.mark.parametrize("producer", PRODUCERS)
-@pytest.mark.parametrize("m", [1, 7, 100])
+@pytest.mark.parametrize("m", [1, 7, 100, 130])
 def test_a_producer_in_front_of_a_gemm(producer: str, m: int, cuda: torch.device) -> None:
     generator = torch.Generator().manual_seed(m)
     k = 1056

@@ -269,6 +269,14 @@ def test_programmatic_reaches_kernels_that_wait_and_no_others(dependent_driver):
     assert dependent_driver.seen[-1] == "plain"
 
 
+@pytest.mark.parametrize("asked, got", [(None, 0), (4096, 4096)])
+def test_a_launcher_asks_for_shared_memory(asked, got, made, monkeypatch):
+    seen = []
+    monkeypatch.setattr(launch.Dispatch, "_launch", lambda self, *_: seen.append(self._shared) or 0)
+    launch.Launcher(AMAX, launch.AMAX_ARGUMENTS, shared_bytes=asked)((9, 1, 1), 3, 1, 2, 3, 4, 5, 6)
+    assert seen == [got]
+
+
 @pytest.mark.parametrize("dependent", [None, True])
 def test_a_launcher_says_whether_it_depends(dependent, made, monkeypatch):
     seen = []

@@ -4,7 +4,7 @@
 //   from_amax, from_decode    the Outer of a row or tensor, from its amax or a given decode multiplier; .decode is stored
 //   block_scale(outer, amax)  e4m3 byte
 //   level(outer)              the one of its numbers that blocks follow from
-//   divider(outer, byte)      an object whose quotient(x) is what e2m1 rounds, or its magnitude that of |x|
+//   divider(outer, byte)      an object whose quotient(x) is what e2m1 rounds, with the sign of x, -0 too
 #pragma once
 
 #include "fp4gemm/numeric.hpp"

@@ -82,7 +82,9 @@ struct QuantizeConfig {
   static constexpr int kRows = kRows_;  // rows of a CTA
   static constexpr bool kVectorized = kVectorized_;  // rows are 16-byte aligned and k % 16 == 0
   static constexpr bool kResident = kResident_;  // kThreads * kBlocks covers the row
-  static constexpr bool kValues = kValues_;  // write values; CTAs (y; a power of two) may share a row
+  // Write values. CTAs (y) may share a row: one for each step; where a row in registers is reduced, kBlocks or one; any number
+  // where it is streamed.
+  static constexpr bool kValues = kValues_;
   static constexpr int kCta = kThreads * kRows;
   static constexpr int kCtasOfSm = 1024 / kCta;  // that should have registers
   static_assert(kThreads % 32 == 0 && kCta <= 1024, "a row is a whole number of warps of one CTA");
