@@ -65,7 +65,7 @@ def _divide_mma(spec: PackedMmaSpec, m: int, panels: int, blocks: int, sms: int)
     piece_blocks = -(-cta_blocks // (4 * pieces)) * 4
     # Where two CTAs fit on an SM, an early dependent one would take the place of another of its own grid.
     launch_early = int(shared >= ALONE_BYTES)
-    numbers = (0, 0, 0, depth, 65536 // depth + 1, first_turn, piece_blocks, 1, launch_early, each, extra)
+    numbers = (0, 0, 0, depth, 65536 // depth + 1, first_turn, piece_blocks, 0, launch_early, each, extra)
     return Division(clusters * spec.split, shared, numbers)
 
 

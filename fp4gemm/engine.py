@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fp4gemm import select
-from fp4gemm.launch import GemmProblem, Operands, address_of_one, beta_bits, gemm_plan
+from fp4gemm.launch import GemmProblem, Operands, address_of_one, beta_bits, gemm_plan, is_programmatic
 from fp4gemm.packed_plan import PackedProblem, packed_plan
 from fp4gemm.spec import PackedCollectiveSpec, PackedSpec, PackedWgmmaSpec
 
@@ -99,8 +99,8 @@ def begins_on_16_bytes(t: Tensor) -> bool:
 def gemm(a: Activations, w: Weight, bias: Tensor | None, out: Output, dependent: bool | None = None) -> None:
     """D = cast(outer_a * (outer_b * acc) [+ bias] [+ beta * C]) of non-empty operands, into ``out.d``.
 
-    ``dependent``: whether this kernel may begin before the one in front has ended: True where that one wrote ``a``,
-    False where the weight has just been written, None (as ``launch.programmatic`` says) elsewhere.
+    ``dependent``: whether this kernel may ask for its weight before the one in front has ended: True where that one is
+    the quantizer of ``a``, False where it has just written the weight, None (as ``launch.programmatic`` says) else.
     """
     x, d, c = tokens(a.values), out.d, out.c
     if c is not None and (c.stride() != d.stride() or c.data_ptr() % 16 != d.data_ptr() % 16):
@@ -143,9 +143,9 @@ def launch_grouped(
     ldd = d.stride(0) if m > 1 else w.n
     per_row = outer_a is not None and outer_a.dim() == 1, w.outer_scale.dim() == 2
     packed_plan(spec, PackedProblem(m, w.n, w.k, x_stride, ldd, False, *per_row, w.experts), device)(
-        torch._C._cuda_getCurrentRawStream(device), dependent, x.data_ptr(), w.data.data_ptr(), d.data_ptr(),
-        0 if c is None else c.data_ptr(), 0 if outer_a is None else outer_a.data_ptr(), w.outer_scale.data_ptr(),
-        0 if bias is None else bias.data_ptr(), w.offsets.data_ptr(), beta,
+        torch._C._cuda_getCurrentRawStream(device), False, bool(dependent), x.data_ptr(), w.data.data_ptr(),
+        d.data_ptr(), 0 if c is None else c.data_ptr(), 0 if outer_a is None else outer_a.data_ptr(),
+        w.outer_scale.data_ptr(), 0 if bias is None else bias.data_ptr(), w.offsets.data_ptr(), beta,
     )  # fmt: skip
 
 
@@ -186,9 +186,10 @@ def launch_spec(
             sfd=0, outer_a=scale_address, outer_b=outer_b.data_ptr(), outer_d=0, bias=bias_address,
             beta=beta_bits(beta),
         )  # fmt: skip
-        plan(stream, dependent, operands)
+        plan(stream, True, operands)  # it waits before it touches anything
         return
     packed_plan(spec, PackedProblem(m, w.n, w.k, x_stride, ldd, not row_major, *per_row), device)(
-        stream, dependent, x.data_ptr(), w.data.data_ptr(), d.data_ptr(), 0 if c is None else c.data_ptr(),
+        stream, is_programmatic() if dependent is None else dependent, bool(dependent), x.data_ptr(),
+        w.data.data_ptr(), d.data_ptr(), 0 if c is None else c.data_ptr(),
         0 if outer_a is None else outer_a.data_ptr(), outer_b.data_ptr(), bias_address, 0, beta,
     )  # fmt: skip

@@ -40,18 +40,23 @@ _programmatic: ContextVar[bool] = ContextVar("programmatic", default=False)
 
 @contextmanager
 def programmatic(enabled: bool = True) -> Iterator[None]:
-    """Let GEMMs on prepacked weights begin before the kernel in front of them has ended (dependent launch).
+    """Let GEMMs on prepacked weights ask for their weight before the kernel in front of them has ended.
 
-    They prefetch their weight meanwhile (CUTLASS's collective only sets itself up), and wait before they touch anything
-    else: a chain of layers then has no gaps. Only for weights that no kernel of the chain writes. Holds for calls, and
-    captures, of this context. Without it ``quantize_gemm`` alone launches so: its GEMM behind its own quantizer, and
-    a quantizer of few CTAs (``select.early``), which touches nothing before it has waited.
+    A chain of layers then has no gaps. Only for weights that no kernel of the chain writes. Holds for calls, and
+    captures, of this context. Without it they begin before that, too (dependent launch), as quantizers of few CTAs
+    do, but touch nothing before it has ended; only the GEMM of ``quantize_gemm``, behind its own quantizer, always
+    does. CUTLASS's collective never does.
     """
     token = _programmatic.set(enabled)
     try:
         yield
     finally:
         _programmatic.reset(token)
+
+
+def is_programmatic() -> bool:
+    """Whether this is inside of :func:`programmatic`."""
+    return _programmatic.get()
 
 
 class Dispatch:

@@ -20,12 +20,13 @@ from fp4gemm.tensor_map import Request, address_word
 Spec = PackedMmaSpec | PackedWgmmaSpec
 
 # PackedGemmArguments of templates/include/fp4gemm/packed_gemm.hpp: keep both alike.
-# x_map | x, w, d, c, outer_a, outer_b, bias, offsets | strides of x and d | m, n, k, panels, k_blocks | division |
-# experts, strides, beta
+# x_map | x, w, d, c, outer_a, outer_b, bias, offsets | strides of x and d | m, n, k, panels, k_blocks | division, with
+# weights_first | experts, strides, beta
 PACKED_GEMM_ARGUMENTS = struct.Struct("<128x8Q3q5i11i3if")
 PACKED_GEMM_BYTES = -(-PACKED_GEMM_ARGUMENTS.size // 64) * 64
 _X, _W, _D, _C, _OUTER_A, _OUTER_B, _BIAS, _OFFSETS = range(16, 24)  # words of 8 bytes
 _BETA = PACKED_GEMM_ARGUMENTS.size - 4
+_WEIGHTS_FIRST = struct.calcsize("<128x8Q3q5i7i")
 
 
 @dataclass(frozen=True)
@@ -92,10 +93,13 @@ class PackedPlan:
         self._lock = threading.Lock()
 
     def __call__(
-        self, stream: int, dependent: bool | None, x: int, w: int, d: int, c: int, outer_a: int, outer_b: int,
-        bias: int, offsets: int, beta: float,
+        self, stream: int, weights_first: bool, behind: bool, x: int, w: int, d: int, c: int, outer_a: int,
+        outer_b: int, bias: int, offsets: int, beta: float,
     ) -> None:  # fmt: skip
-        """Launch with these addresses, 0 for what is absent; ``dependent``: see :class:`launch.Dispatch`."""
+        """Launch with these addresses, 0 for what is absent, before the kernel in front has ended.
+
+        Only ``weights_first`` does it read anything before that, then its weight. ``behind`` a quantizer of its tokens.
+        """
         with self._lock:
             words = self._words
             words[_X], words[_W], words[_D], words[_C] = x, w, d, c
@@ -104,8 +108,9 @@ class PackedPlan:
                 words[self._map_word] = x
             if c:
                 struct.pack_into("<f", self._buffer, _BETA, beta)
-            dispatch = self._behind if dependent else self._dispatch
-            dispatch(self._grid, stream, dependent)
+            struct.pack_into("<i", self._buffer, _WEIGHTS_FIRST, weights_first)
+            dispatch = self._behind if behind else self._dispatch
+            dispatch(self._grid, stream, True)
 
 
 def _tokens_request(spec: PackedWgmmaSpec, p: PackedProblem) -> Request:

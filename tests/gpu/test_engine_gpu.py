@@ -516,11 +516,11 @@ def test_dependent_layers_that_pack_their_weights(m: int, cuda: torch.device) ->
 
 
 def refill(how: str, x: torch.Tensor, source: torch.Tensor) -> None:
-    """x becomes source + 0: by a copy, a kernel, a memset and a kernel, or on another stream."""
+    """x becomes source: by a copy, a kernel, a memset and a kernel, or a kernel on another stream."""
     if how == "copy":
         x.copy_(source)
     elif how == "kernel":
-        torch.add(source, 0.0, out=x)
+        torch.add(source, 0, out=x)
     elif how == "memset":
         x.zero_()
         x.add_(source)
@@ -528,8 +528,39 @@ def refill(how: str, x: torch.Tensor, source: torch.Tensor) -> None:
         here, other = torch.cuda.current_stream(), torch.cuda.Stream()
         other.wait_stream(here)
         with torch.cuda.stream(other):
-            torch.add(source, 0.0, out=x)
+            torch.add(source, 0, out=x)
         here.wait_stream(other)
+
+
+@pytest.mark.parametrize("how", ["copy", "kernel", "memset", "stream"])
+@pytest.mark.parametrize("m, n", [(1, 512), (16, 512), (64, 512), (300, 512), (2048, 4096)])
+def test_a_gemm_that_begins_early_waits_for_its_weight(m: int, n: int, how: str, cuda: torch.device) -> None:
+    """Every GEMM is launched before what stands in front of it has ended; that may write its weight, in place."""
+    k = 4096
+    sources = [
+        fp4gemm.quantize(random_values(n, k, dtype=torch.bfloat16, device=cuda, seed=seed)).prepack()
+        for seed in range(3)
+    ]
+    x = random_values(m, k, dtype=torch.bfloat16, device=cuda)
+    want = [fp4gemm.gemm(x, source) for source in sources]
+    assert not torch.equal(want[0], want[1])
+    first = sources[0]
+    scales = first.block_scale, first.outer_scale.clone()
+    w = FP4Tensor(first.data.clone(), *scales, first.shape, first.sf_layout, first.prepacked)
+    for source, expected in zip(sources * 5, want * 5, strict=True):
+        w.outer_scale.copy_(source.outer_scale)
+        refill(how, w.data, source.data)
+        cases.assert_same_bits(fp4gemm.gemm(x, w), expected, f"M = {m}, {how}")
+    held = first.data.clone()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        refill(how, w.data, held)
+        got = fp4gemm.gemm(x, w)
+    for source, expected in zip(sources, want, strict=True):
+        w.outer_scale.copy_(source.outer_scale)
+        held.copy_(source.data)
+        graph.replay()
+        cases.assert_same_bits(got, expected, f"M = {m}, {how}, graph")
 
 
 @pytest.mark.parametrize("how", ["copy", "kernel", "memset", "stream"])

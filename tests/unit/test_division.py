@@ -50,7 +50,7 @@ def check_mma(spec, m, n, k, sms):
     if division is None:
         return None
     panels, blocks = -(-n // 64), -(-k // 64)
-    *_, depth, _, first_turn, piece_blocks, early_stages, launch_early, each, extra = division.numbers
+    *_, depth, _, first_turn, piece_blocks, weights_first, launch_early, each, extra = division.numbers
     assert division.numbers[:3] == (0, 0, 0)
     assert m <= 8 * spec.token_tiles
     clusters, rest = divmod(division.ctas, spec.split)
@@ -77,7 +77,7 @@ def check_mma(spec, m, n, k, sms):
     # Tokens come in pieces, of which there are barriers.
     assert piece_blocks % 4 == 0
     assert max(cta_blocks) <= piece_blocks * PIECES
-    assert 0 <= early_stages <= spec.stages
+    assert weights_first == 0  # each launch says it
     # Tokens of a CTA, each row padded by 16 bytes, behind barriers, rings and the sums of peers.
     peers = most * (spec.split - 1) * (4 // spec.split) * spec.token_tiles * 512
     assert division.shared_bytes == spec.shared_bytes + peers + m * (max(cta_blocks) * 128 + 16)

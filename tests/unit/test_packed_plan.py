@@ -39,7 +39,7 @@ FIELDS = (
         "k",
     ),
     *("panels", "k_blocks", "row_tiles", "token_tiles", "raster", "depth", "depth_inverse", "first_turn"),
-    *("piece_blocks", "early_stages", "launch_early", "panels_each", "panels_extra"),
+    *("piece_blocks", "weights_first", "launch_early", "panels_each", "panels_extra"),
     *("experts", "outer_a_stride", "outer_b_stride", "beta"),
 )
 ADDRESSES = dict(zip(FIELDS[:8], range(0x1000, 0x9000, 0x1000), strict=True))
@@ -80,12 +80,13 @@ def launches(monkeypatch, kernel, requests):
     """What reaches the driver: (handle, grid, threads, shared memory, stream, bytes of the argument)."""
     seen = []
 
-    def launch_kernel(handle, x, y, z, threads, y_threads, z_threads, smem, stream, pointers, extra):
-        address = ctypes.c_void_p.from_address(pointers).value
-        seen.append((handle, (x, y, z), threads, smem, stream, ctypes.string_at(address, PACKED_GEMM_BYTES)))
-        return (0,)
+    def record(self, grid, stream, dependent):
+        assert (self._waits, dependent) == (True, True)  # every launch
+        argument = ctypes.string_at(self._pointers[0], PACKED_GEMM_BYTES)
+        seen.append((self._handle, grid, self._threads, self._shared, stream, argument))
+        return 0
 
-    monkeypatch.setattr(launch, "_driver", lambda: SimpleNamespace(cuLaunchKernel=launch_kernel))
+    monkeypatch.setattr(launch.Dispatch, "_launch", record)
     return seen
 
 
@@ -99,7 +100,7 @@ def test_the_struct_has_no_padding_but_at_its_end():
 @pytest.mark.parametrize("spec", [MMA, WGMMA], ids=lambda spec: type(spec).__name__)
 def test_the_argument(spec, launches):
     plan = PackedPlan(spec, PROBLEM, 0)
-    plan(7, False, *ADDRESSES.values(), 0.625)
+    plan(7, False, False, *ADDRESSES.values(), 0.625)
     division = divide(spec, 5, 1000, 4100, SMS)
     handle, grid, threads, smem, stream, argument = launches[0]
     assert (handle, grid, threads, stream) == ("handle", (division.ctas, 1, 1), THREADS, 7)
@@ -114,7 +115,7 @@ def test_the_argument(spec, launches):
 def test_the_argument_of_a_grouped_kernel(launches):
     """Its shared memory has room for the cut, four words, and the table of experts, two words each and for the end."""
     spec = replace(WGMMA, grouped=True)
-    PackedPlan(spec, replace(PROBLEM, experts=7), 0)(7, False, *ADDRESSES.values(), 0.5)
+    PackedPlan(spec, replace(PROBLEM, experts=7), 0)(7, False, False, *ADDRESSES.values(), 0.5)
     _, grid, _, smem, _, argument = launches[0]
     division = divide(spec, 5, 1000, 4100, SMS, 7)
     assert (grid, smem) == ((division.ctas, 1, 1), wgmma_shared_bytes(spec) + 16 + 8 * 8)
@@ -124,7 +125,7 @@ def test_the_argument_of_a_grouped_kernel(launches):
 
 def test_a_column_major_output_and_other_outer_scales(launches):
     problem = replace(PROBLEM, column_major=True, ldd=6, outer_a_per_row=False, outer_b_per_row=True)
-    PackedPlan(MMA, problem, 0)(7, False, *ADDRESSES.values(), 1.0)
+    PackedPlan(MMA, problem, 0)(7, False, False, *ADDRESSES.values(), 1.0)
     got = fields(launches[0][-1])
     assert (got["d_stride_m"], got["d_stride_n"], got["outer_a_stride"], got["outer_b_stride"]) == (1, 6, 0, 1)
 
@@ -132,10 +133,10 @@ def test_a_column_major_output_and_other_outer_scales(launches):
 @pytest.mark.parametrize("spec", [MMA, WGMMA], ids=lambda spec: type(spec).__name__)
 def test_later_launches_write_addresses_and_nothing_else(spec, launches):
     plan = PackedPlan(spec, PROBLEM, 0)
-    plan(7, False, *ADDRESSES.values(), 0.5)
+    plan(7, False, False, *ADDRESSES.values(), 0.5)
     others = {name: address * 16 + 0x100 for name, address in ADDRESSES.items()} | {"c": 0, "bias": 0}
-    plan(8, False, *others.values(), 0.25)
-    plan(7, False, *ADDRESSES.values(), 0.5)
+    plan(8, False, False, *others.values(), 0.25)
+    plan(7, False, False, *ADDRESSES.values(), 0.5)
     first, second, third = (entry[-1] for entry in launches)
     assert fields(second) == {**fields(first), **others}  # without C, beta is not read and not written
     assert first == third
@@ -173,22 +174,20 @@ def test_a_kernel_that_cannot_serve_the_problem_is_refused(kernel):
         PackedPlan(MMA, replace(PROBLEM, m=9), 0)
 
 
-def test_dependent_launches_are_passed_on(launches, monkeypatch):
-    seen = []
-    monkeypatch.setattr(launch.Dispatch, "_launch", lambda self, *arguments: seen.append((self._waits, *arguments)))
-    plan = PackedPlan(MMA, PROBLEM, 0)
-    grid = (divide(MMA, 5, 1000, 4100, SMS).ctas, 1, 1)
-    for dependent in (True, False):
-        plan(3, dependent, *ADDRESSES.values(), 1.0)
-    assert seen == [(True, grid, 3, True), (True, grid, 3, False)]
+@pytest.mark.parametrize("spec", [MMA, WGMMA], ids=lambda spec: type(spec).__name__)
+def test_each_launch_says_whether_the_weight_may_be_read_first(spec, launches):
+    plan = PackedPlan(spec, PROBLEM, 0)
+    for weights_first in (True, False, True):
+        plan(3, weights_first, False, *ADDRESSES.values(), 1.0)
+    assert [fields(entry[-1])["weights_first"] for entry in launches] == [1, 0, 1]
 
 
 @pytest.mark.parametrize("spec", [MMA, WGMMA], ids=lambda spec: type(spec).__name__)
 def test_behind_a_quantizer_a_cta_has_an_sm_to_itself(spec, launches, monkeypatch):
     monkeypatch.setattr(launch.Dispatch, "_launch", lambda self, *arguments: launches.append(self._shared))
     plan = PackedPlan(spec, PROBLEM, 0)
-    for dependent in (None, True):
-        plan(3, dependent, *ADDRESSES.values(), 1.0)
+    for behind in (False, True):
+        plan(3, True, behind, *ADDRESSES.values(), 1.0)
     alone, behind = launches
     assert alone <= behind
     assert 2 * (behind + 1024) > SM_SHARED_BYTES

@@ -98,13 +98,13 @@ template <class Config> class PackedMma {
   __device__ void run() const {
     if (args_.launch_early) launch_dependents();
     // A deep queue of weights delays what is asked for after it, and nothing can be computed without tokens: those go before
-    // all but a few weights. Only weights need not wait for the last kernel.
+    // all but a few weights.
+    constexpr int kEarlyStages = 1;
     Ring ring(*this);
     bool const active = row_group_ < panels_ && warp_ < Config::kWarps;
-    if (active) {
-      ring.init();
-      ring.ask_stages(0, args_.early_stages);
-    }
+    if (active) ring.init();
+    if (!args_.weights_first) wait_for_inputs();
+    if (active) ring.ask_stages(0, kEarlyStages);
     init_barriers();
     wait_for_inputs();
     if (!args_.launch_early) launch_dependents();
@@ -112,7 +112,7 @@ template <class Config> class PackedMma {
     __syncthreads();
     arrive_with_tokens(pieces(0));
     if constexpr (Config::kSplit > 1) cluster_arrive();  // peers may write sums from here on
-    if (active) ring.ask_stages(args_.early_stages, Config::kStages);
+    if (active) ring.ask_stages(kEarlyStages, Config::kStages);
     if (Config::kLoaders == 0 || warp_ >= Config::kWarps) bring_other_pieces();
     Unit const unit(*this);  // its vectors are on their way while the main loop runs
     float4 acc[4][Config::kTokenTiles] = {};

@@ -116,8 +116,8 @@ template <class Config> class PackedWgmma {
     }
   }
 
-  // Weights do not depend on the kernel before this one: they are asked for before its results are awaited.
   __device__ void produce_weights() const {
+    if (!args_.weights_first) wait_for_inputs();
     uint64_t const policy = evict_first_policy();
     uint32_t const panel_bytes = args_.k_blocks * kPackedBlockBytes;
     uint8_t const* from;
