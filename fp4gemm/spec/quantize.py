@@ -115,8 +115,9 @@ class QuantizeSpec:
             return "gathered: expected a residual with it"
         if self.producer and (self.gathered or self.dtype == "e4m3"):
             return f"producer: got {self.producer!r} of {self.dtype}, expected bf16, fp16 or fp32, columns in order"
-        if self.producer in NORMS and (not self.resident or self.output == "values" or self.scaling == "per_tensor"):
-            return f"producer: got {self.producer!r}, expected packed rows in registers, and no amax of the tensor"
+        whole = self.resident and self.output == "packed" and not self.residual
+        if self.producer in NORMS and (not whole or self.scaling == "per_tensor"):
+            return f"producer: got {self.producer!r}, expected packed rows in registers, no residual or tensor amax"
         return (
             unknown("scaling", self.scaling, KERNEL_SCALINGS)
             or (None if self.adaptive is None else unknown("adaptive", self.adaptive, ADAPTIVE))

@@ -65,7 +65,12 @@ def test_the_examples_are_possible(good):
         (QUANTIZE, {"producer": "relu2", "residual": "weight", "gathered": True}, "producer: got 'relu2' of bf16"),
         *(
             (QUANTIZE, {"producer": "rmsnorm", **more}, "producer: got 'rmsnorm', expected packed rows in registers")
-            for more in ({"resident": False}, {"scaling": "per_tensor"}, {"output": "values", "sf_layout": "linear"})
+            for more in (
+                {"resident": False},
+                {"scaling": "per_tensor"},
+                {"output": "values", "sf_layout": "linear"},
+                {"residual": "weight"},
+            )
         ),
         (QUANTIZE, {"convention": "amd"}, "convention: got 'amd', expected one of te_per_token"),
         (QUANTIZE, {"sf_layout": "4x4"}, "sf_layout: got '4x4', expected one of linear, 128x4, 8x4"),

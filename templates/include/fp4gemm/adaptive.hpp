@@ -50,11 +50,6 @@ template <Adaptive kError, class Convention> class Candidate {
   }
 };
 
-struct EncodedBlock {
-  uint2 codes;
-  uint8_t scale;
-};
-
 template <class Candidate> __device__ __forceinline__ EncodedBlock better(Candidate const& six, Candidate const& four) {
   Candidate const& best = four.error() < six.error() ? four : six;
   return {{best.codes(0), best.codes(1)}, best.scale};

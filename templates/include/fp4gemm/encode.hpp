@@ -6,6 +6,11 @@
 
 namespace fp4gemm {
 
+struct EncodedBlock {
+  uint2 codes;
+  uint8_t scale;
+};
+
 // Block amax without NaN; the sign bit marks a block that holds NaN or Inf.
 template <class Element> __device__ __noinline__ float amax_without_nan(typename Element::Block x) {
   float amax = 0.0f;

@@ -21,15 +21,15 @@ template <class Config, int kStages = 1> class RowQuantizer {
   using Options = typename Config::Options;
   using Rounding = typename RoundingOf<Options::kStochastic>::Type;
   static constexpr bool kPairs = Options::kResidual != Residual::kNone;
-  // Encoded before its scale is stored: what the codes are decides, or depends on, the scales.
-  static constexpr bool kEarly = kPairs || Options::kAdaptive != Adaptive::kNone;
+  // EncodedBlock before its scale is stored, which the codes decide.
+  static constexpr bool kEarly = Options::kAdaptive != Adaptive::kNone;
 
   using Arguments = typename Config::Arguments;
 
   Arguments const& args_;
   int const cta_, stage_;
   int64_t const row_;
-  int const thread_;
+  int const thread_;  // of the row; warps with the same columns of two rows share no scheduler (kPairs)
   bool const real_;  // false for a row that exists only as scale-factor padding
   char const* const x_;  // this row of it
 
@@ -47,7 +47,7 @@ template <class Config, int kStages = 1> class RowQuantizer {
         cta_(cta),
         stage_(stage),
         row_(Scales::template row<Config::kRows>(cta, threadIdx.x / Config::kThreads)),
-        thread_(threadIdx.x % Config::kThreads),
+        thread_((threadIdx.x + (kPairs ? 32 * (threadIdx.x / Config::kThreads) : 0)) % Config::kThreads),
         real_(row_ < args.rows),
         x_(row_of_x(row_)) {}
 
@@ -73,6 +73,7 @@ template <class Config, int kStages = 1> class RowQuantizer {
       auto const outer = outer_of(Config::kScaling == Scaling::kPerRow ? row_amax : scale_in());
       write_outer(outer);
       store_step(0, x, amax, outer);
+      store_pairs(outer);
     } else if constexpr (Config::kScaling != Scaling::kPerRow) {
       // No reduction: CTAs split the row as well, where it is longer than a step.
       float scale = scale_in();
@@ -89,6 +90,7 @@ template <class Config, int kStages = 1> class RowQuantizer {
       } else {
         for (int first = blockIdx.y * kStep; first < padded_columns(); first += gridDim.y * kStep) step(first);
       }
+      store_pairs(outer_of(scale));
       write_outer(outer_of(scale));
     } else {
       float row_amax = 0.0f;
@@ -105,6 +107,7 @@ template <class Config, int kStages = 1> class RowQuantizer {
         load_step(first, x, amax);
         store_step(first, x, amax, outer);
       }
+      store_pairs(outer);
     }
   }
 
@@ -163,7 +166,7 @@ template <class Config, int kStages = 1> class RowQuantizer {
     if constexpr (Options::kGathered) {
       return gather_block<Element>(row, args_.order, column);
     } else {
-      return load_produced<Element, Config::kVectorized, Options::kProducer>(row, column, args_.k);
+      return load_produced<Element, Config::kVectorized, Options::kProducer, !kPairs>(row, column, args_.k);
     }
   }
 
@@ -238,10 +241,8 @@ template <class Config, int kStages = 1> class RowQuantizer {
     }
   }
 
-  // Blocks of the result: where that of column c stands, and how many of column c there are.
-  __device__ int first_pair() const { return 2 * args_.columns - args_.out_columns; }
-  __device__ bool has_companion(int column) const { return kPairs && column >= first_pair() && column < args_.columns; }
-  __device__ int place(int column) const { return kPairs ? column + max(0, column - first_pair()) : column; }
+  // Columns without a companion, which come first: those of the result are the same.
+  __device__ int single_columns() const { return kPairs ? 2 * args_.columns - args_.out_columns : args_.columns; }
 
   __device__ uint64_t number(int place) const {
     return static_cast<uint64_t>(row_) * out_columns<Config>(args_) + place;
@@ -267,57 +268,83 @@ template <class Config, int kStages = 1> class RowQuantizer {
     return 0;
   }
 
-  // All of a block, and of its companion if it has one.
-  __device__ EncodedPair encode(Block const& x, float amax, typename Convention::Outer const& outer, int column,
-                                uint64_t seed) const {
-    EncodedPair result{};
+  __device__ EncodedBlock encode(Block const& x, float amax, typename Convention::Outer const& outer, int column,
+                                 uint64_t seed) const {
     if constexpr (Options::kAdaptive != Adaptive::kNone) {
-      auto const chosen = encode_adaptive<Options::kAdaptive, Element, Convention>(x, amax, outer);
-      result.codes = chosen.codes, result.scale = chosen.scale;
+      return encode_adaptive<Options::kAdaptive, Element, Convention>(x, amax, outer);
     } else {
-      int const at = place(column);
-      result.scale = Convention::block_scale(outer, fabsf(amax));
-      if (has_companion(column) && result.scale == 0) result.scale = kLeastScale;
-      result.codes = encode_block<Element, Convention>(x, amax, outer, result.scale, rounding(seed, at));
-      if constexpr (kPairs) {
-        if (has_companion(column))
-          add_companion<Options::kResidual, Element>(result, x, amax, outer.encode, rounding(seed, at + 1));
-      }
+      uint8_t const scale = Convention::block_scale(outer, fabsf(amax));
+      return {encode_block<Element, Convention>(x, amax, outer, scale, rounding(seed, column)), scale};
     }
-    return result;
+  }
+
+  // Columns with a companion, and those. Few threads have one: they read it again, from L1, and what they need takes registers
+  // only once all other columns are done.
+  __device__ void store_pairs(typename Convention::Outer const& outer) const {
+    if constexpr (kPairs) {
+      int const first = single_columns();
+#pragma unroll 1
+      for (int column = first + blockIdx.y * Config::kThreads + thread_; column < args_.columns;
+           column += gridDim.y * Config::kThreads) {
+        uint32_t group = threadIdx.x / Config::kThreads;
+        pin(group);  // or addresses, and keys of the noise, would be made before, too
+        int64_t const row = Scales::template row<Config::kRows>(cta_, group);
+        int const place = 2 * column - first;
+        EncodedBlock block{}, companion{};
+        if (real_) {
+          Block const x = load(row_of_x(row), column);
+          float amax = Element::amax(x);
+          if (!is_finite(amax)) amax = flagged_amax<Element>(x);
+          uint64_t const seed = this->seed();
+          block.scale = max(Convention::block_scale(outer, fabsf(amax)), kLeastScale);
+          block.codes = encode_block<Element, Convention>(x, amax, outer, block.scale, rounding(seed, place));
+          store_data(row, place, block);
+          companion =
+              companion_of<Options::kResidual, Element>(block, x, amax, outer.encode, rounding(seed, place + 1));
+          store_data(row, place + 1, companion);
+        }
+        put_scale(row, place, block.scale), put_scale(row, place + 1, companion.scale);
+      }
+      int const padding = args_.out_columns + thread_;
+      if (blockIdx.y == 0 && padding < Scales::padded_columns(args_.out_columns)) put_scale(row_, padding, 0);
+    }
+  }
+  __device__ void store_data(int64_t row, int place, EncodedBlock const& block) const {
+    if constexpr (Config::kValues) {
+      auto* const to =
+          reinterpret_cast<uint4*>(static_cast<uint16_t*>(args_.data) + row * args_.out_stride) + 2 * place;
+      BlockValues const values(block.scale);
+      to[0] = values.eight(block.codes.x), to[1] = values.eight(block.codes.y);
+    } else {
+      static_cast<uint2*>(in_global(args_.data))[row * args_.out_columns + place] = block.codes;
+    }
+  }
+  __device__ void put_scale(int64_t row, int place, uint8_t scale) const {
+    if constexpr (!Config::kValues) ScaleWriter<Config, false, 1>(args_, cta_, row, 0, 0).put(place, scale);
   }
 
   __device__ void store_values(int first, Block const (&x)[Config::kBlocks], float const (&amax)[Config::kBlocks],
                                typename Convention::Outer const& outer) const {
     auto* const values = reinterpret_cast<uint4*>(static_cast<uint16_t*>(args_.data) + row_ * args_.out_stride);
-    int const odd = thread_ % 2;
+    int const odd = thread_ % 2, end = kPairs ? single_columns() * kBlock : args_.k;
 #pragma unroll
     for (int i = 0; i < Config::kBlocks; ++i) {
       // CTAs that share a resident row all reduce it, which is cheap, and each encodes one of the blocks of a thread.
       if (Config::kScaling == Scaling::kPerRow && Config::kResident && gridDim.y > 1 && i != blockIdx.y) continue;
       int const column = first + i * Config::kThreads + thread_;
-      EncodedPair result{};
+      EncodedBlock result{};
       uint4 low{}, high{};
-      if (real_ && column < args_.columns) {
+      if (real_ && column < single_columns()) {
         result = encode(x[i], amax[i], outer, column, seed());
         BlockValues const block(result.scale);
         low = block.eight(result.codes.x);
         high = block.eight(result.codes.y);
       }
-      if constexpr (kPairs) {
-        if (!real_ || column >= args_.columns) continue;
-        uint4* const to = values + 2 * place(column);
-        to[0] = low, to[1] = high;
-        if (!has_companion(column)) continue;
-        BlockValues const companion(result.companion_scale);
-        to[2] = companion.eight(result.companion.x), to[3] = companion.eight(result.companion.y);
-      } else {
-        // A lane has two halves of a sector; it trades one with its neighbour so that both write whole sectors.
-        uint4 const other = swap_with_neighbour(odd ? low : high);
-        int const half = 2 * (column - odd) + odd;
-        if (real_ && half * 8 < args_.k) values[half] = odd ? other : low;
-        if (real_ && half * 8 + 16 < args_.k) values[half + 2] = odd ? high : other;
-      }
+      // A lane has two halves of a sector; it trades one with its neighbour so that both write whole sectors.
+      uint4 const other = swap_with_neighbour(odd ? low : high);
+      int const half = 2 * (column - odd) + odd;
+      if (real_ && half * 8 < end) values[half] = odd ? other : low;
+      if (real_ && half * 8 + 16 < end) values[half + 2] = odd ? high : other;
     }
   }
 
@@ -326,28 +353,17 @@ template <class Config, int kStages = 1> class RowQuantizer {
     ScaleWriter<Config, kStaged, kStages> const writer(args_, cta_, row_, first, stage_);
     auto* const data = static_cast<uint2*>(in_global(args_.data)) + row_ * out_columns<Config>(args_) + first + thread_;
     uint64_t const seed = this->seed();
+    int const end = single_columns();
     if constexpr (kEarly) {
 #pragma unroll
       for (int i = 0; i < Config::kBlocks; ++i) {
         int const column = first + i * Config::kThreads + thread_;
-        EncodedPair result{};
-        if (real_ && column < args_.columns) {
+        EncodedBlock result{};
+        if (real_ && column < end) {
           result = encode(x[i], amax[i], outer, column, seed);
-          uint2* const to = data + i * Config::kThreads + (place(column) - column);
-          to[0] = result.codes;  // at once: they are registers
-          if (has_companion(column)) to[1] = result.companion;
+          data[i * Config::kThreads] = result.codes;  // at once: they are registers
         }
-        if constexpr (kPairs) {
-          if (column >= args_.columns) continue;
-          writer.put(place(column), result.scale);
-          if (has_companion(column)) writer.put(place(column) + 1, result.companion_scale);
-        } else {
-          writer.put(column, result.scale);
-        }
-      }
-      if constexpr (kPairs) {  // which push padding beyond the columns that threads have
-        int const column = args_.out_columns + thread_;
-        if (first == 0 && column < Scales::padded_columns(args_.out_columns)) writer.put(column, 0);
+        writer.put(column, result.scale);
       }
       writer.flush();
     } else {
@@ -356,8 +372,8 @@ template <class Config, int kStages = 1> class RowQuantizer {
 #pragma unroll
       for (int i = 0; i < Config::kBlocks; ++i) {
         int const column = first + i * Config::kThreads + thread_;
-        scale[i] = real_ && column < args_.columns ? Convention::block_scale(outer, fabsf(amax[i])) : 0;
-        writer.put(column, scale[i]);
+        scale[i] = real_ && column < end ? Convention::block_scale(outer, fabsf(amax[i])) : 0;
+        if (!kPairs || column < end) writer.put(column, scale[i]);
       }
       writer.flush();
       Rounding roundings[Config::kBlocks];
@@ -365,7 +381,7 @@ template <class Config, int kStages = 1> class RowQuantizer {
       for (int i = 0; i < Config::kBlocks; ++i) {
         int const column = first + i * Config::kThreads + thread_;
         if (i % kNoiseBlocks == 0) make_noise(seed, first, i, roundings);
-        if (real_ && column < args_.columns)
+        if (real_ && column < end)
           data[i * Config::kThreads] = encode_block<Element, Convention>(x[i], amax[i], outer, scale[i], roundings[i]);
       }
     }

@@ -27,11 +27,6 @@ __device__ __forceinline__ BoundedDivide<kSigned> times(BoundedDivide<kSigned> d
   return {divider.d / factor, divider.r * factor, divider.bound * factor};
 }
 
-struct EncodedPair {
-  uint2 codes, companion;
-  uint8_t scale, companion_scale;
-};
-
 // What is left of a block in units of the scaled tensor: x * S less code * scale, which is exact. NaN leaves nothing.
 template <class Element> __device__ __forceinline__ Fp32::Block error_of(typename Element::Block const& x, float encode,
                                                                          uint2 codes, uint8_t scale) {
@@ -47,24 +42,22 @@ template <class Element> __device__ __forceinline__ Fp32::Block error_of(typenam
   return d;
 }
 
-// The companion of a pair whose block is encoded.
 template <Residual kSide, class Element, class Rounding>
-__device__ __forceinline__ void add_companion(EncodedPair& pair, typename Element::Block const& x, float amax,
-                                              float encode, Rounding const& rounding) {
+__device__ __forceinline__ EncodedBlock companion_of(EncodedBlock const& block, typename Element::Block const& x,
+                                                     float amax, float encode, Rounding const& rounding) {
   if constexpr (kSide == Residual::kWeight) {
-    pair.companion = pair.codes, pair.companion_scale = pair.scale;
+    return block;
   } else {
-    Fp32::Block d = error_of<Element>(x, encode, pair.codes, pair.scale);
+    Fp32::Block d = error_of<Element>(x, encode, block.codes, block.scale);
     if (is_flagged(amax)) {
 #pragma unroll
       for (int i = 0; i < kBlock; ++i)
         if (Fp32::value(d, i) != Fp32::value(d, i)) Fp32::set(d, i, 0);
     }
-    uint8_t const scale = to_e4m3(fminf(__fmul_rn(Fp32::amax(d), kSixth), 448.0f));
-    pair.companion_scale = scale == 0 ? kLeastScale : scale;
-    float const divisor = from_e4m3(pair.companion_scale);
+    uint8_t const scale = max(to_e4m3(fminf(__fmul_rn(Fp32::amax(d), kSixth), 448.0f)), kLeastScale);
+    float const divisor = from_e4m3(scale);
     BoundedDivide<Rounding::kSigned> const divider{divisor, __fdiv_rn(1.0f, divisor)};
-    pair.companion = {encode_half<Fp32>(d, 0, divider, rounding), encode_half<Fp32>(d, 1, divider, rounding)};
+    return {{encode_half<Fp32>(d, 0, divider, rounding), encode_half<Fp32>(d, 1, divider, rounding)}, scale};
   }
 }
 

@@ -45,14 +45,14 @@ __device__ __forceinline__ void store_block(void* row, int column, int k, typena
 }
 
 // A block of what an element-wise producer makes of a row.
-template <class Element, bool kVectorized, Producer kProducer>
+template <class Element, bool kVectorized, Producer kProducer, bool kOnce = true>
 __device__ __forceinline__ typename Element::Block load_produced(void const* row, int column, int k) {
-  auto const x = load_block<Element, kVectorized>(row, column, k);
+  auto const x = load_block<Element, kVectorized, kOnce>(row, column, k);
   if constexpr (kProducer == Producer::kNone || is_norm(kProducer)) {
     return x;
   } else if constexpr (kProducer == Producer::kSiluMul) {
     auto const* up = static_cast<typename Element::Raw const*>(row) + k;
-    return produce<kProducer, Element>(x, load_block<Element, kVectorized>(up, column, k));
+    return produce<kProducer, Element>(x, load_block<Element, kVectorized, kOnce>(up, column, k));
   } else {
     return produce<kProducer, Element>(x, x);
   }

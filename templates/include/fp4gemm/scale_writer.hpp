@@ -27,36 +27,43 @@ template <class Config, bool kStaged, int kStages> class ScaleWriter {
 };
 
 // ... or, in a tiled layout, to shared memory, from where each thread writes four columns of all rows of the CTA at once:
-// one row has only words of four bytes to write, which cost the memory system as much as whole sectors.
+// one row has only words of four bytes to write, which cost the memory system as much as whole sectors. Those of blocks with a
+// companion come later, and few: straight to their place.
 template <class Config, int kStages> class ScaleWriter<Config, true, kStages> {
   using Scales = typename Config::Scales;
-  // Of the result; a companion for each block at most, and then a row has one step.
-  static constexpr int kStep =
-      Config::kThreads * Config::kBlocks * (Config::Options::kResidual == Residual::kNone ? 1 : 2);
+  static constexpr bool kPairs = Config::Options::kResidual != Residual::kNone;
+  static constexpr int kStep = Config::kThreads * Config::kBlocks;
   using Stage = uint8_t[Config::kRows][kStep];
 
   QuantizeArguments const& args_;
   int const cta_, first_, stage_;
+  int64_t const row_;
 
   __device__ Stage& stage() const {
     __shared__ __align__(16) Stage shared[kStages];
     return shared[kStages == 1 ? 0 : stage_];
   }
+  __device__ int staged_columns() const {
+    return kPairs ? (2 * args_.columns - args_.out_columns) / 4 * 4 : Scales::padded_columns(args_.columns);
+  }
 
  public:
-  __device__ ScaleWriter(QuantizeArguments const& args, int cta, int64_t, int first, int stage)
-      : args_(args), cta_(cta), first_(first), stage_(stage) {
+  __device__ ScaleWriter(QuantizeArguments const& args, int cta, int64_t row, int first, int stage)
+      : args_(args), cta_(cta), first_(first), stage_(stage), row_(row) {
     if (first_ != 0) __syncthreads();  // the last step's scales have been read
   }
   __device__ void put(int column, uint8_t scale) const {
-    stage()[threadIdx.x / Config::kThreads][column - first_] = scale;
+    if (kPairs && column >= staged_columns()) {
+      ScaleWriter<Config, false, 1>(args_, cta_, row_, 0, 0).put(column, scale);
+    } else {
+      stage()[threadIdx.x / Config::kThreads][column - first_] = scale;
+    }
   }
   __device__ void flush() const {
     __syncthreads();
     int64_t const row = Scales::template row<Config::kRows>(cta_, 0);
-    int const columns = out_columns<Config>(args_);
-    uint8_t* const chunks = in_global(args_.block_scale) + Scales::row_offset(row, columns);
-    int const end = min(kStep, Scales::padded_columns(columns) - first_);
+    uint8_t* const chunks = in_global(args_.block_scale) + Scales::row_offset(row, out_columns<Config>(args_));
+    int const end = min(kStep, staged_columns() - first_);
     for (int column = threadIdx.x * 4; column < end && row < args_.padded_rows; column += Config::kCta * 4) {
       uint8_t* const chunk = chunks + Scales::column_offset(first_ + column);
       if constexpr (Config::kRows == 2) {
