@@ -36,7 +36,7 @@ def quantize_spec(
     """
     columns = (scale_columns(k) + 3) // 4 * 4  # with the padding a tiled layout has
     threads, blocks, rows, resident = (few and _few_rows_shape(columns, dtype, options)) or _rows_shape(
-        columns, dtype, sf_layout != "linear", scaling == "per_row", options, gathered
+        columns, dtype, sf_layout != "linear", scaling == "per_row", options
     )
     return QuantizeSpec(
         arch, dtype, scaling, convention, sf_layout, threads, blocks, rows, vectorized, resident,
@@ -49,9 +49,7 @@ def quantize_spec(
 _Shape = tuple[int, int, int, bool]  # threads of a row, blocks of a thread, rows of a CTA, and whether that is a row
 
 
-def _rows_shape(
-    columns: int, dtype: str, tiled: bool, per_row: bool, options: QuantizeOptions, gathered: bool
-) -> _Shape:
+def _rows_shape(columns: int, dtype: str, tiled: bool, per_row: bool, options: QuantizeOptions) -> _Shape:
     # Noise and companions cost instructions, and more blocks share what a thread does once.
     most = 4 if (tiled or options.stochastic or options.residual) and dtype != "fp32" else 2
     blocks = min(most, max(1, columns // 32))
@@ -59,8 +57,8 @@ def _rows_shape(
     resident = threads <= 1024
     if not resident:
         threads, blocks = 512, 2
-    # Companions with anything besides take more registers than a CTA of 512 threads has.
-    staged = tiled and threads <= 128 and not (options.residual and (gathered or options.stochastic or not per_row))
+    # Companions take registers: a CTA of 512 threads would have too few.
+    staged = tiled and threads <= 128 and not options.residual
     rows = max(4 if staged else 1, 1 << (256 // threads).bit_length() >> 1)
     reduced = per_row or options.producer in NORMS
     if options.stochastic and not options.residual and not reduced and threads * rows == 512:

@@ -47,7 +47,8 @@ template <class Config, int kStages = 1> class RowQuantizer {
         cta_(cta),
         stage_(stage),
         row_(Scales::template row<Config::kRows>(cta, threadIdx.x / Config::kThreads)),
-        thread_((threadIdx.x + (kPairs ? 32 * (threadIdx.x / Config::kThreads) : 0)) % Config::kThreads),
+        thread_((threadIdx.x + (kPairs ? 32 * (cta * Config::kRows + threadIdx.x / Config::kThreads) : 0)) %
+                Config::kThreads),
         real_(row_ < args.rows),
         x_(row_of_x(row_)) {}
 
