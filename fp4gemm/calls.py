@@ -82,8 +82,6 @@ class _Quantizer:
         step = spec.threads * spec.blocks
         # Without a row to reduce, CTAs divide rows too; a layout pads columns to whole fours.
         self.steps = 1 if scaling == "per_row" else min(-(-(-(-scale_columns(k) // 4) * 4) // step), _MOST_CTAS_Y)
-        if (options.residual and spec.resident) or norm:
-            self.steps = 1  # the scales of a row leave together, or its sum of squares is taken
         self.prefetch = select.prefetch_ctas(spec, k, device) if self.steps == 1 else 0
 
 

@@ -124,7 +124,7 @@ def gemm_grouped(
     a: Activations, w: GroupedWeights, bias: Tensor | None, out: Output, dependent: bool | None = None
 ) -> None:
     """``gemm`` of the tokens of each expert by its weight, bias [experts, n], into a row-major ``out.d``; other rows of
-    it stay as they are. One launch, which waits for nothing."""
+    it stay as they are. One launch, which waits for nothing. ``dependent``: right behind the quantizer of ``a``."""
     x, d, c = tokens(a.values), out.d, out.c
     if c is not None and (c.stride() != d.stride() or c.data_ptr() % 16 != d.data_ptr() % 16):
         c = torch.empty_strided(d.shape, d.stride(), dtype=d.dtype, device=d.device).copy_(c)

@@ -80,7 +80,10 @@ class Source:
 
 @dataclass(frozen=True)
 class Compute:
-    """A binary fp32 operation; ``out`` is the element it leaves in, rounded to nearest even."""
+    """A binary fp32 operation; ``out`` is the element it leaves in, rounded to nearest even.
+
+    Not CUTLASS's homogeneous_multiply_add: what it asks of a broadcast is read before the kernel has waited.
+    """
 
     operation: str
     left: Node

@@ -44,8 +44,8 @@ def programmatic(enabled: bool = True) -> Iterator[None]:
 
     A chain of layers then has no gaps. Only for weights that no kernel of the chain writes. Holds for calls, and
     captures, of this context. Without it they begin before that, too (dependent launch), as quantizers of few CTAs
-    do, but touch nothing before it has ended; only the GEMM of ``quantize_gemm``, behind its own quantizer, always
-    does. CUTLASS's collective never does.
+    do, but read and write nothing before it has ended; only the GEMM of ``quantize_gemm``, behind its own quantizer,
+    always asks for its weight first. CUTLASS's collective and grouped products never do.
     """
     token = _programmatic.set(enabled)
     try:

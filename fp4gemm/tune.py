@@ -113,8 +113,8 @@ Measured = dict[table.Choice, float]  # microseconds of the kernels that are nea
 def tune(shapes: Sequence[tuple[int, int]], sizes: Sequence[int]) -> Iterator[Measured]:
     """Measures the candidates of every (n, k) and m; those that are far behind the fastest are left out.
 
-    Weights rotate through more memory than the L2 holds; a call is a node of a CUDA graph, once launched behind the
-    node in front and once dependent on it, in turn with the others and at its own clock; the geometric mean counts.
+    Weights rotate through more memory than the L2 holds; a call is a node of a CUDA graph, once as it is and
+    once inside ``programmatic()``, in turn with the others and at its own clock; the geometric mean counts.
     """
     device = torch.cuda.current_device()
     sms = torch.cuda.get_device_properties(device).multi_processor_count
@@ -214,9 +214,9 @@ def _measure(m: int, weights: Sequence[Weight], specs: Mapping[table.Choice, Pac
         ]
 
     samplers: dict[tuple[table.Choice, bool], timing.Sampler] = {}
-    for dependent in (False, True):
-        with launch.programmatic(dependent):
-            samplers |= {(choice, dependent): timing.GraphSampler(calls(spec)) for choice, spec in specs.items()}
+    for weights_first in (False, True):
+        with launch.programmatic(weights_first):
+            samplers |= {(choice, weights_first): timing.GraphSampler(calls(spec)) for choice, spec in specs.items()}
     shared = _means(timing.interleave(samplers, _REPEATS))
     near = {choice for choice, us in shared.items() if us <= _NEAR * min(shared.values())}
     own = _means(timing.in_turns({key: sampler for key, sampler in samplers.items() if key[0] in near}, _REPEATS))
@@ -224,7 +224,7 @@ def _measure(m: int, weights: Sequence[Weight], specs: Mapping[table.Choice, Pac
 
 
 def _means(us: Mapping[tuple[table.Choice, bool], float]) -> Measured:
-    return {choice: math.sqrt(us[choice, False] * us[choice, True]) for choice, dependent in us if dependent}
+    return {choice: math.sqrt(us[choice, False] * us[choice, True]) for choice, weights_first in us if weights_first}
 
 
 def merge(rows: Sequence[table.Choice], new: Sequence[table.Choice]) -> list[table.Choice]:

@@ -28,7 +28,7 @@ SIZES = (1, 16, 32, 64, 128, 256, 512, 1024, 4096, 8192)  # M
 QUICK_SHAPES, QUICK_SIZES = SHAPES[:1], (1, 64, 1024)
 PACKED = ((8192, 8192, 8192), (4096, 4096, 4096), (1024, 8192, 8192))  # M, N, K of gemm(a4, b4)
 VARIED = ((16, 8192, 8192), (1024, 8192, 8192))  # of the variants
-GRAPH, GRAPH_PDL, EAGER = "graph", "graph_pdl", "eager"  # graph_pdl: dependent launches between consecutive calls
+GRAPH, GRAPH_PDL, EAGER = "graph", "graph_pdl", "eager"  # graph_pdl: inside of programmatic()
 SUSTAINED = "sustained"  # plain graphs, each candidate for 0.2 s by itself before it is timed
 _GIVEN_UP_TO = 64  # M: with a given outer scale, small products quantize inside the GEMM kernel
 _GIVEN = 1.0 / 512  # a decode multiplier that suits N(0, 1): amax about 5.2 = 512 / 2688 * 5.2 of the range

@@ -2,7 +2,7 @@
 over experts whose sizes the host knows, and humming-kernels.
 
 Rows of x are sorted by expert. Every candidate reads weights that the L2 has lost, and a call is a node of a CUDA
-graph; `graph_pdl` has dependent launches between consecutive calls.
+graph; `graph_pdl` is captured inside `programmatic()`, which quantizers heed; the products are the same.
 """
 
 from __future__ import annotations

@@ -6,6 +6,7 @@ outer scales far from what the values need.
 
 from __future__ import annotations
 
+import itertools
 import random
 from dataclasses import dataclass, replace
 from typing import Any
@@ -197,7 +198,7 @@ def test_rows_that_do_not_fit(kind: str, kernels: None, monkeypatch: pytest.Monk
 @pytest.mark.parametrize("kind", ["residual", "residual_stochastic"])
 @pytest.mark.parametrize("layout", ["8x4", "128x4"])
 def test_two_rows_of_a_cta(kind: str, layout: str, kernels: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As wide rows with companions have it: their scales leave through shared memory, 8 bytes at a time."""
+    """As wide rows with companions have it: scales leave through shared memory, 8 bytes at a time, pairs' do not."""
     whole = select.quantize_spec
 
     def pairs_of_rows(*args: Any, **options: Any) -> QuantizeSpec:
@@ -205,8 +206,10 @@ def test_two_rows_of_a_cta(kind: str, layout: str, kernels: None, monkeypatch: p
 
     monkeypatch.setattr(select, "quantize_spec", pairs_of_rows)
     rng = random.Random(kind + layout)
-    for m, scaling in ((170, "per_row"), (131, "given")):
+    cases = itertools.product(((170, "per_row"), (131, "given")), (16, 32, 48, 64, 1024))
+    for (m, scaling), extra in cases:
         problem = replace(Problem.draw(rng, kind), m=m, k=1024, scaling=scaling, sf_layout=layout)
+        problem = replace(problem, options=replace(problem.options, residual=extra))
         x, arguments = problem.values(), problem.arguments()
         compare(problem.run(x, arguments), reference.quantize(x, **arguments))
 

@@ -21,7 +21,7 @@ template <class Config, int kStages = 1> class RowQuantizer {
   using Options = typename Config::Options;
   using Rounding = typename RoundingOf<Options::kStochastic>::Type;
   static constexpr bool kPairs = Options::kResidual != Residual::kNone;
-  // EncodedBlock before its scale is stored, which the codes decide.
+  // Encoded before its scale is stored, which the codes decide.
   static constexpr bool kEarly = Options::kAdaptive != Adaptive::kNone;
 
   using Arguments = typename Config::Arguments;
@@ -29,7 +29,7 @@ template <class Config, int kStages = 1> class RowQuantizer {
   Arguments const& args_;
   int const cta_, stage_;
   int64_t const row_;
-  int const thread_;  // of the row; warps with the same columns of two rows share no scheduler (kPairs)
+  int const thread_;  // of the row; kPairs: turned from row to row, or pairs of all rows would share a scheduler
   bool const real_;  // false for a row that exists only as scale-factor padding
   char const* const x_;  // this row of it
 
@@ -279,7 +279,7 @@ template <class Config, int kStages = 1> class RowQuantizer {
     }
   }
 
-  // Columns with a companion, and those. Few threads have one: they read it again, from L1, and what they need takes registers
+  // Columns that have a companion, and their companions. Few threads have one: they read x again, from L1, and what they need takes registers
   // only once all other columns are done.
   __device__ void store_pairs(typename Convention::Outer const& outer) const {
     if constexpr (kPairs) {

@@ -27,8 +27,8 @@ template <class Config, bool kStaged, int kStages> class ScaleWriter {
 };
 
 // ... or, in a tiled layout, to shared memory, from where each thread writes four columns of all rows of the CTA at once:
-// one row has only words of four bytes to write, which cost the memory system as much as whole sectors. Those of blocks with a
-// companion come later, and few: straight to their place.
+// one row has only words of four bytes to write, which cost the memory system as much as whole sectors. Those of pairs
+// come later, and are few: straight to their place, with up to three that share a word with the first.
 template <class Config, int kStages> class ScaleWriter<Config, true, kStages> {
   using Scales = typename Config::Scales;
   static constexpr bool kPairs = Config::Options::kResidual != Residual::kNone;
