@@ -354,13 +354,12 @@ template <class Config, int kStages = 1> class RowQuantizer {
     ScaleWriter<Config, kStaged, kStages> const writer(args_, cta_, row_, first, stage_);
     auto* const data = static_cast<uint2*>(in_global(args_.data)) + row_ * out_columns<Config>(args_) + first + thread_;
     uint64_t const seed = this->seed();
-    int const end = single_columns();
     if constexpr (kEarly) {
 #pragma unroll
       for (int i = 0; i < Config::kBlocks; ++i) {
         int const column = first + i * Config::kThreads + thread_;
         EncodedBlock result{};
-        if (real_ && column < end) {
+        if (real_ && column < single_columns()) {
           result = encode(x[i], amax[i], outer, column, seed);
           data[i * Config::kThreads] = result.codes;  // at once: they are registers
         }
@@ -373,8 +372,8 @@ template <class Config, int kStages = 1> class RowQuantizer {
 #pragma unroll
       for (int i = 0; i < Config::kBlocks; ++i) {
         int const column = first + i * Config::kThreads + thread_;
-        scale[i] = real_ && column < end ? Convention::block_scale(outer, fabsf(amax[i])) : 0;
-        if (!kPairs || column < end) writer.put(column, scale[i]);
+        scale[i] = real_ && column < single_columns() ? Convention::block_scale(outer, fabsf(amax[i])) : 0;
+        if (!kPairs || column < single_columns()) writer.put(column, scale[i]);
       }
       writer.flush();
       Rounding roundings[Config::kBlocks];
@@ -382,7 +381,7 @@ template <class Config, int kStages = 1> class RowQuantizer {
       for (int i = 0; i < Config::kBlocks; ++i) {
         int const column = first + i * Config::kThreads + thread_;
         if (i % kNoiseBlocks == 0) make_noise(seed, first, i, roundings);
-        if (real_ && column < end)
+        if (real_ && column < single_columns())
           data[i * Config::kThreads] = encode_block<Element, Convention>(x[i], amax[i], outer, scale[i], roundings[i]);
       }
     }
