@@ -25,11 +25,11 @@ struct PackedGemmArguments {
   int depth, depth_inverse;            // mma.sync: warps of a CTA that share a panel; 65536 / depth + 1
   int first_turn;                      // mma.sync, pairs: blocks of a round that the first warp of a pair takes
   int piece_blocks;                    // mma.sync: blocks of K of a piece of tokens, a multiple of 4
-  int weights_first;  // 1: are asked for before the kernel in front has ended, which does not write them
-  int launch_early;  // mma.sync, 1: dependents may start at once
-  int panels_each;  // mma.sync: panels of a cluster
-  int panels_extra;  // mma.sync: clusters with one more; WGMMA: row tiles with all their panels
-  int experts;  // grouped: w, outer_b and bias have one part for each, one after the other
+  int weights_first;                   // 1: asked for before the kernel in front, which leaves them alone, has ended
+  int launch_early;                    // mma.sync, 1: dependents may start at once
+  int panels_each;                     // mma.sync: panels of a cluster
+  int panels_extra;                    // mma.sync: clusters with one more; WGMMA: row tiles with all their panels
+  int experts;                         // grouped: w, outer_b and bias have one part for each, one after the other
   int outer_a_stride, outer_b_stride;  // 0 or 1
   float beta;
 };

@@ -242,8 +242,7 @@ template <class Config, int kStages = 1> class RowQuantizer {
     }
   }
 
-  // Columns without a companion, which come first: those of the result are the same.
-  __device__ int single_columns() const { return kPairs ? 2 * args_.columns - args_.out_columns : args_.columns; }
+  __device__ int single_columns() const { return fp4gemm::single_columns<Config>(args_); }
 
   __device__ uint64_t number(int place) const {
     return static_cast<uint64_t>(row_) * out_columns<Config>(args_) + place;
@@ -279,8 +278,8 @@ template <class Config, int kStages = 1> class RowQuantizer {
     }
   }
 
-  // Columns that have a companion, and their companions. Few threads have one: they read x again, from L1, and what they need takes registers
-  // only once all other columns are done.
+  // Columns that have a companion, and their companions. Few threads have one: they read x again, from L1, and what they need
+  // takes registers only once all other columns are done.
   __device__ void store_pairs(typename Convention::Outer const& outer) const {
     if constexpr (kPairs) {
       int const first = single_columns();

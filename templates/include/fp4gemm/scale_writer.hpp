@@ -10,6 +10,11 @@ template <class Config> __device__ int out_columns(QuantizeArguments const& args
   return Config::Options::kResidual == Residual::kNone ? args.columns : args.out_columns;
 }
 
+// Those without a companion, which come first: of the result they are the same.
+template <class Config> __device__ int single_columns(QuantizeArguments const& args) {
+  return Config::Options::kResidual == Residual::kNone ? args.columns : 2 * args.columns - args.out_columns;
+}
+
 // Where a thread's block scales go: straight to their place, byte by byte ...
 template <class Config, bool kStaged, int kStages> class ScaleWriter {
   using Scales = typename Config::Scales;
@@ -44,7 +49,7 @@ template <class Config, int kStages> class ScaleWriter<Config, true, kStages> {
     return shared[kStages == 1 ? 0 : stage_];
   }
   __device__ int staged_columns() const {
-    return kPairs ? (2 * args_.columns - args_.out_columns) / 4 * 4 : Scales::padded_columns(args_.columns);
+    return kPairs ? single_columns<Config>(args_) / 4 * 4 : Scales::padded_columns(args_.columns);
   }
 
  public:
