@@ -21,6 +21,9 @@ template <class Config, int kStages = 1> class RowQuantizer {
   using Options = typename Config::Options;
   using Rounding = typename RoundingOf<Options::kStochastic>::Type;
   static constexpr bool kPairs = Options::kResidual != Residual::kNone;
+  // Pairs of a column and its companion behind all other columns: where one warp of several would have them all and the CTA
+  // would wait for it, or where noise leaves no registers.
+  static constexpr bool kApart = kPairs && Config::kRows > 1 && (Config::kThreads >= 128 || Options::kStochastic);
   // Encoded before its scale is stored, which the codes decide.
   static constexpr bool kEarly = Options::kAdaptive != Adaptive::kNone;
 
@@ -29,7 +32,7 @@ template <class Config, int kStages = 1> class RowQuantizer {
   Arguments const& args_;
   int const cta_, stage_;
   int64_t const row_;
-  int const thread_;  // of the row; kPairs: turned from row to row, or pairs of all rows would share a scheduler
+  int const thread_;  // of the row; kApart: turned from row to row, or pairs of all rows would share a scheduler
   bool const real_;  // false for a row that exists only as scale-factor padding
   char const* const x_;  // this row of it
 
@@ -47,7 +50,7 @@ template <class Config, int kStages = 1> class RowQuantizer {
         cta_(cta),
         stage_(stage),
         row_(Scales::template row<Config::kRows>(cta, threadIdx.x / Config::kThreads)),
-        thread_((threadIdx.x + (kPairs ? 32 * (cta * Config::kRows + threadIdx.x / Config::kThreads) : 0)) %
+        thread_((threadIdx.x + (kApart ? 32 * (cta * Config::kRows + threadIdx.x / Config::kThreads) : 0)) %
                 Config::kThreads),
         real_(row_ < args.rows),
         x_(row_of_x(row_)) {}
@@ -74,7 +77,7 @@ template <class Config, int kStages = 1> class RowQuantizer {
       auto const outer = outer_of(Config::kScaling == Scaling::kPerRow ? row_amax : scale_in());
       write_outer(outer);
       store_step(0, x, amax, outer);
-      store_pairs(outer);
+      finish_pairs(outer);
     } else if constexpr (Config::kScaling != Scaling::kPerRow) {
       // No reduction: CTAs split the row as well, where it is longer than a step.
       float scale = scale_in();
@@ -91,7 +94,7 @@ template <class Config, int kStages = 1> class RowQuantizer {
       } else {
         for (int first = blockIdx.y * kStep; first < padded_columns(); first += gridDim.y * kStep) step(first);
       }
-      store_pairs(outer_of(scale));
+      finish_pairs(outer_of(scale));
       write_outer(outer_of(scale));
     } else {
       float row_amax = 0.0f;
@@ -108,7 +111,7 @@ template <class Config, int kStages = 1> class RowQuantizer {
         load_step(first, x, amax);
         store_step(first, x, amax, outer);
       }
-      store_pairs(outer);
+      finish_pairs(outer);
     }
   }
 
@@ -167,7 +170,7 @@ template <class Config, int kStages = 1> class RowQuantizer {
     if constexpr (Options::kGathered) {
       return gather_block<Element>(row, args_.order, column);
     } else {
-      return load_produced<Element, Config::kVectorized, Options::kProducer, !kPairs>(row, column, args_.k);
+      return load_produced<Element, Config::kVectorized, Options::kProducer, !kApart>(row, column, args_.k);
     }
   }
 
@@ -278,33 +281,46 @@ template <class Config, int kStages = 1> class RowQuantizer {
     }
   }
 
-  // Columns that have a companion, and their companions. Few threads have one: they read x again, from L1, and what they need
-  // takes registers only once all other columns are done.
-  __device__ void store_pairs(typename Convention::Outer const& outer) const {
-    if constexpr (kPairs) {
-      int const first = single_columns();
+  // A column that has a companion, and that.
+  __device__ void store_pair(int64_t row, int column, Block const& x, float amax,
+                             typename Convention::Outer const& outer) const {
+    int const place = 2 * column - single_columns();
+    EncodedBlock block{}, companion{};
+    if (real_) {
+      uint64_t const seed = this->seed();
+      block.scale = max(Convention::block_scale(outer, fabsf(amax)), kLeastScale);
+      block.codes = encode_block<Element, Convention>(x, amax, outer, block.scale, rounding(seed, place));
+      store_data(row, place, block);
+      companion = companion_of<Options::kResidual, Element>(block, x, amax, outer.encode, rounding(seed, place + 1));
+      store_data(row, place + 1, companion);
+    }
+    put_scale(row, place, block.scale), put_scale(row, place + 1, companion.scale);
+  }
+  // The same of a thread's column of a step, if it has a companion.
+  __device__ void store_pair_of_step(int column, Block const& x, float amax,
+                                     typename Convention::Outer const& outer) const {
+    if constexpr (kPairs && !kApart) {
+      if (column >= single_columns() && column < args_.columns) store_pair(row_, column, x, amax, outer);
+    }
+  }
+  // What is left of a row with companions. Few threads have one: they read x again, from L1, and what they need takes
+  // registers only once all other columns are done.
+  __device__ void finish_pairs(typename Convention::Outer const& outer) const {
+    if constexpr (kApart) {
 #pragma unroll 1
-      for (int column = first + blockIdx.y * Config::kThreads + thread_; column < args_.columns;
+      for (int column = single_columns() + blockIdx.y * Config::kThreads + thread_; column < args_.columns;
            column += gridDim.y * Config::kThreads) {
         uint32_t group = threadIdx.x / Config::kThreads;
         pin(group);  // or addresses, and keys of the noise, would be made before, too
         int64_t const row = Scales::template row<Config::kRows>(cta_, group);
-        int const place = 2 * column - first;
-        EncodedBlock block{}, companion{};
-        if (real_) {
-          Block const x = load(row_of_x(row), column);
-          float amax = Element::amax(x);
-          if (!is_finite(amax)) amax = flagged_amax<Element>(x);
-          uint64_t const seed = this->seed();
-          block.scale = max(Convention::block_scale(outer, fabsf(amax)), kLeastScale);
-          block.codes = encode_block<Element, Convention>(x, amax, outer, block.scale, rounding(seed, place));
-          store_data(row, place, block);
-          companion =
-              companion_of<Options::kResidual, Element>(block, x, amax, outer.encode, rounding(seed, place + 1));
-          store_data(row, place + 1, companion);
-        }
-        put_scale(row, place, block.scale), put_scale(row, place + 1, companion.scale);
+        Block x{};
+        if (real_) x = load(row_of_x(row), column);
+        float amax = Element::amax(x);
+        if (!is_finite(amax)) amax = flagged_amax<Element>(x);
+        store_pair(row, column, x, amax, outer);
       }
+    }
+    if constexpr (kPairs) {
       int const padding = args_.out_columns + thread_;
       if (blockIdx.y == 0 && padding < Scales::padded_columns(args_.out_columns)) put_scale(row_, padding, 0);
     }
@@ -345,6 +361,7 @@ template <class Config, int kStages = 1> class RowQuantizer {
       int const half = 2 * (column - odd) + odd;
       if (real_ && half * 8 < end) values[half] = odd ? other : low;
       if (real_ && half * 8 + 16 < end) values[half + 2] = odd ? high : other;
+      store_pair_of_step(column, x[i], amax[i], outer);
     }
   }
 
@@ -382,6 +399,7 @@ template <class Config, int kStages = 1> class RowQuantizer {
         if (i % kNoiseBlocks == 0) make_noise(seed, first, i, roundings);
         if (real_ && column < single_columns())
           data[i * Config::kThreads] = encode_block<Element, Convention>(x[i], amax[i], outer, scale[i], roundings[i]);
+        store_pair_of_step(column, x[i], amax[i], outer);
       }
     }
   }
