@@ -47,7 +47,7 @@ def on_kernels(x: Tensor) -> bool:
 
 def on_its_device(x: Tensor, function: Callable[..., _T], *args: object) -> _T:
     """Calls ``function`` with the device of ``x`` current."""
-    if x.device.index == torch.cuda.current_device():
+    if x.device.index == torch._C._cuda_getDevice():
         return function(*args)
     with torch.cuda.device(x.device):
         return function(*args)

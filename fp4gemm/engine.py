@@ -67,8 +67,8 @@ def _spec(
 
 def tokens(x: Tensor) -> Tensor:
     """``x`` [M, K] with rows of whole 16 bytes, as TMA and 16-byte copies want them; a copy only where it has not."""
-    aligned = x.data_ptr() % 16 == 0 and (x.shape[0] == 1 or x.stride(0) % 8 == 0)
-    if x.stride(1) == 1 and aligned:
+    rows, columns = x.stride()
+    if columns == 1 and x.data_ptr() % 16 == 0 and (rows % 8 == 0 or x.shape[0] == 1):
         return x
     m, k = x.shape
     padded = x.new_empty((m, -(-k // 8) * 8))
@@ -91,9 +91,14 @@ def has_tma_rows(d: Tensor) -> bool:
 
 def begins_on_16_bytes(t: Tensor) -> bool:
     """Whether TMA can load ``t`` [..., M, N]: row-major, and rows begin on 16 bytes."""
+    *members, rows, columns = t.stride()
     step = 16 // t.element_size()
-    apart = t.shape[-2] == 1 or t.stride(-2) % step == 0
-    return is_row_major(t) and t.data_ptr() % 16 == 0 and apart and (t.dim() == 2 or t.stride(0) % step == 0)
+    return (
+        (columns == 1 or t.shape[-1] == 1)
+        and t.data_ptr() % 16 == 0
+        and (rows % step == 0 or t.shape[-2] == 1)
+        and (not members or members[0] % step == 0)
+    )
 
 
 def gemm(a: Activations, w: Weight, bias: Tensor | None, out: Output, dependent: bool | None = None) -> None:

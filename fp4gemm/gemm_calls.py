@@ -127,6 +127,7 @@ def quantize_gemm(
     bias = None if bias is None else bias.contiguous()
     if (
         outer_scale is not None
+        and x.shape[0] <= select.QUANTIZED_ROWS
         and options is PLAIN
         and convention == _FUSED_CONVENTION
         and x.stride(1) == 1

@@ -8,7 +8,6 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass
 from functools import cache, lru_cache
 from typing import Any, NamedTuple
 
@@ -158,8 +157,7 @@ class Batch(NamedTuple):
 NO_BATCH = Batch()
 
 
-@dataclass(frozen=True)
-class GemmProblem:
+class GemmProblem(NamedTuple):
     """What a plan depends on: shape, leading dimensions in elements, which outer scales are vectors, and the batch."""
 
     m: int

@@ -5,8 +5,8 @@ from __future__ import annotations
 import ctypes
 import struct
 import threading
-from dataclasses import dataclass
 from functools import lru_cache
+from typing import NamedTuple
 
 import torch
 
@@ -29,8 +29,7 @@ _BETA = PACKED_GEMM_ARGUMENTS.size - 4
 _WEIGHTS_FIRST = struct.calcsize("<128x8Q3q5i7i")
 
 
-@dataclass(frozen=True)
-class PackedProblem:
+class PackedProblem(NamedTuple):
     """What a plan depends on beside the kernel: sizes; strides in elements; which outer scales are vectors.
 
     x [m, k] has rows ``x_stride`` apart; D [m, n] is row-major, or column-major where ``column_major``, ``ldd`` apart.

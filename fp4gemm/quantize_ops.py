@@ -24,7 +24,7 @@ from fp4gemm.reference.arguments import (
     check_rmsnorm,
 )
 from fp4gemm.reference.quantize import quantize_checked, write
-from fp4gemm.tensor import FP4Tensor
+from fp4gemm.tensor import FP4Tensor, unchecked
 from fp4gemm.tile_calls import Parts
 
 _T = TypeVar("_T")
@@ -95,7 +95,9 @@ def quantize(
         check_finite_values(x, args.outer_scale, args.amax)
     at_once = direct(x, args.outer_scale, args.amax)
     if out is None:
-        data, block_scale, outer = run(args) if at_once else torch.ops.fp4gemm.quantize(*_flat(args))
+        if at_once:
+            return unchecked(FP4Tensor, run(args), args.shape, sf_layout)
+        data, block_scale, outer = torch.ops.fp4gemm.quantize(*_flat(args))
         return FP4Tensor(data, block_scale, outer, args.shape, sf_layout)
     if at_once:
         run_into(out, args, noop)

@@ -356,8 +356,20 @@ def _megabytes(count: int) -> str:
 
 
 _LEAVES = ("data", "block_scale", "outer_scale")
+_FIELDS = (*_LEAVES, "shape", "sf_layout", "prepacked")
 _Container = TypeVar("_Container", FP4Tensor, FP4Batch)
 _Context = tuple[tuple[int, ...], str, str | None]
+
+
+def unchecked(
+    container: type[_Container], leaves: Iterable[Any], shape: tuple[int, ...], sf_layout: str,
+    prepacked: str | None = None,
+) -> _Container:  # fmt: skip
+    """A container of these as they are; for results just made, as the checks would take a fifth of a call."""
+    t = object.__new__(container)
+    for name, value in zip(_FIELDS, (*leaves, shape, sf_layout, prepacked), strict=True):
+        object.__setattr__(t, name, value)
+    return t
 
 
 def _register(container: type[_Container]) -> None:
@@ -371,11 +383,7 @@ def _register(container: type[_Container]) -> None:
         return [(pytree.GetAttrKey(name), leaf) for name, leaf in zip(_LEAVES, leaves, strict=True)], context
 
     def unflatten(leaves: Any, context: _Context) -> _Container:
-        # tree_map may put anything in the leaves (shapes, None, another device): build without validation.
-        t = object.__new__(container)
-        for name, value in zip((*_LEAVES, "shape", "sf_layout", "prepacked"), (*leaves, *context), strict=True):
-            object.__setattr__(t, name, value)
-        return t
+        return unchecked(container, leaves, *context)  # tree_map may put anything in the leaves
 
     pytree.register_pytree_node(
         container,

@@ -416,7 +416,9 @@ def _resolve_outer(name: str, outer: Tensor, source: Tensor, scaling: str) -> Te
     shape = tuple(outer.shape)
     if scaling != "per_tensor" and shape == (rows,):
         return outer.contiguous()
-    if shape in ((), (1,)):
+    if shape == ():
+        return outer
+    if shape == (1,):
         return outer.reshape(())
     expected = "[] or [1]" if scaling == "per_tensor" else f"[], [1] or [{rows}]"
     raise ValueError(f"{name}: expected shape {expected} for scaling={scaling!r}, got {list(shape)}")

@@ -8,6 +8,7 @@ from fp4gemm.select.blockscaled import gemm_spec, grouped_gemm_spec, plain_gemms
 from fp4gemm.select.device import DTYPE_NAMES, EXECUTED, INPUT_NAMES, LAUNCHABLE, arch_of, gpu_of, pick_device
 from fp4gemm.select.packed import (
     FALLBACK,
+    QUANTIZED_ROWS,
     grouped_configs,
     grouped_of,
     grouped_spec,
@@ -43,6 +44,7 @@ __all__ = [
     "FEW_ROWS",
     "INPUT_NAMES",
     "LAUNCHABLE",
+    "QUANTIZED_ROWS",
     "amax_spec",
     "arch_of",
     "bf16_specs",

@@ -37,13 +37,16 @@ def packed_of(
     return PackedWgmmaSpec(*terms, tokens, panels, row_groups, depth_groups, multicast, split, stages)
 
 
+QUANTIZED_ROWS = 1  # of tokens, up to which a GEMM may quantize them
+
+
 def quantizing(spec: PackedSpec, x_dtype: str, m: int) -> PackedMmaSpec | None:
     """``spec`` made to quantize x of this dtype, with given outer scales, on its way in; None where that does not pay.
 
     Every CTA quantizes the tokens again: for one that takes about as long as a launch of its own, and less in a chain
     of dependent launches; from a few on it takes longer (docs/performance.md).
     """
-    if not isinstance(spec, PackedMmaSpec) or m > 1:
+    if not isinstance(spec, PackedMmaSpec) or m > QUANTIZED_ROWS:
         return None
     fused = replace(spec, quantize=x_dtype)
     return fused if check(fused) is None else None

@@ -115,7 +115,7 @@ def test_the_argument(spec, launches):
 def test_the_argument_of_a_grouped_kernel(launches):
     """Its shared memory has room for the cut, four words, and the table of experts, two words each and for the end."""
     spec = replace(WGMMA, grouped=True)
-    PackedPlan(spec, replace(PROBLEM, experts=7), 0)(7, False, False, *ADDRESSES.values(), 0.5)
+    PackedPlan(spec, PROBLEM._replace(experts=7), 0)(7, False, False, *ADDRESSES.values(), 0.5)
     _, grid, _, smem, _, argument = launches[0]
     division = divide(spec, 5, 1000, 4100, SMS, 7)
     assert (grid, smem) == ((division.ctas, 1, 1), wgmma_shared_bytes(spec) + 16 + 8 * 8)
@@ -124,7 +124,7 @@ def test_the_argument_of_a_grouped_kernel(launches):
 
 
 def test_a_column_major_output_and_other_outer_scales(launches):
-    problem = replace(PROBLEM, column_major=True, ldd=6, outer_a_per_row=False, outer_b_per_row=True)
+    problem = PROBLEM._replace(column_major=True, ldd=6, outer_a_per_row=False, outer_b_per_row=True)
     PackedPlan(MMA, problem, 0)(7, False, False, *ADDRESSES.values(), 1.0)
     got = fields(launches[0][-1])
     assert (got["d_stride_m"], got["d_stride_n"], got["outer_a_stride"], got["outer_b_stride"]) == (1, 6, 0, 1)
@@ -171,7 +171,7 @@ def test_a_kernel_with_another_struct_is_refused(kernel):
 
 def test_a_kernel_that_cannot_serve_the_problem_is_refused(kernel):
     with pytest.raises(ValueError, match=f"{MMA.name} cannot serve .*m=9"):
-        PackedPlan(MMA, replace(PROBLEM, m=9), 0)
+        PackedPlan(MMA, PROBLEM._replace(m=9), 0)
 
 
 @pytest.mark.parametrize("spec", [MMA, WGMMA], ids=lambda spec: type(spec).__name__)
