@@ -54,20 +54,23 @@ def _driver_launch() -> Call:
 
 
 def jobs(config: Config) -> Iterator[Job]:
-    """gemm, quantize, dequantize and quantize_gemm at one small shape; yardsticks: torch.mm and one bare launch."""
+    """gemm and quantize_gemm on a prepacked weight, quantize and dequantize, at one small shape.
+
+    Yardsticks: torch.mm into a given tensor, and one bare launch."""
     yield Job("overhead", functools.partial(_rows, config))
 
 
 def _rows(config: Config) -> list[Row]:
     M, N, K = SHAPE
     x, w = random_inputs(1, M, K)[0], random_inputs(1, N, K)[0]
-    a4, b4 = fp4gemm.quantize(x), fp4gemm.quantize(w)
-    wt, out = w.t(), x.new_empty(M, N)
+    x4, w4 = fp4gemm.quantize(x), fp4gemm.quantize(w).prepack()
+    wt, out, given = w.t(), x.new_empty(M, N), x.new_ones((), dtype=torch.float32)
     calls: dict[str, Call] = {
-        "gemm": functools.partial(fp4gemm.gemm, a4, b4),
+        "gemm": functools.partial(fp4gemm.gemm, x, w4),
         "quantize": functools.partial(fp4gemm.quantize, x),
-        "dequantize": functools.partial(fp4gemm.dequantize, a4, torch.bfloat16),
-        "quantize_gemm": functools.partial(fp4gemm.quantize_gemm, x, b4),
+        "dequantize": functools.partial(fp4gemm.dequantize, x4, torch.bfloat16),
+        "quantize_gemm": functools.partial(fp4gemm.quantize_gemm, x, w4),
+        "quantize_gemm, given scale": functools.partial(fp4gemm.quantize_gemm, x, w4, outer_scale=given),
         "torch_mm": functools.partial(torch.mm, x, wt, out=out),
         "driver_launch": _driver_launch(),
     }

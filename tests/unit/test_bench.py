@@ -316,7 +316,8 @@ def test_overhead_suite(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(overhead, "_WARM", 1)
     monkeypatch.setattr(overhead, "_driver_launch", lambda: lambda: None)
     rows = rows_of(overhead.jobs(common.Config(quick=True)))
-    assert [row["op"] for row in rows] == ["gemm", "quantize", "dequantize", "quantize_gemm"]
+    calls = ["gemm", "quantize", "dequantize", "quantize_gemm", "quantize_gemm, given scale"]
+    assert [row["op"] for row in rows] == calls
 
 
 def test_load_suite_asks_a_new_process(monkeypatch: pytest.MonkeyPatch) -> None:
