@@ -13,7 +13,7 @@ import torch
 import fp4gemm
 from fp4gemm import FP4Tensor, launch, reference, select
 from fp4gemm.division import divide
-from fp4gemm.formats import SF_LAYOUTS
+from fp4gemm.formats import SF_LAYOUTS, packed_shape
 from fp4gemm.spec import PackedCollectiveSpec, PackedSpec
 
 TORCH_DTYPES = {name: dtype for dtype, name in select.DTYPE_NAMES.items()}
@@ -561,6 +561,40 @@ def test_a_gemm_that_begins_early_waits_for_its_weight(m: int, n: int, how: str,
         held.copy_(source.data)
         graph.replay()
         cases.assert_same_bits(got, expected, f"M = {m}, {how}, graph")
+
+
+def packed_as_bf16(n: int, k: int, device: torch.device, seed: int) -> torch.Tensor:
+    """The bytes of a prepacked weight as bf16 [blocks, 1152]: -2 to -2^-63, which a product with the identity keeps."""
+    rows, blocks, size = packed_shape(n, k)
+    words = random_values(rows * blocks, size // 2, dtype=torch.bfloat16, device=device, seed=seed).view(torch.int16)
+    return (words & 0x1F1F | -0x5F60).view(torch.bfloat16)  # bytes 0xA0 to 0xBF: any codes, and scales 0.25 to 3.75
+
+
+@pytest.mark.parametrize("m, n", [(1, 512), (16, 512), (64, 512), (300, 512), (2048, 4096)])
+def test_a_gemm_waits_for_the_gemm_that_writes_its_weight(m: int, n: int, cuda: torch.device) -> None:
+    """Every GEMM lets the next one begin long before it writes D; here D are the bytes of the next one's weight."""
+    k = 4096
+    sources = [packed_as_bf16(n, k, cuda, seed) for seed in range(3)]
+    held, written = sources[0].clone(), torch.empty_like(sources[0])
+    one, empty = torch.ones((), device=cuda), torch.empty(0, dtype=torch.float8_e4m3fn, device=cuda)
+
+    def packed(data: torch.Tensor) -> FP4Tensor:
+        return FP4Tensor(data.view(torch.uint8).view(packed_shape(n, k)), empty, one, (n, k), prepacked="sm90")
+
+    eye = cases.identity(written.shape[1]).to(cuda).prepack()
+    x = random_values(m, k, dtype=torch.bfloat16, device=cuda)
+    want = [fp4gemm.gemm(x, packed(source)) for source in sources]
+    assert not torch.equal(want[0], want[1])
+    fp4gemm.gemm(held, eye, out=written)
+    assert torch.equal(written, held)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        fp4gemm.gemm(held, eye, out=written)
+        got = fp4gemm.gemm(x, packed(written))
+    for source, expected in zip(sources * 3, want * 3, strict=True):
+        held.copy_(source)
+        graph.replay()
+        cases.assert_same_bits(got, expected, f"M = {m}")
 
 
 @pytest.mark.parametrize("how", ["copy", "kernel", "memset", "stream"])
