@@ -71,6 +71,16 @@ def test_every_row_kind_of_the_bench_has_a_table() -> None:
     assert tables.table("quantize", [quantize_row(mode="eager")], summary=True) is None
 
 
+def test_of_experts_readme_shows_products_of_tokens_as_words_spread_them() -> None:
+    (row,) = (row for row in OTHER_ROWS if row["bench"] == "grouped")
+    spread = row | {"routing": "text"}
+    fused = spread | {"op": "quantize_gemm_grouped"}
+    table = tables.table("grouped", [row, spread, fused], summary=True)
+    assert table is not None
+    assert [cells[2:4] for cells in table.rows] == [("text", "`gemm_grouped`")]
+    assert len(tables.table("grouped", [row, spread, fused]).rows) == 3
+
+
 def test_tiles_table_keeps_the_best_distance_of_each_kernel() -> None:
     def row(kernel: str, kb: int, us: float) -> report.Row:
         return quantize_row(bench="tiles", kernel=kernel, us=us, options={"sf_layout": "linear", "prefetch_kb": kb})

@@ -137,7 +137,7 @@ def test_check_fails_when_a_measurement_changed(render: ModuleType, project: Pat
 
 
 def test_readme_gets_a_summary_and_docs_get_all(render: ModuleType, project: Path) -> None:
-    page = project / "docs" / "performance.md"
+    page = project / "docs" / "tables.md"
     page.write_text("<!-- measurements:begin -->\n<!-- measurements:end -->\n")
     (project / "docs" / "other.md").write_text("a page that names `<!-- measurements:begin -->` has no region\n")
     assert render.main([], project, {}) == 0
