@@ -91,10 +91,10 @@ def has_tma_rows(d: Tensor) -> bool:
 
 def begins_on_16_bytes(t: Tensor) -> bool:
     """Whether TMA can load ``t`` [..., M, N]: row-major, and rows begin on 16 bytes."""
-    *members, rows, columns = t.stride()
+    *members, rows, _ = t.stride()
     step = 16 // t.element_size()
     return (
-        (columns == 1 or t.shape[-1] == 1)
+        is_row_major(t)
         and t.data_ptr() % 16 == 0
         and (rows % step == 0 or t.shape[-2] == 1)
         and (not members or members[0] % step == 0)

@@ -37,7 +37,7 @@ def packed_of(
     return PackedWgmmaSpec(*terms, tokens, panels, row_groups, depth_groups, multicast, split, stages)
 
 
-QUANTIZED_ROWS = 1  # of tokens, up to which a GEMM may quantize them
+QUANTIZED_ROWS = 1  # up to so many tokens a GEMM quantizes itself, if its kernel can
 
 
 def quantizing(spec: PackedSpec, x_dtype: str, m: int) -> PackedMmaSpec | None:

@@ -195,14 +195,17 @@ def test_rows_that_do_not_fit(kind: str, kernels: None, monkeypatch: pytest.Monk
         compare(problem.run(x, arguments), reference.quantize(x, **arguments))
 
 
-@pytest.mark.parametrize("kind", ["residual", "residual_stochastic"])
+@pytest.mark.parametrize("kind, threads, blocks", [("residual", 128, 1), ("residual_stochastic", 32, 2)])
 @pytest.mark.parametrize("layout", ["8x4", "128x4"])
-def test_two_rows_of_a_cta(kind: str, layout: str, kernels: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As wide rows with companions have it: scales leave through shared memory, 8 bytes at a time, pairs' do not."""
+def test_two_rows_of_a_cta(
+    kind: str, threads: int, blocks: int, layout: str, kernels: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As wide rows with companions have it: pairs come behind all other columns, and scales leave through shared
+    memory, 8 bytes at a time, those of pairs not. Narrow ones have it where there is noise."""
     whole = select.quantize_spec
 
     def pairs_of_rows(*args: Any, **options: Any) -> QuantizeSpec:
-        return replace(whole(*args, **options), threads=32, blocks=2, rows=2, resident=True)
+        return replace(whole(*args, **options), threads=threads, blocks=blocks, rows=2, resident=True)
 
     monkeypatch.setattr(select, "quantize_spec", pairs_of_rows)
     rng = random.Random(kind + layout)
@@ -255,6 +258,18 @@ def test_noop(dtype: torch.dtype, kernels: None) -> None:
 @pytest.mark.parametrize("m, k", [(3, 272), (3, 4112), (130, 528)])
 def test_values(residual: int, m: int, k: int, given: str, kernels: None) -> None:
     """code * block scale in bf16, companions included: few rows, those that CTAs share, and many rows."""
+    check_values(residual, m, k, given)
+
+
+def test_values_of_wide_rows_with_companions(kernels: None) -> None:
+    """Pairs behind all other columns: two rows of 128 threads to a CTA."""
+    m, k, options = 129, 6160, QuantizeOptions(residual=48)
+    spec, _ = select.values_spec("sm_90a", "bf16", m, k, "per_row", "te_per_token", True, options)
+    assert (spec.threads, spec.rows) == (128, 2)
+    check_values(options.residual, m, k, "no")
+
+
+def check_values(residual: int, m: int, k: int, given: str) -> None:
     options = QuantizeOptions(residual=residual) if residual else PLAIN
     x, order = torch.randn(m, k, dtype=torch.bfloat16), torch.randperm(k) if residual > 16 else None
     outer_scale = {"no": None, "scalar": torch.tensor(1 / 512), "rows": torch.rand(m) / 512 + 1 / 512}[given]

@@ -21,11 +21,14 @@ template <class Config, int kStages = 1> class RowQuantizer {
   using Options = typename Config::Options;
   using Rounding = typename RoundingOf<Options::kStochastic>::Type;
   static constexpr bool kPairs = Options::kResidual != Residual::kNone;
-  // Pairs of a column and its companion behind all other columns: where one warp of several would have them all and the CTA
-  // would wait for it, or where noise leaves no registers.
-  static constexpr bool kApart = kPairs && Config::kRows > 1 && (Config::kThreads >= 128 || Options::kStochastic);
+  // Pairs of a column and its companion behind all other columns: in a CTA of several rows of four warps or more, of which one
+  // would have all of a row's and the CTA would wait for it; and where registers would not last: with noise in a CTA of
+  // several rows, and in one of 512 threads.
+  static constexpr bool kApart =
+      kPairs && (Config::kThreads >= 512 || (Config::kRows > 1 && (Config::kThreads >= 128 || Options::kStochastic)));
   // Encoded before its scale is stored, which the codes decide.
   static constexpr bool kEarly = Options::kAdaptive != Adaptive::kNone;
+  static_assert(!kPairs || (!kEarly && !Options::kNorm), "neither has pairs in their place");
 
   using Arguments = typename Config::Arguments;
 
@@ -303,8 +306,8 @@ template <class Config, int kStages = 1> class RowQuantizer {
       if (column >= single_columns() && column < args_.columns) store_pair(row_, column, x, amax, outer);
     }
   }
-  // What is left of a row with companions. Few threads have one: they read x again, from L1, and what they need takes
-  // registers only once all other columns are done.
+  // What is left of a row with companions. kApart: the pairs, of which few threads have one: they read x again, from L1, and
+  // what they need takes registers only once all other columns are done. Always: the scales of its padding.
   __device__ void finish_pairs(typename Convention::Outer const& outer) const {
     if constexpr (kApart) {
 #pragma unroll 1
