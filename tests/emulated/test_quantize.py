@@ -209,7 +209,7 @@ def test_two_rows_of_a_cta(
 
     monkeypatch.setattr(select, "quantize_spec", pairs_of_rows)
     rng = random.Random(kind + layout)
-    cases = itertools.product(((170, "per_row"), (131, "given")), (16, 32, 48, 64, 1024))
+    cases = itertools.product(((131, "per_row"), (33, "given")), (16, 48, 1024))
     for (m, scaling), extra in cases:
         problem = replace(Problem.draw(rng, kind), m=m, k=1024, scaling=scaling, sf_layout=layout)
         problem = replace(problem, options=replace(problem.options, residual=extra))
