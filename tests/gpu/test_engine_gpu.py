@@ -567,9 +567,8 @@ def packed_as_bf16(n: int, k: int, device: torch.device, seed: int) -> torch.Ten
     """The bytes of a prepacked weight as bf16 [blocks, 1152], -1.5 to -2^-63, which the identity keeps."""
     rows, blocks, size = packed_shape(n, k)
     words = random_values(rows * blocks, size // 2, dtype=torch.bfloat16, device=device, seed=seed).view(torch.int16)
-    return (words & 0x1F1F | -0x5F60).view(
-        torch.bfloat16
-    )  # bytes 0xA0 to 0xBF: two codes each, and scales 0.25 to 3.75
+    # Bytes 0xA0 to 0xBF: two codes each, or a scale of 0.25 to 3.75.
+    return (words & 0x1F1F | -0x5F60).view(torch.bfloat16)
 
 
 @pytest.mark.parametrize("m, n", [(1, 512), (16, 512), (64, 512), (300, 512), (2048, 4096)])
