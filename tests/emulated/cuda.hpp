@@ -4,6 +4,7 @@
 // counts and phases, clusters, swizzles, layouts and arithmetic do. Warps run in a random order, some of them not at all
 // in a round; a cluster in which nothing happens any more is a deadlock.
 #pragma once
+#include <setjmp.h>
 #include <ucontext.h>
 
 #include <algorithm>
@@ -78,8 +79,9 @@ struct Cluster {
 };
 
 struct Fiber {
-  ucontext_t context;
-  std::vector<char> stack;
+  ucontext_t start;
+  jmp_buf at;  // where it goes on, once it has started
+  bool started = false;
   Cta* cta;
   Index thread;
   int generation = 0;  // of the cluster's barrier at which it has arrived
@@ -87,7 +89,7 @@ struct Fiber {
 };
 
 inline Fiber* current;
-inline ucontext_t scheduler;
+inline jmp_buf scheduler;
 inline Index gridDim;
 inline int cta_threads;
 inline long events;  // counts whatever may let another thread go on
@@ -95,7 +97,25 @@ inline long events;  // counts whatever may let another thread go on
 #define threadIdx (current->thread)
 #define blockIdx (current->cta->block)
 
-inline void yield() { swapcontext(&current->context, &scheduler); }
+// Contexts only start threads: to swap them costs a system call each time, a jump does not.
+inline void yield() {
+  if (_setjmp(current->at) == 0) _longjmp(scheduler, 1);
+}
+inline void resume(Fiber& fiber) {
+  current = &fiber;
+  if (_setjmp(scheduler) != 0) return;
+  if (fiber.started) _longjmp(fiber.at, 1);
+  fiber.started = true;
+  setcontext(&fiber.start);
+}
+
+// Of the nth thread that runs at a time. Kept: the next cluster's threads find its pages there.
+inline constexpr size_t kStackBytes = 96 << 10;
+inline char* stack_of(size_t n) {
+  static std::vector<std::unique_ptr<char[]>> stacks;
+  while (stacks.size() <= n) stacks.emplace_back(new char[kStackBytes]);
+  return stacks[n].get();
+}
 
 // Ends the run: the scheduler finds the message when this thread waits.
 inline char const* failure;
@@ -156,16 +176,16 @@ inline char const* run_grid(void (*kernel)(), int ctas, int cluster_size, int th
       for (int thread = 0; thread < threads; ++thread) {
         if (thread % 32 == 0) warps.emplace_back();
         auto fiber = std::make_unique<Fiber>();
-        fiber->cta = cta.get(), fiber->thread = {thread}, fiber->stack.resize(96 << 10);
-        getcontext(&fiber->context);
-        fiber->context.uc_stack.ss_sp = fiber->stack.data();
-        fiber->context.uc_stack.ss_size = fiber->stack.size();
+        fiber->cta = cta.get(), fiber->thread = {thread};
+        getcontext(&fiber->start);
+        fiber->start.uc_stack.ss_sp = stack_of(i * threads + thread);
+        fiber->start.uc_stack.ss_size = kStackBytes;
         void (*start)() = [] {
           body();
           current->done = true, ++events;
           yield();
         };
-        makecontext(&fiber->context, start, 0);
+        makecontext(&fiber->start, start, 0);
         warps.back().push_back(std::move(fiber));
       }
       cluster.ctas.push_back(std::move(cta));
@@ -179,8 +199,7 @@ inline char const* run_grid(void (*kernel)(), int ctas, int cluster_size, int th
         for (auto& fiber : warp) {
           if (fiber->done) continue;
           if (runs) {
-            current = fiber.get();
-            swapcontext(&scheduler, &fiber->context);
+            resume(*fiber);
             if (failure) return failure;
           }
           alive += !fiber->done;

@@ -20,7 +20,8 @@ from fp4gemm.render import render
 from fp4gemm.spec import PackedMmaSpec, PackedWgmmaSpec, QuantizeSpec, SearchSpec
 
 Spec = PackedMmaSpec | PackedWgmmaSpec
-_FLAGS = ("-std=c++17", "-O1", "-ffp-contract=off", "-fpermissive", "-w", "-shared", "-fPIC")
+# Threads jump between stacks, which a fortified longjmp takes for a fault.
+_FLAGS = ("-std=c++17", "-O1", "-U_FORTIFY_SOURCE", "-ffp-contract=off", "-fpermissive", "-w", "-fPIC")
 _DRIVER = """
 static PackedGemmArguments const* arguments;
 extern "C" int arguments_bytes() { return sizeof(PackedGemmArguments); }
@@ -144,13 +145,19 @@ def compile_cpp(folder: Path, name: str, source: str) -> ctypes.CDLL:
     """``source``, which may include the package's headers, as a library. Raises RuntimeError with g++'s words."""
     file, target = folder / f"{name}.cpp", folder / f"{name}.so"
     file.write_text('#include "cuda.hpp"\n' + source, encoding="utf-8")
-    command = ["g++", *_FLAGS, f"-I{folder}", str(file), "-o", str(target)]
+    _compile_file(folder, "-shared", file, target)
+    return ctypes.CDLL(str(target))
+
+
+def _compile_file(folder: Path, kind: str, file: Path, target: Path) -> None:
+    command = ["g++", *_FLAGS, *kind.split(), f"-I{folder}", str(file), "-o", str(target)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
         raise RuntimeError(f"{' '.join(command)}\n{done.stderr[:4000]}")
-    return ctypes.CDLL(str(target))
 
 
 def make(folder: Path) -> Emulator:
     translate.translate(folder)
+    # Every source includes it first, and so takes it as it is compiled here.
+    _compile_file(folder, "-x c++-header", folder / "cuda.hpp", folder / "cuda.hpp.gch")
     return Emulator(folder)
