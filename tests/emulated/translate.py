@@ -65,7 +65,7 @@ _RULES: dict[str, tuple[tuple[str, str], ...]] = {
     "amax.hpp": (),
     "rows.hpp": (
         (r'asm volatile\("(cp\.async\.bulk\.|)prefetch.*?\);', ";"),
-        (r'asm volatile\("bar\.sync[^;]*;"[^;]*;', "sync_named(group + 1, kThreads);"),
+        (r'asm volatile\("bar\.(sync|arrive)[^;]*;"[^;]*;', r"\1_named(id, kThreads);"),
     ),
     "packed.hpp": (
         (r'asm\("lop3\.b32[^;]*;"[^;]*;', "x = (a & kSharedBits) | (b & ~kSharedBits);"),

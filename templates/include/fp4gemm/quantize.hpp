@@ -339,7 +339,7 @@ template <class Config, int kStages = 1> class RowQuantizer {
     }
   }
   __device__ void put_scale(int64_t row, int place, uint8_t scale) const {
-    if constexpr (!Config::kValues) ScaleWriter<Config, false, 1>(args_, cta_, row, 0, 0).put(place, scale);
+    if constexpr (!Config::kValues) ScaleWriter<Config, false, 1>(args_, cta_, row, 0, 0, 0).put(0, place, scale);
   }
 
   __device__ void store_values(int first, Block const (&x)[Config::kBlocks], float const (&amax)[Config::kBlocks],
@@ -370,7 +370,7 @@ template <class Config, int kStages = 1> class RowQuantizer {
 
   __device__ void store_packed(int first, Block const (&x)[Config::kBlocks], float const (&amax)[Config::kBlocks],
                                typename Convention::Outer const& outer) const {
-    ScaleWriter<Config, kStaged, kStages> const writer(args_, cta_, row_, first, stage_);
+    ScaleWriter<Config, kStaged, kStages> const writer(args_, cta_, row_, first, thread_, stage_);
     auto* const data = static_cast<uint2*>(in_global(args_.data)) + row_ * out_columns<Config>(args_) + first + thread_;
     uint64_t const seed = this->seed();
     if constexpr (kEarly) {
@@ -382,7 +382,7 @@ template <class Config, int kStages = 1> class RowQuantizer {
           result = encode(x[i], amax[i], outer, column, seed);
           data[i * Config::kThreads] = result.codes;  // at once: they are registers
         }
-        writer.put(column, result.scale);
+        writer.put(i, column, result.scale);
       }
       writer.flush();
     } else {
@@ -392,7 +392,7 @@ template <class Config, int kStages = 1> class RowQuantizer {
       for (int i = 0; i < Config::kBlocks; ++i) {
         int const column = first + i * Config::kThreads + thread_;
         scale[i] = real_ && column < single_columns() ? Convention::block_scale(outer, fabsf(amax[i])) : 0;
-        if (!kPairs || column < single_columns()) writer.put(column, scale[i]);
+        if (!kPairs || column < single_columns()) writer.put(i, column, scale[i]);
       }
       writer.flush();
       Rounding roundings[Config::kBlocks];

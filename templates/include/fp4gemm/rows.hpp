@@ -72,9 +72,14 @@ __device__ __forceinline__ typename Element::Block gather_block(void const* row,
   return x;
 }
 
-template <int kThreads> __device__ __forceinline__ void group_barrier(int group) {
-  asm volatile("bar.sync %0, %1;" ::"r"(group + 1), "n"(kThreads) : "memory");
+// Named barriers of a CTA, each for kThreads threads: who arrives does not wait.
+template <int kThreads> __device__ __forceinline__ void named_sync(int id) {
+  asm volatile("bar.sync %0, %1;" ::"r"(id), "n"(kThreads) : "memory");
 }
+template <int kThreads> __device__ __forceinline__ void named_arrive(int id) {
+  asm volatile("bar.arrive %0, %1;" ::"r"(id), "n"(kThreads) : "memory");
+}
+template <int kThreads> __device__ __forceinline__ void group_barrier(int group) { named_sync<kThreads>(group + 1); }
 
 // Maximum over a group of kThreads threads of the CTA; groups do not wait for one another.
 template <int kThreads, int kGroups> __device__ __forceinline__ float reduce_group(float amax) {

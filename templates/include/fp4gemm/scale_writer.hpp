@@ -3,6 +3,7 @@
 
 #include "fp4gemm/layout.hpp"
 #include "fp4gemm/quantize_config.hpp"
+#include "fp4gemm/rows.hpp"
 
 namespace fp4gemm {
 
@@ -22,26 +23,31 @@ template <class Config, bool kStaged, int kStages> class ScaleWriter {
   int const end_;
 
  public:
-  __device__ ScaleWriter(QuantizeArguments const& args, int /*cta*/, int64_t row, int /*first*/, int /*stage*/)
+  __device__ ScaleWriter(QuantizeArguments const& args, int /*cta*/, int64_t row, int /*first*/, int /*thread*/,
+                         int /*stage*/)
       : row_(in_global(args.block_scale) + Scales::row_offset(row, out_columns<Config>(args))),
         end_(row < args.padded_rows ? Scales::padded_columns(out_columns<Config>(args)) : 0) {}
-  __device__ void put(int column, uint8_t scale) const {
+  __device__ void put(int /*block*/, int column, uint8_t scale) const {
     if (column < end_) row_[Scales::column_offset(column)] = scale;
   }
   __device__ void flush() const {}
 };
 
-// ... or, in a tiled layout, to shared memory, from where each thread writes four columns of all rows of the CTA at once:
-// one row has only words of four bytes to write, which cost the memory system as much as whole sectors. Those of pairs
-// come later, and are few: straight to their place, with up to three that share a word with the first.
+// ... or, in a tiled layout, to shared memory, from where the warps of the CTA's first row write four columns of all its rows
+// at once: one row has only words of four bytes to write, which cost the memory system as much as whole sectors. Those of
+// pairs come later, and are few: straight to their place, with up to three that share a word with the first.
 template <class Config, int kStages> class ScaleWriter<Config, true, kStages> {
   using Scales = typename Config::Scales;
   static constexpr bool kPairs = Config::Options::kResidual != Residual::kNone;
-  static constexpr int kStep = Config::kThreads * Config::kBlocks;
-  using Stage = uint8_t[Config::kRows][kStep];
+  static constexpr int kWarps = Config::kThreads / 32;  // of a row
+  static constexpr int kWords = 8 * Config::kBlocks;  // of four columns that a warp has
+  // Warps that have the same columns meet at a barrier of their own. All threads meet where a stage is filled again, and where
+  // barriers would not last.
+  static constexpr bool kAllMeet = kStages > 1 || !Config::kResident || Config::kRows + kWarps > 15;
+  using Stage = uint32_t[kWarps][Config::kRows][kWords];
 
   QuantizeArguments const& args_;
-  int const cta_, first_, stage_;
+  int const cta_, first_, thread_, stage_;
   int64_t const row_;
 
   __device__ Stage& stage() const {
@@ -51,40 +57,58 @@ template <class Config, int kStages> class ScaleWriter<Config, true, kStages> {
   __device__ int staged_columns() const {
     return kPairs ? single_columns<Config>(args_) / 4 * 4 : Scales::padded_columns(args_.columns);
   }
+  __device__ int group() const { return threadIdx.x / Config::kThreads; }
+  __device__ int warp() const { return thread_ / 32; }
 
  public:
-  __device__ ScaleWriter(QuantizeArguments const& args, int cta, int64_t row, int first, int stage)
-      : args_(args), cta_(cta), first_(first), stage_(stage), row_(row) {
+  // thread: of the row.
+  __device__ ScaleWriter(QuantizeArguments const& args, int cta, int64_t row, int first, int thread, int stage)
+      : args_(args), cta_(cta), first_(first), thread_(thread), stage_(stage), row_(row) {
     if (first_ != 0) __syncthreads();  // the last step's scales have been read
   }
-  __device__ void put(int column, uint8_t scale) const {
+  // block: of the thread.
+  __device__ void put(int block, int column, uint8_t scale) const {
     if (kPairs && column >= staged_columns()) {
-      ScaleWriter<Config, false, 1>(args_, cta_, row_, 0, 0).put(column, scale);
+      ScaleWriter<Config, false, 1>(args_, cta_, row_, 0, 0, 0).put(block, column, scale);
     } else {
-      stage()[threadIdx.x / Config::kThreads][column - first_] = scale;
+      reinterpret_cast<uint8_t*>(stage()[warp()][group()])[block * 32 + thread_ % 32] = scale;
     }
   }
   __device__ void flush() const {
-    __syncthreads();
+    meet();
     int64_t const row = Scales::template row<Config::kRows>(cta_, 0);
+    if (group() != 0 || row >= args_.padded_rows) return;
     uint8_t* const chunks = in_global(args_.block_scale) + Scales::row_offset(row, out_columns<Config>(args_));
-    int const end = min(kStep, staged_columns() - first_);
-    for (int column = threadIdx.x * 4; column < end && row < args_.padded_rows; column += Config::kCta * 4) {
-      uint8_t* const chunk = chunks + Scales::column_offset(first_ + column);
+#pragma unroll
+    for (int i = thread_ % 32; i < kWords; i += 32) {
+      int const column = first_ + i / 8 * Config::kThreads + warp() * 32 + i % 8 * 4;
+      if (column >= staged_columns()) break;
+      uint8_t* const chunk = chunks + Scales::column_offset(column);
+      auto const& words = stage()[warp()];
       if constexpr (Config::kRows == 2) {
-        *reinterpret_cast<uint2*>(chunk) = {word(0, column), word(1, column)};
+        *reinterpret_cast<uint2*>(chunk) = {words[0][i], words[1][i]};
       } else {
 #pragma unroll
-        for (int i = 0; i < Config::kRows; i += 4)
-          reinterpret_cast<uint4*>(chunk)[i / 4] = {word(i, column), word(i + 1, column), word(i + 2, column),
-                                                    word(i + 3, column)};
+        for (int r = 0; r < Config::kRows; r += 4)
+          reinterpret_cast<uint4*>(chunk)[r / 4] = {words[r][i], words[r + 1][i], words[r + 2][i], words[r + 3][i]};
       }
     }
   }
 
  private:
-  __device__ uint32_t word(int row, int column) const {
-    return *reinterpret_cast<uint32_t const*>(&stage()[row][column]);
+  // Only the first row has to wait for the others. But where many CTAs follow one another, rows that stay in step are quicker
+  // (docs/performance.md).
+  __device__ void meet() const {
+    if constexpr (kAllMeet) {
+      __syncthreads();
+    } else {
+      int const barrier = 1 + Config::kRows + warp();
+      if (group() == 0 || gridDim.x > 4 * args_.prefetch) {
+        named_sync<32 * Config::kRows>(barrier);
+      } else {
+        named_arrive<32 * Config::kRows>(barrier);
+      }
+    }
   }
 };
 
