@@ -147,6 +147,17 @@ def test_few_long_rows(m: int, options: Options, device: torch.device) -> None:
         cases.assert_same(got, want, f"{m} x {k} {sf_layout} {options}")
 
 
+@pytest.mark.parametrize("options", [{}, {"seed": 5}, {"adaptive": "mse"}, {"residual": 32}], ids=str)
+@pytest.mark.parametrize("shape", [(1000, 8192), (5000, 8192), (3000, 4096), (70000, 512)], ids=str)
+def test_many_rows(shape: tuple[int, int], options: Options, device: torch.device) -> None:
+    """In grids whose rows of a CTA wait for one another, and in such that are too small for that."""
+    x = torch.randn(shape, generator=torch.Generator().manual_seed(shape[0])).bfloat16().to(device)
+    for sf_layout in ("128x4", "8x4"):
+        want = reference.quantize(x, sf_layout=sf_layout, **options)
+        cases.poison_for(want, device)
+        cases.assert_same(fp4gemm.quantize(x, sf_layout=sf_layout, **options), want, f"{shape} {sf_layout} {options}")
+
+
 @pytest.mark.parametrize("first", range(0, PROBLEMS, CHUNK))
 def test_both_results_from_one_call(first: int, device: torch.device) -> None:
     for seed in range(first, first + CHUNK):
