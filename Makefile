@@ -11,7 +11,9 @@ BIN    := $(VENV)/bin
 DRIVER := $(shell command -v nvidia-smi || (ldconfig -p || /sbin/ldconfig -p) 2>/dev/null | grep -m1 'libcuda\.so\.1')
 TORCH  ?= $(if $(DRIVER),,torch==2.13.0)
 TORCH_ARGS ?=
-# Tests on the CPU run on all cores; with a GPU they share it, and what they build is built in parallel as it is.
+# Tests on the CPU run on all cores, each on one: operators that share cores wait for one another. With a GPU they share it,
+# and what they build is built in parallel as it is.
+PYTEST   := $(if $(DRIVER),,OMP_NUM_THREADS=1) $(BIN)/python -m pytest
 PARALLEL := $(if $(DRIVER),,--numprocesses auto --dist worksteal)
 
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
@@ -26,7 +28,7 @@ demo: $(VENV)/.demo  ## run the demo: a real sentence encoder in NVFP4
 	$(BIN)/fp4gemm demo
 
 test: $(VENV)/.dev  ## unit tests, kernels emulated on the CPU, and the GPU tests where there is a GPU
-	$(BIN)/python -m pytest $(PARALLEL)
+	$(PYTEST) $(PARALLEL)
 
 test-compile: $(VENV)/.dev  ## compile every default variant with NVRTC and inspect it (minutes; no GPU needed)
 	$(BIN)/python -m pytest tests/compile
