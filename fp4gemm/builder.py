@@ -1,4 +1,4 @@
-"""Build many kernels at once: one process a kernel, as many as memory holds.
+"""Build many kernels at once: each in a process, as many as memory holds.
 
 NVRTC compiles one translation unit on one core and a CUTLASS GEMM takes gigabytes while it does, so the number of
 processes follows from free memory first and from the cores second.
@@ -76,13 +76,18 @@ def build_all(
     memory = free_memory() if memory is None else memory
     waiting = sorted(specs, key=memory_need, reverse=True)
     running: dict[Future[Built], KernelSpec] = {}
-    while waiting or running:
-        while (chosen := _next(waiting, list(running.values()), jobs, memory)) is not None:
-            waiting.remove(chosen)
-            running[_start(worker, chosen)] = chosen
-        finished, _ = wait(running, return_when=FIRST_COMPLETED)
-        for future in finished:
-            yield _result(running.pop(future), future)
+    processes = _Processes()
+    try:
+        while waiting or running:
+            while (chosen := _next(waiting, list(running.values()), jobs, memory)) is not None:
+                waiting.remove(chosen)
+                running[processes.start(worker, chosen)] = chosen
+            finished, _ = wait(running, return_when=FIRST_COMPLETED)
+            for future in finished:
+                processes.end(future)
+                yield _result(running.pop(future), future)
+    finally:
+        processes.close()
 
 
 def _next(waiting: Sequence[KernelSpec], running: Sequence[KernelSpec], jobs: int, memory: int) -> KernelSpec | None:
@@ -94,13 +99,45 @@ def _next(waiting: Sequence[KernelSpec], running: Sequence[KernelSpec], jobs: in
     return next((spec for spec in waiting if memory_need(spec) <= left), None)
 
 
-def _start(worker: Worker, spec: KernelSpec) -> Future[Built]:
-    # A pool of one for each kernel: its memory goes back to the system when it ends, its peak is its own, and a
-    # process that the system kills for memory takes no other build with it. Spawn: CUDA and threads do not fork.
-    pool = ProcessPoolExecutor(max_workers=1, mp_context=multiprocessing.get_context("spawn"))
-    future = pool.submit(_guarded, worker, spec)
-    pool.shutdown(wait=False)
-    return future
+class _Processes:
+    """One for each kernel at a time. That of a large one ends with it: its memory goes back to the system, and its peak
+    is its own. Small ones take a process over: to start one takes longer than most of them do. One that the system
+    kills for memory takes no other build with it."""
+
+    def __init__(self) -> None:
+        self._busy: dict[Future[Built], ProcessPoolExecutor] = {}
+        self._idle: list[ProcessPoolExecutor] = []
+
+    def start(self, worker: Worker, spec: KernelSpec) -> Future[Built]:
+        if memory_need(spec) > OTHER_BYTES:
+            self._end_idle()
+        if self._idle:
+            pool = self._idle.pop()
+        else:
+            # Spawn: CUDA and threads do not fork.
+            pool = ProcessPoolExecutor(max_workers=1, mp_context=multiprocessing.get_context("spawn"))
+        try:
+            future = pool.submit(_guarded, worker, spec)
+        except BrokenProcessPool:  # killed while it was idle
+            return self.start(worker, spec)
+        if memory_need(spec) > OTHER_BYTES:
+            pool.shutdown(wait=False)
+        else:
+            self._busy[future] = pool
+        return future
+
+    def end(self, future: Future[Built]) -> None:
+        if (pool := self._busy.pop(future, None)) is not None and future.exception() is None:
+            self._idle.append(pool)
+
+    def close(self) -> None:
+        self._end_idle()
+        for pool in self._busy.values():
+            pool.shutdown(wait=False)
+
+    def _end_idle(self) -> None:
+        while self._idle:
+            self._idle.pop().shutdown()
 
 
 def _guarded(worker: Worker, spec: KernelSpec) -> Built:

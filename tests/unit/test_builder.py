@@ -61,6 +61,13 @@ def test_failures_and_deaths_stay_alone():
     assert "died" in results["dies"].error
 
 
+def test_small_kernels_share_a_process():
+    specs = [Spec(name) for name in ("one", "two", "three")]
+    built = list(builder.build_all(specs, jobs=1, memory=4 * GB, worker=worker))
+    assert [b.spec for b in built] == specs
+    assert len({b.meta["pid"] for b in built}) == 1
+
+
 def test_jobs_must_be_positive():
     with pytest.raises(ValueError, match="jobs: got 0, expected at least 1"):
         list(builder.build_all([GEMM], jobs=0))
