@@ -42,7 +42,8 @@ def kernels(emulator: emulation.Emulator, monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr(calls, "_stream", lambda _: random.randrange(1 << 30))
     monkeypatch.setattr(select, "arch_of", lambda _: "sm_90a")
     monkeypatch.setattr(select, "gpu_of", lambda _: ("", 132))
-    monkeypatch.setattr(select, "prefetch_ctas", lambda *_: 1)  # rows of up to four CTAs do not wait for one another
+    turns = itertools.cycle((0, 8))  # rows of a CTA wait for one another, or do not in grids of up to 32
+    monkeypatch.setattr(select, "prefetch_ctas", lambda *_: next(turns))
     for cache in (calls._quantizer, calls._values_quantizer):
         cache.cache_clear()
     yield

@@ -22,7 +22,7 @@ template <class Config, int kStages = 1> class RowQuantizer {
   using Rounding = typename RoundingOf<Options::kStochastic>::Type;
   static constexpr bool kPairs = Options::kResidual != Residual::kNone;
   // Pairs of a column and its companion behind all other columns: in a CTA of several rows of four warps or more, of which one
-  // would have all of a row's and the CTA would wait for it; and where registers would not last: with noise in a CTA of
+  // would have all of a row's and the CTA would last as long; and where registers would not last: with noise in a CTA of
   // several rows, and in one of 512 threads.
   static constexpr bool kApart =
       kPairs && (Config::kThreads >= 512 || (Config::kRows > 1 && (Config::kThreads >= 128 || Options::kStochastic)));

@@ -41,8 +41,8 @@ template <class Config, int kStages> class ScaleWriter<Config, true, kStages> {
   static constexpr bool kPairs = Config::Options::kResidual != Residual::kNone;
   static constexpr int kWarps = Config::kThreads / 32;  // of a row
   static constexpr int kWords = 8 * Config::kBlocks;  // of four columns that a warp has
-  // Warps that have the same columns meet at a barrier of their own. All threads meet where a stage is filled again, and where
-  // barriers would not last.
+  // Warps that have the same columns meet at a barrier of their own. All threads meet where a stage is filled again (a resident
+  // row is one step, or has a CTA for each), and where barriers would not last.
   static constexpr bool kAllMeet = kStages > 1 || !Config::kResident || Config::kRows + kWarps > 15;
   using Stage = uint32_t[kWarps][Config::kRows][kWords];
 
@@ -96,13 +96,13 @@ template <class Config, int kStages> class ScaleWriter<Config, true, kStages> {
   }
 
  private:
-  // Only the first row has to wait for the others. But where many CTAs follow one another, rows that stay in step are quicker
-  // (docs/performance.md).
+  // Only the first row has to wait for the others. But where more CTAs follow than have some 256 KB of x for each SM, rows that
+  // stay in step are quicker (docs/performance.md); rows that are not prefetched always do.
   __device__ void meet() const {
     if constexpr (kAllMeet) {
       __syncthreads();
     } else {
-      int const barrier = 1 + Config::kRows + warp();
+      int const barrier = 1 + Config::kRows + warp();  // behind those of rows
       if (group() == 0 || gridDim.x > 4 * args_.prefetch) {
         named_sync<32 * Config::kRows>(barrier);
       } else {
