@@ -11,7 +11,8 @@ from fp4gemm.engine import Output
 from fp4gemm.formats import padded_k, scale_layout
 from fp4gemm.quantize_ops import quantize
 from fp4gemm.reference.activation import check_activation
-from fp4gemm.reference.arguments import check_batch_scale, check_bmm, check_quantize_batch
+from fp4gemm.reference.arguments import check_batch_scale, check_quantize_batch
+from fp4gemm.reference.product_arguments import check_bmm
 from fp4gemm.spec.gemm import FP4_LAYOUTS
 from fp4gemm.tensor import FP4Batch
 

@@ -18,14 +18,8 @@ from fp4gemm.grouped_ops import gemm_grouped, quantize_gemm_grouped
 from fp4gemm.quantize_ops import amax, quantize, quantize_both, quantize_rmsnorm, run
 from fp4gemm.reference import packed as packed_form
 from fp4gemm.reference.activation import check_activation
-from fp4gemm.reference.arguments import (
-    QuantizeArguments,
-    check_float,
-    check_gemm,
-    check_output_scale,
-    check_quantize,
-    check_quantize_gemm,
-)
+from fp4gemm.reference.arguments import QuantizeArguments, check_float, check_output_scale, check_quantize
+from fp4gemm.reference.product_arguments import check_gemm, check_quantize_gemm
 from fp4gemm.spec.gemm import FP4_LAYOUTS
 from fp4gemm.tensor import FP4Tensor
 

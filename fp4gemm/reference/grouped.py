@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 
 from fp4gemm.grouped import MAX_EXPERTS, GroupedWeight
-from fp4gemm.reference.arguments import ACTIVATIONS, check_float, check_output
+from fp4gemm.reference.arguments import check_float
 from fp4gemm.reference.matmul import gemm
+from fp4gemm.reference.product_arguments import ACTIVATIONS, check_output
 from fp4gemm.tensor import FP4Batch, FP4Tensor
 
 

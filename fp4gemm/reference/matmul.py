@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from fp4gemm.reference.activation import activate, check_activation
-from fp4gemm.reference.arguments import check_bmm, check_gemm
+from fp4gemm.reference.product_arguments import check_bmm, check_gemm
 from fp4gemm.reference.quantize import dequantize
 
 if TYPE_CHECKING:
