@@ -10,7 +10,7 @@ from fp4gemm.dispatch import direct, on_its_device, on_kernels
 from fp4gemm.engine import Output
 from fp4gemm.formats import BLOCK, PLAIN, QuantizeOptions
 from fp4gemm.grouped import GroupedWeight
-from fp4gemm.quantize_ops import run
+from fp4gemm.quantize_dispatch import run
 from fp4gemm.reference.arguments import QuantizeArguments, check_float, check_quantize
 from fp4gemm.reference.grouped import check_grouped, check_rest, check_weight
 from fp4gemm.tensor import FP4Batch, FP4Tensor

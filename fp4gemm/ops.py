@@ -15,7 +15,8 @@ from fp4gemm.dispatch import direct, on_its_device, on_kernels
 from fp4gemm.engine import Output
 from fp4gemm.formats import BLOCK, PLAIN, QuantizeOptions, packed_shape, padded_k, scale_layout
 from fp4gemm.grouped_ops import gemm_grouped, quantize_gemm_grouped
-from fp4gemm.quantize_ops import amax, quantize, quantize_both, quantize_rmsnorm, run
+from fp4gemm.quantize_dispatch import run
+from fp4gemm.quantize_ops import amax, quantize, quantize_both, quantize_rmsnorm
 from fp4gemm.reference import packed as packed_form
 from fp4gemm.reference.activation import check_activation
 from fp4gemm.reference.arguments import QuantizeArguments, check_float, check_output_scale, check_quantize
