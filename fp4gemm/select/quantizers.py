@@ -50,15 +50,19 @@ _Shape = tuple[int, int, int, bool]  # threads of a row, blocks of a thread, row
 
 
 def _rows_shape(columns: int, dtype: str, tiled: bool, per_row: bool, options: QuantizeOptions) -> _Shape:
-    # Noise and companions cost instructions, and more blocks share what a thread does once.
-    most = 4 if (tiled or options.stochastic or options.residual) and dtype != "fp32" else 2
+    # Noise, companions and norms cost instructions, and more blocks share what a thread does once.
+    costly = options.stochastic or options.residual or options.producer in NORMS
+    most = 4 if (tiled or costly) and dtype != "fp32" else 2
+    widest = 128  # threads of a row of which a CTA has four
+    if options.producer == "add_rmsnorm" and dtype != "fp32":
+        most, widest = 2, 256  # all of x and of the residual is on its way at once
     blocks = min(most, max(1, columns // 32))
     threads = _threads(columns, blocks)
     resident = threads <= 1024
     if not resident:
         threads, blocks = 512, 2
     # Companions take registers: a CTA of 512 threads would have too few.
-    staged = tiled and threads <= 128 and not options.residual
+    staged = tiled and threads <= widest and not options.residual
     rows = max(4 if staged else 1, 1 << (256 // threads).bit_length() >> 1)
     reduced = per_row or options.producer in NORMS
     if options.stochastic and not options.residual and not reduced and threads * rows == 512:

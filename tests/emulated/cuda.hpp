@@ -262,6 +262,7 @@ template <class T, class U> T atomicAdd(T* p, U v) {
   return old;
 }
 template <class T> T __ldcs(T const* p) { return *p; }
+template <class T> void __stcs(T* p, T v) { *p = v; }
 inline uint64_t __cvta_generic_to_global(void const* p) { return reinterpret_cast<uint64_t>(p); }
 
 inline float bf16_to_float(uint32_t bits) { return __uint_as_float(bits << 16); }
@@ -315,8 +316,9 @@ inline float e4m3_to_float(uint32_t byte) {
   float const v = exponent ? std::ldexp(1 + mantissa / 8.0f, exponent - 7) : std::ldexp(mantissa / 8.0f, -6);
   return byte & 128 ? -v : v;
 }
-inline uint8_t to_e4m3_byte(float v) {  // of v >= 0 or NaN: nearest, ties to even, at most 448
+inline uint8_t to_e4m3_byte(float v) {  // nearest, ties to even, at most 448
   if (v != v) return 127;
+  if (std::signbit(v)) return 128 | to_e4m3_byte(-v);
   uint8_t nearest = 0;
   for (int byte = 1; byte < 127; ++byte) {
     float const step = std::fabs(e4m3_to_float(byte) - v), best = std::fabs(e4m3_to_float(nearest) - v);

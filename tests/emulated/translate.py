@@ -118,6 +118,7 @@ _RULES: dict[str, tuple[tuple[str, str], ...]] = {
     "adaptive.hpp": (),
     "residual.hpp": (),
     "producer.hpp": (),
+    "norm.hpp": (),
     "layout.hpp": (),
     "search.hpp": (),
 }

@@ -119,39 +119,4 @@ __device__ __forceinline__ typename Element::Block produce(typename Element::Blo
   });
 }
 
-template <class Element> __device__ __forceinline__ typename Element::Block sum_of(typename Element::Block const& a,
-                                                                                   typename Element::Block const& b) {
-  return block_of<Element>([&](int i) { return __fadd_rn(Element::value(a, i), Element::value(b, i)); });
-}
-
-// RMSNorm's last step: times the inverse root of the mean square, and times the weight; so many values, then zeros.
-template <class Element>
-__device__ __forceinline__ typename Element::Block scaled_by(typename Element::Block const& x,
-                                                             typename Element::Block const& weight, float scale,
-                                                             int values) {
-  return block_of<Element>([&](int i) {
-    return i < values ? __fmul_rn(__fmul_rn(Element::value(x, i), scale), Element::value(weight, i)) : 0.0f;
-  });
-}
-
-// Of a block, halves folded onto each other: an order that no tiling changes.
-template <class Element> __device__ __forceinline__ float sum_of_squares(typename Element::Block const& x) {
-  float s[kBlock];
-#pragma unroll
-  for (int i = 0; i < kBlock; ++i) s[i] = __fmul_rn(Element::value(x, i), Element::value(x, i));
-#pragma unroll
-  for (int half = kBlock / 2; half > 0; half /= 2) {
-#pragma unroll
-    for (int i = 0; i < half; ++i) s[i] = __fadd_rn(s[i], s[i + half]);
-  }
-  return s[0];
-}
-
-// Of 32 consecutive blocks, one a lane, folded likewise; every lane gets it.
-__device__ __forceinline__ float sum_of_lanes(float sum) {
-#pragma unroll
-  for (int half = 16; half > 0; half /= 2) sum = __fadd_rn(sum, __shfl_xor_sync(~0u, sum, half));
-  return sum;
-}
-
 }  // namespace fp4gemm

@@ -5,6 +5,7 @@
 #pragma once
 
 #include "fp4gemm/async.hpp"
+#include "fp4gemm/norm.hpp"
 #include "fp4gemm/rows.hpp"
 #include "fp4gemm/scale_writer.hpp"
 #include "fp4gemm/values.hpp"
@@ -177,42 +178,6 @@ template <class Config, int kStages = 1> class RowQuantizer {
     }
   }
 
-  // x becomes its norm, and x + residual is written where there is one. Padding stays 0, whatever the scale is.
-  __device__ void normalize(Block (&x)[Config::kBlocks]) const {
-    constexpr int kWarps = Config::kThreads / 32;
-    __shared__ float sums[Config::kRows][Config::kBlocks * kWarps];
-    float* const own = sums[threadIdx.x / Config::kThreads];
-#pragma unroll
-    for (int i = 0; i < Config::kBlocks; ++i) {
-      if constexpr (Options::kProducer == Producer::kAddRmsNorm) add_residual(i, x[i]);
-      float const sum = sum_of_lanes(sum_of_squares<Element>(x[i]));
-      if (thread_ % 32 == 0) own[i * kWarps + thread_ / 32] = sum;
-    }
-    group_barrier<Config::kThreads>(threadIdx.x / Config::kThreads);
-    float total = 0.0f;
-#pragma unroll
-    for (int i = 0; i < Config::kBlocks * kWarps; ++i) total = __fadd_rn(total, own[i]);
-    float const mean = __fdiv_rn(total, static_cast<float>(args_.k));
-    float const scale = __fdiv_rn(1.0f, __fsqrt_rn(__fadd_rn(mean, args_.eps)));
-#pragma unroll
-    for (int i = 0; i < Config::kBlocks; ++i) {
-      int const column = i * Config::kThreads + thread_;
-      if (!real_ || column >= args_.columns) continue;
-      int const values = Config::kVectorized ? kBlock : args_.k - column * kBlock;
-      auto const weight = load_block<Element, Config::kVectorized, false>(args_.weight, column, args_.k);
-      x[i] = scaled_by<Element>(x[i], weight, scale, values);
-    }
-  }
-
-  __device__ void add_residual(int i, Block& x) const {
-    int const column = i * Config::kThreads + thread_;
-    if (!real_ || column >= args_.columns) return;
-    auto const* residual = static_cast<typename Element::Raw const*>(args_.residual) + row_ * args_.residual_stride;
-    auto* const sum = static_cast<typename Element::Raw*>(args_.sum) + row_ * args_.k;
-    x = sum_of<Element>(x, load_block<Element, Config::kVectorized>(residual, column, args_.k));
-    store_block<Element, Config::kVectorized>(sum, column, args_.k, x);
-  }
-
   __device__ float load_step(int first, Block (&x)[Config::kBlocks], float (&amax)[Config::kBlocks]) const {
 #pragma unroll
     for (int i = 0; i < Config::kBlocks; ++i) {
@@ -220,7 +185,7 @@ template <class Config, int kStages = 1> class RowQuantizer {
       x[i] = Block{};
       if (real_ && column < args_.columns) x[i] = load(x_, column);
     }
-    if constexpr (Options::kNorm) normalize(x);
+    if constexpr (Options::kNorm) RowNorm<Config>(args_, row_, thread_, real_).apply(x);
     uint32_t largest = 0;  // as bits, of which those of Inf and NaN are the largest
 #pragma unroll
     for (int i = 0; i < Config::kBlocks; ++i) {

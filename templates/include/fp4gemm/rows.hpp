@@ -27,12 +27,13 @@ __device__ __forceinline__ typename Element::Block load_block(void const* row, i
   }
 }
 
+// Streamed: what it makes is as large as x and read much later, so that it leaves L2 early.
 template <class Element, bool kVectorized>
 __device__ __forceinline__ void store_block(void* row, int column, int k, typename Element::Block const& x) {
   if constexpr (kVectorized) {
     auto* const target = reinterpret_cast<uint4*>(row) + column * Element::kBytes;
 #pragma unroll
-    for (int i = 0; i < Element::kBytes; ++i) target[i] = reinterpret_cast<uint4 const*>(x.w)[i];
+    for (int i = 0; i < Element::kBytes; ++i) __stcs(target + i, reinterpret_cast<uint4 const*>(x.w)[i]);
   } else {
     constexpr int kOfWord = 4 / Element::kBytes;
     auto* const target = reinterpret_cast<typename Element::Raw*>(row) + static_cast<int64_t>(column) * kBlock;
