@@ -9,14 +9,14 @@ enum class Adaptive { kNone, kMse, kMae };  // what is summed over the 16 values
 
 // How a block can be written: scale, codes, and its error in units of the scaled tensor, whose value is `level` = |x| * S.
 // Codes and errors are those of magnitudes: the sign changes neither.
-template <Adaptive kError, class Convention> class Candidate {
+template <Adaptive kError, class Divider> class Candidate {
  public:
-  uint8_t scale;
+  uint8_t const scale;
 
  private:
-  using Divider = decltype(Convention::divider({}, 0));
-  Divider divider_;
-  float decoded_, error_ = 0.0f;
+  Divider const divider_;
+  float const decoded_;
+  float error_ = 0.0f;
   uint32_t word_[2] = {};
 
   // code * scale is exact, so one rounding in all.
@@ -26,10 +26,8 @@ template <Adaptive kError, class Convention> class Candidate {
   }
 
  public:
-  __device__ Candidate(typename Convention::Outer const& outer, float unrounded)
-      : scale(to_e4m3(fminf(unrounded, 448.0f))),
-        divider_(Convention::divider(outer, scale)),
-        decoded_(from_e4m3(scale)) {}
+  __device__ Candidate(uint16_t scale, Divider divider)
+      : scale(static_cast<uint8_t>(scale)), divider_(divider), decoded_(from_e4m3_pair(scale)) {}
   __device__ float quotient(float magnitude) const { return divider_.quotient(magnitude); }
   __device__ float error() const { return error_; }
   __device__ uint32_t codes(int half) const { return word_[half]; }
@@ -51,17 +49,25 @@ template <Adaptive kError, class Convention> class Candidate {
 };
 
 template <class Candidate> __device__ __forceinline__ EncodedBlock better(Candidate const& six, Candidate const& four) {
-  Candidate const& best = four.error() < six.error() ? four : six;
-  return {{best.codes(0), best.codes(1)}, best.scale};
+  bool const second = four.error() < six.error();
+  return {{second ? four.codes(0) : six.codes(0), second ? four.codes(1) : six.codes(1)},
+          second ? four.scale : six.scale};
 }
 
-template <class Element, class Candidate> __device__ __noinline__ EncodedBlock adaptive_any(typename Element::Block x,
-                                                                                            float encode, Candidate six,
-                                                                                            Candidate four) {
+// It makes its candidates itself: those of the quick way, handed over, would have to live in memory.
+template <Adaptive kError, class Element, class Convention>
+__device__ __noinline__ EncodedBlock adaptive_any(typename Element::Block x, float amax,
+                                                  typename Convention::Outer outer) {
+  float const unrounded = __fmul_rn(fabsf(amax), __fmul_rn(outer.encode, kSixth));
+  auto const candidate = [&](float unrounded) {
+    uint8_t const scale = to_e4m3(fminf(unrounded, 448.0f));
+    return Candidate<kError, decltype(Convention::divider(outer, scale))>(scale, Convention::divider(outer, scale));
+  };
+  auto six = candidate(unrounded), four = candidate(__fmul_rn(unrounded, 1.5f));
 #pragma unroll
   for (int i = 0; i < kBlock; ++i) {
-    six.take_any(i, Element::value(x, i), encode);
-    four.take_any(i, Element::value(x, i), encode);
+    six.take_any(i, Element::value(x, i), outer.encode);
+    four.take_any(i, Element::value(x, i), outer.encode);
   }
   return better(six, four);
 }
@@ -69,11 +75,17 @@ template <class Element, class Candidate> __device__ __noinline__ EncodedBlock a
 template <Adaptive kError, class Element, class Convention>
 __device__ __forceinline__ EncodedBlock encode_adaptive(typename Element::Block const& x, float amax,
                                                         typename Convention::Outer const& outer) {
-  using Way = Candidate<kError, Convention>;
-  float const unrounded = __fmul_rn(fabsf(amax), __fmul_rn(outer.encode, kSixth));
-  Way six(outer, unrounded), four(outer, __fmul_rn(unrounded, 1.5f));
-  if (is_flagged(amax) || !(six.quotient(amax) < kQuickLimit) || !(four.quotient(amax) < kFourLimit))
-    return adaptive_any<Element>(x, outer.encode, six, four);
+  using Quick = QuickScales<Convention>;
+  float2 const line = Quick::line(Convention::level(outer));  // once for all blocks of a line
+  auto const candidate = [&](float unrounded) {
+    uint16_t const scale = to_e4m3_pair(unrounded);
+    return Candidate<kError, decltype(Quick::divider(line, scale))>(scale, Quick::divider(line, scale));
+  };
+  float const unrounded = __fmul_rn(fabsf(amax), line.x);
+  auto six = candidate(unrounded), four = candidate(__fmul_rn(unrounded, 1.5f));
+  // As bits: those of NaN and of what is flagged, whose sign is set, are larger.
+  if (!(__float_as_uint(six.quotient(amax)) < __float_as_uint(kQuickLimit) && four.quotient(amax) < kFourLimit))
+    return adaptive_any<kError, Element, Convention>(x, amax, outer);
 #pragma unroll
   for (int i = 0; i < kBlock; ++i) {
     float const magnitude = fabsf(Element::value(x, i)), level = __fmul_rn(magnitude, outer.encode);

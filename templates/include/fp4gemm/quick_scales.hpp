@@ -38,7 +38,7 @@ template <class Convention> struct QuickScales {
   __device__ static float2 of_larger(float2 line, float factor) { return {line.x * factor, line.y * factor}; }
 };
 
-template <class Convention> struct QuickTeScales {
+struct QuickTeScales {
   // Quotients and remainders of S and block scales then are far from the ends of the exponents.
   __device__ static bool in_range(float encode) { return encode >= 0x1p-90f && encode <= 0x1p90f; }
   __device__ static bool ok(float2, float) { return true; }
@@ -47,7 +47,7 @@ template <class Convention> struct QuickTeScales {
   __device__ static uint16_t scale(float2 line, float amax) { return to_e4m3_pair(__fmul_rn(amax, line.x)); }
 };
 
-template <> struct QuickScales<TePerToken> : QuickTeScales<TePerToken> {
+template <int kLargest> struct QuickScales<TePerTokenOf<kLargest>> : QuickTeScales {
   __device__ static float2 line(float encode) {
     return in_range(encode) ? float2{__fmul_rn(encode, kSixth), encode} : float2{not_a_number(), not_a_number()};
   }
@@ -63,7 +63,7 @@ template <> struct QuickScales<TePerToken> : QuickTeScales<TePerToken> {
   __device__ static float2 of_larger(float2 line, float factor) { return {line.x / factor, line.y / factor}; }
 };
 
-template <> struct QuickScales<Te> : QuickTeScales<Te> {
+template <int kLargest> struct QuickScales<TeOf<kLargest>> : QuickTeScales {
   __device__ static float2 line(float encode) {
     return in_range(encode) ? float2{__fmul_rn(encode, kSixth), __fdiv_rn(1.0f, encode)}
                             : float2{not_a_number(), not_a_number()};
