@@ -53,7 +53,8 @@ def _rows_shape(columns: int, dtype: str, tiled: bool, per_row: bool, options: Q
     # Noise, companions and norms cost instructions, and more blocks share what a thread does once.
     costly = options.stochastic or options.residual or options.producer in NORMS
     most = 4 if (tiled or costly) and dtype != "fp32" else 2
-    widest = 128  # threads of a row of which a CTA has four
+    # Threads of a row of which a CTA has four; 4/6 is bound by instructions, and CTAs of 512 threads end together.
+    widest = 64 if options.adaptive else 128
     if options.producer == "add_rmsnorm" and dtype != "fp32":
         most, widest = 2, 256  # all of x and of the residual is on its way at once
     blocks = min(most, max(1, columns // 32))

@@ -82,7 +82,8 @@ class QuantizeSpec:
     def least_ctas(self) -> int | None:
         """Of an SM, that the compiler leaves registers for; only where it would take too many, or spill a few."""
         cta = self.threads * self.rows
-        if self.arch == "sm_90a" and (cta == 512 or (self.plain and (self.blocks, cta) == (4, 256))):
+        tight = self.plain or (self.adaptive and self.scaling == "per_row" and not self.producer)
+        if self.arch == "sm_90a" and (cta == 512 or (tight and (self.blocks, cta) == (4, 256))):
             return 1024 // cta
         return 1 if self.arch == "sm_120a" and self.stochastic and cta == 512 else None
 
