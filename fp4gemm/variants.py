@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from fp4gemm.formats import METRICS, NORMS, PRODUCERS, RECIPE_SIGNS, SF_LAYOUTS
+from fp4gemm.formats import METRICS, PRODUCERS, RECIPE_SIGNS, SF_LAYOUTS
 from fp4gemm.spec import (
     ANY_SIGNS,
     ARCHS,
@@ -72,17 +72,19 @@ def _groups(arch: str) -> list[KernelSpec]:
 def _with_options(arch: str) -> list[KernelSpec]:
     """Quantizers of bf16 at K = 8192 with each option and producer, and of e4m3."""
     per_row, wide, tiled = ("per_row", "te_per_token"), (128, 4, 2), (128, 4, 4)
+    adding = (256, 2, 4) if arch == "sm_90a" else tiled
     return [
         QuantizeSpec(arch, "bf16", *per_row, "linear", *wide, stochastic=True),
         QuantizeSpec(arch, "bf16", *per_row, "128x4", *tiled, stochastic=True),
-        QuantizeSpec(arch, "bf16", *per_row, "128x4", *tiled, adaptive="mse"),
-        QuantizeSpec(arch, "bf16", *per_row, "128x4", *tiled, adaptive="mae"),
+        QuantizeSpec(arch, "bf16", *per_row, "128x4", *wide, adaptive="mse"),
+        QuantizeSpec(arch, "bf16", *per_row, "128x4", *wide, adaptive="mae"),
         QuantizeSpec(arch, "bf16", *per_row, "128x4", *wide, residual="activation"),
         QuantizeSpec(arch, "bf16", *per_row, "128x4", *wide, residual="activation", gathered=True),
         QuantizeSpec(arch, "bf16", *per_row, "128x4", *wide, residual="weight"),
         QuantizeSpec(arch, "bf16", *per_row, "128x4", *tiled, noop=True),
         QuantizeSpec(arch, "e4m3", *per_row, "128x4", *tiled),
-        *(QuantizeSpec(arch, "bf16", *per_row, "128x4", *tiled, producer=name) for name in (*PRODUCERS, *NORMS)),
+        *(QuantizeSpec(arch, "bf16", *per_row, "128x4", *tiled, producer=name) for name in (*PRODUCERS, "rmsnorm")),
+        QuantizeSpec(arch, "bf16", *per_row, "128x4", *adding, producer="add_rmsnorm"),
     ]
 
 

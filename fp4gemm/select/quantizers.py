@@ -36,7 +36,7 @@ def quantize_spec(
     """
     columns = (scale_columns(k) + 3) // 4 * 4  # with the padding a tiled layout has
     threads, blocks, rows, resident = (few and _few_rows_shape(columns, dtype, options)) or _rows_shape(
-        columns, dtype, sf_layout != "linear", scaling == "per_row", options
+        arch, columns, dtype, sf_layout != "linear", scaling == "per_row", options
     )
     return QuantizeSpec(
         arch, dtype, scaling, convention, sf_layout, threads, blocks, rows, vectorized, resident,
@@ -49,14 +49,14 @@ def quantize_spec(
 _Shape = tuple[int, int, int, bool]  # threads of a row, blocks of a thread, rows of a CTA, and whether that is a row
 
 
-def _rows_shape(columns: int, dtype: str, tiled: bool, per_row: bool, options: QuantizeOptions) -> _Shape:
+def _rows_shape(arch: str, columns: int, dtype: str, tiled: bool, per_row: bool, options: QuantizeOptions) -> _Shape:
     # Noise, companions and norms cost instructions, and more blocks share what a thread does once.
     costly = options.stochastic or options.residual or options.producer in NORMS
     most = 4 if (tiled or costly) and dtype != "fp32" else 2
     # Threads of a row of which a CTA has four; 4/6 is bound by instructions, and CTAs of 512 threads end together.
     widest = 64 if options.adaptive else 128
-    if options.producer == "add_rmsnorm" and dtype != "fp32":
-        most, widest = 2, 256  # all of x and of the residual is on its way at once
+    if options.producer == "add_rmsnorm" and dtype != "fp32" and arch == "sm_90a":
+        most, widest = 2, 256  # all of x and of the residual is on its way at once; elsewhere 1024 threads would spill
     blocks = min(most, max(1, columns // 32))
     threads = _threads(columns, blocks)
     resident = threads <= 1024

@@ -7,7 +7,7 @@ import torch
 
 from fp4gemm import select, table
 from fp4gemm.division import divide
-from fp4gemm.formats import SF_LAYOUTS, QuantizeOptions, scale_columns
+from fp4gemm.formats import ADAPTIVE, NORMS, PRODUCERS, RESIDUAL_SIDES, SF_LAYOUTS, QuantizeOptions, scale_columns
 from fp4gemm.spec import (
     ARCHS,
     DTYPES,
@@ -113,6 +113,11 @@ def test_selected_kernels_are_among_the_default_variants():
             for scaling in ("per_row", "given")
         ),
     ]
+    per_row = ("bf16", 8192, "per_row", "te_per_token", "128x4", True)
+    options = [QuantizeOptions(stochastic=True), *(QuantizeOptions(adaptive=name) for name in ADAPTIVE)]
+    options += [QuantizeOptions(residual=512, residual_side=side) for side in RESIDUAL_SIDES]
+    options += [QuantizeOptions(producer=name) for name in (*PRODUCERS, *NORMS)]
+    selected += [select.quantize_spec(arch, *per_row, each) for arch in ARCHS for each in options]
     assert set(selected) - set(default_variants()) == set()
 
 
