@@ -36,6 +36,15 @@ template <class T> void store_shared(uint32_t address, T const& v) {
   std::memcpy(shared_at(address, sizeof(T)), &v, sizeof(T));
 }
 
+template <int kThreads> void named_sync(int id) { sync_named(id, kThreads); }
+template <int kThreads> void named_arrive(int id) { arrive_named(id, kThreads); }
+template <int kThreads> void named_sync_if(bool mine, int id) {
+  if (mine) sync_named(id, kThreads);
+}
+template <int kThreads> void named_arrive_if(bool mine, int id) {
+  if (mine) arrive_named(id, kThreads);
+}
+
 inline bool elect_one() {
   __syncwarp();
   return lane() == 0;

@@ -63,10 +63,7 @@ _RULES: dict[str, tuple[tuple[str, str], ...]] = {
     "quantize_config.hpp": (),
     "scale_writer.hpp": (),
     "amax.hpp": (),
-    "rows.hpp": (
-        (r'asm volatile\("(cp\.async\.bulk\.|)prefetch.*?\);', ";"),
-        (r'asm volatile\("bar\.(sync|arrive)[^;]*;"[^;]*;', r"\1_named(id, kThreads);"),
-    ),
+    "rows.hpp": ((r'asm volatile\("(cp\.async\.bulk\.|)prefetch.*?\);', ";"),),
     "packed.hpp": (
         (r'asm\("lop3\.b32[^;]*;"[^;]*;', "x = (a & kSharedBits) | (b & ~kSharedBits);"),
         (
@@ -78,7 +75,8 @@ _RULES: dict[str, tuple[tuple[str, str], ...]] = {
     ),
     "packed_gemm.hpp": ((r'uint32_t v;\s*asm volatile\("movmatrix.*?return v;', "return transpose_matrix(pair);"),),
     "packed_tiles.hpp": (),
-    "packed_mma.hpp": (
+    "packed_mma.hpp": (),
+    "packed_mma_config.hpp": (
         (
             r"if constexpr \(Operand::kBf16\) \{\s*asm\(.*?\} else \{\s*asm\(.*?\n  \}\n\}",
             "multiply_matrices(c, a, b0, b1, Operand::kBf16);\n}",
@@ -92,14 +90,8 @@ _RULES: dict[str, tuple[tuple[str, str], ...]] = {
             " { static constexpr int kTokens = 48; static constexpr bool kBf16 = kIsBf16; };",
         ),
     ),
-    "packed_wgmma_results.hpp": (
-        (r'asm volatile\("bar\.sync %0, 128;" ::"r"\(([^;]*?)\)\s*: "memory"\);', r"sync_named(\1, 128);"),
-        (r'asm volatile\("bar\.sync 1, %0;" ::"n"\(([^;]*?)\)\s*: "memory"\);', r"sync_named(1, \1);"),
-    ),
-    "packed_wgmma.hpp": (
-        (r'asm volatile\("\{[^"]*@p bar\.sync %1, 256;[^"]*"[^;]*;', "if (mine) sync_named(kBarrier, 256);"),
-        (r'asm volatile\("\{[^"]*@p bar\.arrive %1, 256;[^"]*"[^;]*;', "if (mine) arrive_named(kBarrier, 256);"),
-    ),
+    "packed_wgmma_results.hpp": (),
+    "packed_wgmma.hpp": (),
     "convention.hpp": (),
     "hadamard.hpp": (),
     "quick_scales.hpp": (

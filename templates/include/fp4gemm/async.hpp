@@ -1,4 +1,4 @@
-// Asynchronous copies and barriers of sm_90 in their PTX form: mbarriers, bulk and tensor copies, clusters, dependent launches.
+// Asynchronous copies and barriers of sm_90 in their PTX form: named barriers, mbarriers, bulk and tensor copies, clusters, dependent launches.
 #pragma once
 
 #include "fp4gemm/numeric.hpp"
@@ -19,6 +19,25 @@ __device__ __forceinline__ bool elect_one() {
   uint32_t elected;
   asm volatile("{\n.reg .pred p;\nelect.sync _|p, 0xffffffff;\nselp.u32 %0, 1, 0, p;\n}" : "=r"(elected));
   return elected;
+}
+
+// Named barriers of a CTA, each for kThreads threads: who arrives does not wait.
+template <int kThreads> __device__ __forceinline__ void named_sync(int id) {
+  asm volatile("bar.sync %0, %1;" ::"r"(id), "n"(kThreads) : "memory");
+}
+template <int kThreads> __device__ __forceinline__ void named_arrive(int id) {
+  asm volatile("bar.arrive %0, %1;" ::"r"(id), "n"(kThreads) : "memory");
+}
+// By a predicate: a branch that might diverge costs a main loop its uniform registers.
+template <int kThreads> __device__ __forceinline__ void named_sync_if(bool mine, int id) {
+  asm volatile("{\n.reg .pred p;\nsetp.ne.u32 p, %0, 0;\n@p bar.sync %1, %2;\n}" ::"r"(uint32_t(mine)), "r"(id),
+               "n"(kThreads)
+               : "memory");
+}
+template <int kThreads> __device__ __forceinline__ void named_arrive_if(bool mine, int id) {
+  asm volatile("{\n.reg .pred p;\nsetp.ne.u32 p, %0, 0;\n@p bar.arrive %1, %2;\n}" ::"r"(uint32_t(mine)), "r"(id),
+               "n"(kThreads)
+               : "memory");
 }
 
 // mbarriers, by shared address.

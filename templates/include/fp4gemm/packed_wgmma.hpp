@@ -255,17 +255,13 @@ template <class Config> class PackedWgmma {
   }
 
   // Two warpgroups that end a tile together leave the tensor cores idle while both write it. So the second one begins each tile
-  // kLag stages behind the first: the one goes on while the other writes. Predicates, since a branch that might diverge costs
-  // the main loop its uniform registers. With as many blocks as stages or more, the first cannot allow the next tile before the
+  // kLag stages behind the first: the one goes on while the other writes. With as many blocks as stages or more, the first cannot allow the next tile before the
   // second has seen this one: it would need stages that the second has yet to release.
   template <int kBarrier> __device__ __forceinline__ static void await(bool mine) {
-    asm volatile("{\n.reg .pred p;\nsetp.ne.u32 p, %0, 0;\n@p bar.sync %1, 256;\n}" ::"r"(uint32_t(mine)), "n"(kBarrier)
-                 : "memory");
+    named_sync_if<256>(mine, kBarrier);
   }
   template <int kBarrier> __device__ __forceinline__ static void allow(bool mine) {
-    asm volatile("{\n.reg .pred p;\nsetp.ne.u32 p, %0, 0;\n@p bar.arrive %1, 256;\n}" ::"r"(uint32_t(mine)),
-                 "n"(kBarrier)
-                 : "memory");
+    named_arrive_if<256>(mine, kBarrier);
   }
 
   // Row groups that take turns: whether the other one has the tile before this one, and the one after it. Each hands over with

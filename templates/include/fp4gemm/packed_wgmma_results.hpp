@@ -141,15 +141,15 @@ template <class Config> class PackedWgmmaResults {
         matrices[2 * j] = Out::pack(values[0], values[1]), matrices[2 * j + 1] = Out::pack(values[2], values[3]);
       }
       store_transposed(half + to, matrices);
-      asm volatile("bar.sync %0, 128;" ::"r"(2 + row_group) : "memory");
+      named_sync<128>(2 + row_group);
       uint4 const line = load_shared_128(half + from);
       if (token < at.end && row < args_.n) *reinterpret_cast<uint4*>(d) = line;
       token += 16, d += 16 * args_.d_stride_m;
     }
-    if (kPart % 4 != 0) asm volatile("bar.sync %0, 128;" ::"r"(2 + row_group) : "memory");
+    if (kPart % 4 != 0) named_sync<128>(2 + row_group);
   }
 
-  __device__ static void sync_consumers() { asm volatile("bar.sync 1, %0;" ::"n"(128 * Config::kGroups) : "memory"); }
+  __device__ static void sync_consumers() { named_sync<128 * Config::kGroups>(1); }
 
   static constexpr bool kKeep = Config::kDepthGroups == 1;  // own partial sums in registers
 

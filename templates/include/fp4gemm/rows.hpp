@@ -1,6 +1,7 @@
 // Blocks of a row: from memory, through a producer, and back; and what threads that share a row do together.
 #pragma once
 
+#include "fp4gemm/async.hpp"
 #include "fp4gemm/encode.hpp"
 #include "fp4gemm/producer.hpp"
 
@@ -73,13 +74,6 @@ __device__ __forceinline__ typename Element::Block gather_block(void const* row,
   return x;
 }
 
-// Named barriers of a CTA, each for kThreads threads: who arrives does not wait.
-template <int kThreads> __device__ __forceinline__ void named_sync(int id) {
-  asm volatile("bar.sync %0, %1;" ::"r"(id), "n"(kThreads) : "memory");
-}
-template <int kThreads> __device__ __forceinline__ void named_arrive(int id) {
-  asm volatile("bar.arrive %0, %1;" ::"r"(id), "n"(kThreads) : "memory");
-}
 template <int kThreads> __device__ __forceinline__ void group_barrier(int group) { named_sync<kThreads>(group + 1); }
 
 // Maximum over a group of kThreads threads of the CTA; groups do not wait for one another.
