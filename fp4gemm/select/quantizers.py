@@ -30,8 +30,8 @@ def quantize_spec(
 ) -> QuantizeSpec:  # fmt: skip
     """Whole rows on chip where they fit, as many rows to a CTA as give it 256 threads.
 
-    A tiled layout wants four rows at least (layout.hpp), for which four blocks a thread leave room; fp32 takes twice
-    the registers: two blocks. ``few``: of rows, which leave most SMs idle; each has a CTA of its own then, with more
+    A tiled layout wants four rows at least (layout.hpp), up to 512 threads and for some options more or fewer, for
+    which four blocks a thread leave room; fp32 takes twice the registers: two blocks. ``few``: of rows, which leave most SMs idle; each has a CTA of its own then, with more
     threads, where it is long enough to need them. The figures are in docs/performance.md.
     """
     columns = (scale_columns(k) + 3) // 4 * 4  # with the padding a tiled layout has
@@ -50,13 +50,16 @@ _Shape = tuple[int, int, int, bool]  # threads of a row, blocks of a thread, row
 
 
 def _rows_shape(arch: str, columns: int, dtype: str, tiled: bool, per_row: bool, options: QuantizeOptions) -> _Shape:
-    # Noise, companions and norms cost instructions, and more blocks share what a thread does once.
-    costly = options.stochastic or options.residual or options.producer in NORMS
-    most = 4 if (tiled or costly) and dtype != "fp32" else 2
-    # Threads of a row of which a CTA has four; 4/6 is bound by instructions, and CTAs of 512 threads end together.
+    # Noise and companions cost instructions, and more blocks share what a thread does once; for norms it was measured.
+    four = tiled or options.stochastic or options.residual or options.producer in NORMS
+    most = 4 if four and dtype != "fp32" else 2
+    # Threads of a row of which a CTA has four. 4/6 is quicker in small CTAs, though scales then leave byte by byte.
     widest = 64 if options.adaptive else 128
-    if options.producer == "add_rmsnorm" and dtype != "fp32" and arch == "sm_90a":
-        most, widest = 2, 256  # all of x and of the residual is on its way at once; elsewhere 1024 threads would spill
+    if arch == "sm_90a" and dtype != "fp32" and options.producer == "add_rmsnorm" and not options.adaptive:
+        # All of x and of the residual is on its way at once; elsewhere CTAs of 1024 threads would spill registers.
+        threads = _threads(columns, 2)
+        if threads <= 512 and (not tiled or 1024 % threads == 0):  # CTAs that fill an SM
+            most, widest = 2, 256
     blocks = min(most, max(1, columns // 32))
     threads = _threads(columns, blocks)
     resident = threads <= 1024

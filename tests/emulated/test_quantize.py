@@ -242,6 +242,24 @@ def test_rmsnorm(case: int, kernels: None) -> None:
         assert torch.equal(sums.nan_to_num(7.0), h.nan_to_num(7.0))
 
 
+@pytest.mark.parametrize("adaptive", [None, "mse"])
+@pytest.mark.parametrize("added", [False, True])
+@pytest.mark.parametrize("k, layout", [(4080, "128x4"), (8192, "128x4"), (8192, "linear"), (5120, "8x4")])
+def test_rmsnorm_of_many_wide_rows(
+    k: int, layout: str, added: bool, adaptive: str | None, kernels: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In the CTAs that many rows have, of up to 1024 threads."""
+    monkeypatch.setattr(select, "FEW_ROWS", 0)
+    x, weight, residual = (torch.randn(shape).bfloat16() for shape in ((5, k), (k,), (5, k)))
+    x[0, 7], x[1] = float("inf"), 0.0
+    norm = calls.Norm(weight, residual if added else None, torch.empty_like(x) if added else None, 1e-6)
+    options = QuantizeOptions(producer=norm.producer, adaptive=adaptive)
+    got = calls.quantize(x, False, layout, "te_per_token", None, options=options, norm=norm)
+    want, h = reference.quantize_rmsnorm(x, weight, residual=norm.residual, sf_layout=layout, adaptive=adaptive)
+    compare(got, want)
+    assert norm.sum is None or torch.equal(norm.sum, h)
+
+
 @pytest.mark.parametrize("dtype", [torch.bool, torch.uint8, torch.int32, torch.float32], ids=str)
 def test_noop(dtype: torch.dtype, kernels: None) -> None:
     x, before = torch.randn(5, 64), torch.randn(5, 64) * 3

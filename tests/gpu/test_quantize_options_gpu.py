@@ -216,6 +216,21 @@ def test_rmsnorm_then_quantize(first: int, device: torch.device) -> None:
         assert torch.equal(sums.cpu().nan_to_num(7.0), h.nan_to_num(7.0)), what
 
 
+@pytest.mark.parametrize("options", [{}, {"seed": 5}, {"adaptive": "mse"}], ids=str)
+@pytest.mark.parametrize("shape", [(300, 8192), (1000, 8192), (3000, 4096), (300, 5120)], ids=str)
+def test_rmsnorm_of_many_rows(shape: tuple[int, int], options: Options, device: torch.device) -> None:
+    generator = torch.Generator().manual_seed(shape[0])
+    x, residual, weight = (torch.randn(s, generator=generator).bfloat16() for s in (shape, shape, shape[1:]))
+    x, residual, weight = x.to(device), residual.to(device), weight.to(device)
+    for sf_layout, added in itertools.product(("128x4", "linear"), (None, residual)):
+        what = f"{shape} {sf_layout} {options} {added is not None}"
+        want, h = reference.quantize_rmsnorm(x, weight, residual=added, sf_layout=sf_layout, **options)
+        cases.poison_for(want, device)
+        got, sums = fp4gemm.quantize_rmsnorm(x, weight, residual=added, sf_layout=sf_layout, **options)
+        cases.assert_same(got, want, what)
+        assert torch.equal(sums, h), what
+
+
 @pytest.mark.parametrize("producer", PRODUCERS)
 @pytest.mark.parametrize("m", [1, 7, 100, 130])
 def test_a_producer_in_front_of_a_gemm(producer: str, m: int, cuda: torch.device) -> None:

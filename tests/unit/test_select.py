@@ -1,5 +1,6 @@
 """Selection: every problem gets a kernel that can be built, and that covers its rows."""
 
+import itertools
 from dataclasses import replace
 
 import pytest
@@ -50,6 +51,17 @@ def test_long_rows_are_streamed_and_short_ones_are_not():
     assert not quantize_spec(2 * 1024 * 16 + 1, "fp32").resident
     assert quantize_spec(4 * 1024 * 16).resident
     assert not quantize_spec(4 * 1024 * 16 + 1).resident
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+@pytest.mark.parametrize("adaptive", [None, "mse"])
+@pytest.mark.parametrize("producer", NORMS)
+def test_rows_of_norms_are_on_chip(producer, adaptive, arch):
+    """No kernel reads a row twice for its norm: up to the longest that registers hold, whatever else is asked for."""
+    options = QuantizeOptions(producer=producer, adaptive=adaptive)
+    for k, dtype, sf_layout in itertools.product(KS, DTYPES, ("linear", "128x4")):
+        spec = select.quantize_spec(arch, dtype, k, "per_row", "te_per_token", sf_layout, k % 16 == 0, options)
+        assert (check(spec) is None) == (k <= (32768 if dtype == "fp32" else 65536)), (k, dtype, sf_layout)
 
 
 @pytest.mark.parametrize("producer", [None, "gelu_tanh", "add_rmsnorm"])

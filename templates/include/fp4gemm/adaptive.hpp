@@ -84,7 +84,8 @@ __device__ __forceinline__ EncodedBlock encode_adaptive(typename Element::Block 
   float const unrounded = __fmul_rn(fabsf(amax), line.x);
   auto six = candidate(unrounded), four = candidate(__fmul_rn(unrounded, 1.5f));
   // As bits: those of NaN and of what is flagged, whose sign is set, are larger.
-  if (!(__float_as_uint(six.quotient(amax)) < __float_as_uint(kQuickLimit) && four.quotient(amax) < kFourLimit))
+  if (!(__float_as_uint(six.quotient(amax)) < __float_as_uint(kQuickLimit) && four.quotient(amax) < kFourLimit &&
+        Quick::ok(line, amax)))
     return adaptive_any<kError, Element, Convention>(x, amax, outer);
 #pragma unroll
   for (int i = 0; i < kBlock; ++i) {

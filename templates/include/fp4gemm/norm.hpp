@@ -40,7 +40,7 @@ template <class Config> class RowNorm {
   using Raw = typename Element::Raw;
   static constexpr int kBlocks = Config::kBlocks;
   static constexpr bool kWide = Element::kBytes == 4;  // of which few blocks fit into registers
-  // Blocks of the weight at a time: a row of many warps has waited for the last of them.
+  // Blocks of the weight at a time: a row of many warps waits for its last one, and then for the weight (docs/performance.md).
   static constexpr int kTogether = !kWide && Config::kThreads >= 256 && kBlocks % 2 == 0 ? 2 : 1;
   static constexpr int kWarps = Config::kThreads / 32;  // of a row
 
@@ -81,7 +81,8 @@ template <class Config> class RowNorm {
     }
   }
 
-  // Nothing is stored before all is loaded: the compiler keeps loads behind a store, and each would be awaited.
+  // Nothing is stored before x and the residual are loaded: the compiler keeps loads behind a store, and each would be awaited.
+  // The sum is as large as x and read much later, so that it leaves L2 early.
   __device__ void add_residual(Block (&x)[kBlocks]) const {
     constexpr int kAhead = kWide ? 1 : kBlocks;
     auto const* const residual = static_cast<Raw const*>(args_.residual) + row_ * args_.residual_stride;
@@ -94,7 +95,7 @@ template <class Config> class RowNorm {
     }
 #pragma unroll
     for (int i = 0; i < kBlocks; ++i) {
-      if (has(i)) store_block<Element, Config::kVectorized>(sum, column(i), args_.k, x[i]);
+      if (has(i)) stream_block<Element, Config::kVectorized>(sum, column(i), args_.k, x[i]);
     }
   }
 

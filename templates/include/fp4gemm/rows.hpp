@@ -28,9 +28,9 @@ __device__ __forceinline__ typename Element::Block load_block(void const* row, i
   }
 }
 
-// Streamed: what it makes is as large as x and read much later, so that it leaves L2 early.
+// By stores that mark what they write as the first to leave L2, where they are of 16 bytes.
 template <class Element, bool kVectorized>
-__device__ __forceinline__ void store_block(void* row, int column, int k, typename Element::Block const& x) {
+__device__ __forceinline__ void stream_block(void* row, int column, int k, typename Element::Block const& x) {
   if constexpr (kVectorized) {
     auto* const target = reinterpret_cast<uint4*>(row) + column * Element::kBytes;
 #pragma unroll
