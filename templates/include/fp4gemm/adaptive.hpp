@@ -76,6 +76,7 @@ template <Adaptive kError, class Element, class Convention>
 __device__ __forceinline__ EncodedBlock encode_adaptive(typename Element::Block const& x, float amax,
                                                         typename Convention::Outer const& outer) {
   using Quick = QuickScales<Convention>;
+  static_assert(__is_base_of(QuickTeScales, Quick), "always ok: a line that is not has NaN");
   float2 const line = Quick::line(Convention::level(outer));  // once for all blocks of a line
   auto const candidate = [&](float unrounded) {
     uint16_t const scale = to_e4m3_pair(unrounded);
@@ -84,8 +85,7 @@ __device__ __forceinline__ EncodedBlock encode_adaptive(typename Element::Block 
   float const unrounded = __fmul_rn(fabsf(amax), line.x);
   auto six = candidate(unrounded), four = candidate(__fmul_rn(unrounded, 1.5f));
   // As bits: those of NaN and of what is flagged, whose sign is set, are larger.
-  if (!(__float_as_uint(six.quotient(amax)) < __float_as_uint(kQuickLimit) && four.quotient(amax) < kFourLimit &&
-        Quick::ok(line, amax)))
+  if (!(__float_as_uint(six.quotient(amax)) < __float_as_uint(kQuickLimit) && four.quotient(amax) < kFourLimit))
     return adaptive_any<kError, Element, Convention>(x, amax, outer);
 #pragma unroll
   for (int i = 0; i < kBlock; ++i) {
