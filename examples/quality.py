@@ -28,7 +28,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))  # a checkout measures itself, whatever is installed
 
 import fp4gemm  # noqa: E402
-from fp4gemm import report  # noqa: E402
+from fp4gemm import provenance, report  # noqa: E402
 from fp4gemm.demo import encoder, measure  # noqa: E402
 from fp4gemm.search import HessianAccumulator, Method  # noqa: E402
 
@@ -235,7 +235,7 @@ def run(options: argparse.Namespace, words: Sequence[str]) -> Path:
     from pydoc_data.topics import topics
 
     model = encoder.load(encoder.model_folder(options.model), torch.device(options.device))
-    environment = report.environment(options.commit)
+    environment = provenance.environment(options.commit)
     rows = examine(model, "\n".join(topics[key] for key in sorted(topics)), options)
     command = report.command_line("examples/quality.py", words, ("--folder", "--page", "--commit"))
     document = report.Report("quality", command, environment, 0.0, rows).document()

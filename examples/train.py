@@ -43,7 +43,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))  # a checkout trains with itself, whatever is installed
 
 import fp4gemm  # noqa: E402
-from fp4gemm import report  # noqa: E402
+from fp4gemm import provenance, report  # noqa: E402
 from fp4gemm.nn import Recipe, per_tensor, per_token, w4a16  # noqa: E402
 
 RECIPES: dict[str, Recipe | None] = {
@@ -415,7 +415,7 @@ def run(options: argparse.Namespace, words: Sequence[str]) -> Path:
     data = load(options.text, options.device)
     print(f"{len(data.train)} bytes to train on, {len(data.validation)} to validate", flush=True)
     command = report.command_line("examples/train.py", words, ("--folder", "--page", "--commit"))
-    document = report.Report("training", command, report.environment(options.commit), 0.0, [])
+    document = report.Report("training", command, provenance.environment(options.commit), 0.0, [])
     path = report.free_path(options.folder, report.file_name(document.document()))
     runs = list(itertools.product(range(options.seeds), options.recipe or RECIPES))
     for row in itertools.chain.from_iterable(_rows(options, size, runs)):

@@ -313,11 +313,11 @@ def _build_with_progress(console: Console, specs: Sequence[Any], jobs: int | Non
 
 def _write_report(specs: Sequence[Any], path: Path) -> None:
     """What the cache recorded when each kernel was built; all of them are there."""
-    from fp4gemm import cache, report
+    from fp4gemm import cache, provenance, report
 
     entries = ((spec, cache.lookup(spec)) for spec in specs)
     rows = [report.compile_row(spec.name, spec.arch, entry.meta) for spec, entry in entries if entry is not None]
-    environment = report.environment()
+    environment = provenance.environment()
     document = report.Report("compile", "fp4gemm build --report", environment, 0.0, rows).document()
     path.parent.mkdir(parents=True, exist_ok=True)
     report.write(document, path)

@@ -13,7 +13,7 @@ from rich.markup import escape
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from fp4gemm import report
+from fp4gemm import provenance, report
 from fp4gemm.bench import tables
 from fp4gemm.bench.timing import DEFAULT_REPEATS, MIN_REPEATS
 
@@ -144,7 +144,7 @@ def run(
     from fp4gemm.bench.common import Config
     from fp4gemm.bench.timing import copy_tb_s
 
-    environment = report.environment(commit)
+    environment = provenance.environment(commit)
     copy = copy_tb_s(repeats)
     _console.print(f"[bold]{environment.gpu}[/], driver {environment.driver}, copy {copy:.2f} TB/s (read + written)")
     rows, errors = _measure(suites, Config(repeats, quick, chosen, tuple(sizes)))

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 
 import torch
 
-from fp4gemm import cache, report, select, variants
+from fp4gemm import cache, provenance, report, select, variants
 from fp4gemm.bench.common import ARCH, Config, Job
 from fp4gemm.report import Row
 from fp4gemm.spec import PackedCollectiveSpec
@@ -59,7 +59,7 @@ def _load_rows(config: Config) -> list[Row]:
 
 def _probe(name: str) -> float:
     """Milliseconds of one load in a new process. Raises RuntimeError with that process's words when it fails."""
-    path = os.pathsep.join(filter(None, (str(report.project_root()), os.environ.get("PYTHONPATH"))))
+    path = os.pathsep.join(filter(None, (str(provenance.project_root()), os.environ.get("PYTHONPATH"))))
     environment = {**os.environ, "PYTHONPATH": path, "FP4GEMM_DISABLE_JIT": "1"}
     command = [sys.executable, "-m", _PROBE, name]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)

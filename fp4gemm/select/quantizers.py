@@ -30,9 +30,10 @@ def quantize_spec(
 ) -> QuantizeSpec:  # fmt: skip
     """Whole rows on chip where they fit, as many rows to a CTA as give it 256 threads.
 
-    A tiled layout wants four rows at least (layout.hpp), up to 512 threads and for some options more or fewer, for
-    which four blocks a thread leave room; fp32 takes twice the registers: two blocks. ``few``: of rows, which leave most SMs idle; each has a CTA of its own then, with more
-    threads, where it is long enough to need them. The figures are in docs/performance.md.
+    A tiled layout wants four rows at least (layout.hpp), in up to 512 threads, for some options more or fewer; four
+    blocks a thread leave room for them. fp32 takes twice the registers: two blocks. ``few``: of rows, which leave most
+    SMs idle; each has a CTA of its own then, with more threads, where it is long enough to need them. The figures are
+    in docs/performance.md.
     """
     columns = (scale_columns(k) + 3) // 4 * 4  # with the padding a tiled layout has
     threads, blocks, rows, resident = (few and _few_rows_shape(columns, dtype, options)) or _rows_shape(

@@ -26,7 +26,7 @@ import torch
 from mutations import INTACT, MUTATIONS
 from specs import CHOSEN, GROUPED, ONLY_ON_REQUEST, VARIANTS
 
-from fp4gemm import report
+from fp4gemm import provenance, report
 
 HERE = Path(__file__).parent
 started = pytest.StashKey[float]()
@@ -111,5 +111,5 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
     tests = report.TestCounts(passed, failed + errors, skipped, words, seconds)
     entries = ((kernel, build_kernels.lookup(kernel)) for kernel in build_kernels.KERNELS)
     rows = [report.compile_row(k.name, k.arch, e.meta, "emulated") for k, e in entries if e is not None]
-    environment = report.environment(config.getoption("--emulated-commit"))
+    environment = provenance.environment(config.getoption("--emulated-commit"))
     report.write(report.Report("emulated", words, environment, 0.0, rows, tests).document(), target)

@@ -13,7 +13,7 @@ import torch
 from typer.testing import CliRunner
 
 import fp4gemm
-from fp4gemm import report
+from fp4gemm import provenance, report
 from fp4gemm.bench import cli, common, kernels, layers, overhead, peers, quantize, tables, tiles, timing
 from fp4gemm.formats import BLOCK
 
@@ -53,7 +53,7 @@ OTHER_ROWS = [
 
 
 def document(rows: list[dict[str, Any]], date: str = "2026-11-20T10:00:00Z", **changes: Any) -> dict[str, Any]:
-    environment = report.Environment("0123456789abcdef", False, "NVIDIA H200", "580.159", {"torch": "2.11.0"})
+    environment = provenance.Environment("0123456789abcdef", False, "NVIDIA H200", "580.159", {"torch": "2.11.0"})
     tests = report.TestCounts(10, 0, 1, "pytest tests/gpu")
     return report.Report("all", "fp4gemm bench all", environment, 4.2, rows, tests, date).document() | changes
 
@@ -391,9 +391,9 @@ def test_bench_refuses_shapes_that_are_none(text: str) -> None:
 def fake_gpu(monkeypatch: pytest.MonkeyPatch) -> dict[str, list[common.Job]]:
     """A bench that runs here: jobs by suite are what a test puts in the dictionary."""
     jobs: dict[str, list[common.Job]] = {}
-    environment = report.Environment("abc", False, "NVIDIA H200", "1", {"torch": "2"})
+    environment = provenance.Environment("abc", False, "NVIDIA H200", "1", {"torch": "2"})
     monkeypatch.setattr(cli, "_need_gpu", lambda: None)
-    monkeypatch.setattr(cli.report, "environment", lambda commit: environment)
+    monkeypatch.setattr(cli.provenance, "environment", lambda commit: environment)
     monkeypatch.setattr(timing, "copy_tb_s", lambda repeats: 4.2)
     monkeypatch.setattr(cli, "_suite_jobs", lambda suite, config: jobs.get(suite, []))
     return jobs
@@ -401,9 +401,9 @@ def fake_gpu(monkeypatch: pytest.MonkeyPatch) -> dict[str, list[common.Job]]:
 
 def test_bench_gemm_measures_chosen_shapes(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     configs: list[common.Config] = []
-    environment = report.Environment("abc", False, "NVIDIA H200", "1", {"torch": "2"})
+    environment = provenance.Environment("abc", False, "NVIDIA H200", "1", {"torch": "2"})
     monkeypatch.setattr(cli, "_need_gpu", lambda: None)
-    monkeypatch.setattr(cli.report, "environment", lambda commit: environment)
+    monkeypatch.setattr(cli.provenance, "environment", lambda commit: environment)
     monkeypatch.setattr(timing, "copy_tb_s", lambda repeats: 4.2)
     monkeypatch.setattr(cli, "_suite_jobs", lambda suite, config: configs.append(config) or [])
     out = tmp_path / "x.json"

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 import fp4gemm
-from fp4gemm import launch, report, select
+from fp4gemm import launch, provenance, report, select
 from fp4gemm.bench import common, gemm, humming, problem, sweep, tables, timing
 
 US = {"cublas_bf16": 6.0, "dequantize_cublas": 12.0, "humming": 3.0, "gemm": 2.0}  # graphs; others 2.5
@@ -113,7 +113,7 @@ def peer(monkeypatch: pytest.MonkeyPatch) -> type[FakePeer]:
 
 
 def document(rows: list[report.Row]) -> dict[str, Any]:
-    environment = report.Environment("0123456789abcdef", False, "NVIDIA H200", "580.159", {"torch": "2.11.0"})
+    environment = provenance.Environment("0123456789abcdef", False, "NVIDIA H200", "580.159", {"torch": "2.11.0"})
     return report.Report("gemm", "fp4gemm bench gemm", environment, 4.2, rows).document()
 
 

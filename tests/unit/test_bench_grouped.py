@@ -5,7 +5,7 @@ import functools
 import pytest
 import torch
 
-from fp4gemm import report, select
+from fp4gemm import provenance, report, select
 from fp4gemm.bench import gemm, grouped, groups, humming, tables, timing
 from fp4gemm.bench.common import Config
 from fp4gemm.bench.routing import ROUTINGS
@@ -113,7 +113,7 @@ def test_jobs_cover_decode_and_many_tokens(on_cpu):
 
 
 def test_a_row_is_a_document(on_cpu):
-    environment = report.Environment("0123456789abcdef", False, "NVIDIA H200", "580.159", {"torch": "2.11.0"})
+    environment = provenance.Environment("0123456789abcdef", False, "NVIDIA H200", "580.159", {"torch": "2.11.0"})
     written = report.Report("grouped", "fp4gemm bench grouped", environment, 4.2, measured("text")).document()
     assert report.problems(written) == []
 

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from fp4gemm import report
+from fp4gemm import provenance, report
 from fp4gemm.demo import encoder
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -111,7 +111,7 @@ def test_results_are_written_and_rendered(rows: list[dict[str, Any]], tmp_path: 
     pytest.importorskip("matplotlib")
     page = tmp_path / "search.md"
     page.write_text(f"above\n{example.BEGIN}\nold\n{example.END}\nbelow\n")
-    document = report.Report("quality", "examples/quality.py", report.environment("abc"), 0.0, rows).document()
+    document = report.Report("quality", "examples/quality.py", provenance.environment("abc"), 0.0, rows).document()
     report.write(document, tmp_path / "quality-cpu-2026-01-01.json")
     assert example.main(["--render", "--folder", str(tmp_path), "--page", str(page)]) == 0
     text = page.read_text()

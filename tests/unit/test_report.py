@@ -10,9 +10,9 @@ from typing import Any
 
 import pytest
 
-from fp4gemm import files, report
+from fp4gemm import files, provenance, report
 
-ENVIRONMENT = report.Environment("0123456789abcdef", False, "NVIDIA H200", "580.159", {"torch": "2.11.0"})
+ENVIRONMENT = provenance.Environment("0123456789abcdef", False, "NVIDIA H200", "580.159", {"torch": "2.11.0"})
 QUANTIZE_ROW = {
     "bench": "quantize",
     "M": 8192,
@@ -191,30 +191,30 @@ def git(folder: Path, *arguments: str) -> str:
 def test_commit_from_git_and_from_the_caller(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("GIT_COMMIT", raising=False)
     git(tmp_path, "init", "-q")
-    assert report.source_state(root=tmp_path) == ("unknown", True)  # no commit yet
+    assert provenance.source_state(root=tmp_path) == ("unknown", True)  # no commit yet
     (tmp_path / "a").write_text("1")
     git(tmp_path, "add", "a")
     git(tmp_path, "commit", "-q", "--no-verify", "-m", "one")
     head = git(tmp_path, "rev-parse", "HEAD")
-    assert report.source_state(root=tmp_path) == (head, False)
+    assert provenance.source_state(root=tmp_path) == (head, False)
     (tmp_path / "b").write_text("untracked files do not count")
-    assert report.source_state(root=tmp_path) == (head, False)
+    assert provenance.source_state(root=tmp_path) == (head, False)
     (tmp_path / "a").write_text("2")
-    assert report.source_state(root=tmp_path) == (head, True)
-    assert report.source_state(head[:9], root=tmp_path) == (head[:9], True)
-    assert report.source_state("feed", root=tmp_path) == ("feed", False)
+    assert provenance.source_state(root=tmp_path) == (head, True)
+    assert provenance.source_state(head[:9], root=tmp_path) == (head[:9], True)
+    assert provenance.source_state("feed", root=tmp_path) == ("feed", False)
 
 
 def test_commit_without_history(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("GIT_COMMIT", raising=False)
-    assert report.source_state(root=tmp_path) == ("unknown", True)
-    assert report.source_state("abc", root=tmp_path) == ("abc", False)
+    assert provenance.source_state(root=tmp_path) == ("unknown", True)
+    assert provenance.source_state("abc", root=tmp_path) == ("abc", False)
     monkeypatch.setenv("GIT_COMMIT", "def")
-    assert report.source_state(root=tmp_path) == ("def", True)
+    assert provenance.source_state(root=tmp_path) == ("def", True)
     monkeypatch.setenv("PATH", str(tmp_path))  # no git, no nvidia-smi
     (tmp_path / ".git").mkdir()
-    assert report.source_state(root=tmp_path) == ("def", True)
-    assert report.driver_version() == "unknown"
+    assert provenance.source_state(root=tmp_path) == ("def", True)
+    assert provenance.driver_version() == "unknown"
 
 
 def test_a_missing_toolchain_does_not_lose_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -224,14 +224,14 @@ def test_a_missing_toolchain_does_not_lose_the_run(monkeypatch: pytest.MonkeyPat
         raise toolchain.ToolchainError("no NVRTC")
 
     monkeypatch.setattr(toolchain, "nvrtc_version", absent)
-    found = report.versions()
+    found = provenance.versions()
     assert found["nvrtc"] == "absent (ToolchainError)"
     assert set(found) == {"fp4gemm", "torch", "nvrtc", "cutlass"}
     assert all(isinstance(value, str) and value for value in found.values())
 
 
 def test_environment_names_the_machine() -> None:
-    environment = report.environment("abc")
+    environment = provenance.environment("abc")
     assert environment.commit == "abc"
     assert environment.gpu
     assert environment.driver

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from fp4gemm import report
+from fp4gemm import provenance, report
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -61,7 +61,7 @@ OTHER_ROWS = [
 
 
 def document(rows: list[dict[str, Any]], date: str = "2026-11-20T10:00:00Z", **changes: Any) -> dict[str, Any]:
-    environment = report.Environment("0123456789abcdef", False, "NVIDIA H200", "580.159", {"torch": "2.11.0"})
+    environment = provenance.Environment("0123456789abcdef", False, "NVIDIA H200", "580.159", {"torch": "2.11.0"})
     tests = report.TestCounts(10, 0, 1, "pytest tests/gpu")
     return report.Report("all", "fp4gemm bench all", environment, 4.2, rows, tests, date).document() | changes
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from fp4gemm import report
+from fp4gemm import provenance, report
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -101,7 +101,7 @@ def test_results_are_written_and_rendered(rows, tmp_path):
     pytest.importorskip("matplotlib")
     page = tmp_path / "training.md"
     page.write_text(f"above\n{example.BEGIN}\nold\n{example.END}\nbelow\n")
-    document = report.Report("training", "examples/train.py", report.environment("abc"), 0.0, rows).document()
+    document = report.Report("training", "examples/train.py", provenance.environment("abc"), 0.0, rows).document()
     report.write(document, tmp_path / "training-cpu-2026-01-01.json")
     assert example.main(["--render", "--folder", str(tmp_path), "--page", str(page)]) == 0
     text = page.read_text()
