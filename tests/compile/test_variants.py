@@ -259,9 +259,10 @@ def test_engine_machine_code(entry: cache.Entry, spec: PackedMmaSpec | PackedWgm
 
 @variants([spec for spec in VARIANTS if isinstance(spec, QuantizeSpec) and spec.arch != "sm_90a"])
 def test_blackwell_rounds_in_hardware(entry: cache.Entry, spec: QuantizeSpec) -> None:
-    """To nearest; stochastic rounding and the errors of 4/6 are the kernel's own."""
-    own = spec.stochastic or spec.adaptive
-    assert ("E2M1" in disassembled(entry.path / "kernel.cubin")["quantize"]) is not bool(own)
+    """To nearest; stochastic rounding is the kernel's own. The errors of 4/6 are those of values that it reads back."""
+    code = disassembled(entry.path / "kernel.cubin")["quantize"]
+    assert ("F2FP.SATFINITE.E2M1.F32" in code) is not spec.stochastic
+    assert ("F2FP.F16.E2M1.UNPACK" in code) is bool(spec.adaptive)
 
 
 @variants(GEMMS)

@@ -327,6 +327,11 @@ inline uint8_t to_e4m3_byte(float v) {  // nearest, ties to even, at most 448
   return v > 448 ? 126 : nearest;
 }
 
+inline uint32_t e2m1_to_half(uint32_t code) {  // its lowest four bits
+  static constexpr float values[] = {0.0f, 0.5f, 1.0f, 1.5f, 2.0f, 3.0f, 4.0f, 6.0f};
+  return float_to_half(code & 8 ? -values[code & 7] : values[code & 7]);
+}
+
 // --- matrices ---------------------------------------------------------------------------------------------------------
 
 // Of words that the lanes of a warp hold as MMAs do: row = lane / 4, columns 2 * (lane % 4) and the next.

@@ -127,7 +127,10 @@ def _compile_quantizer(folder: Path, spec: QuantizeSpec | SearchSpec) -> ctypes.
     driver = _QUANTIZE_DRIVER
     for name, word in words.items():
         driver = driver.replace(name, word)
-    library = compile_cpp(folder, spec.name, head + driver)
+    feature = (
+        "" if spec.arch == "sm_90a" else f"#define __CUDA_ARCH_FEAT_{spec.arch[:-1].replace('_', '').upper()}_ALL\n"
+    )
+    library = compile_cpp(folder, spec.name, feature + head + driver)
     library.run.restype = ctypes.c_char_p
     return library
 

@@ -29,7 +29,11 @@ _RULES: dict[str, tuple[tuple[str, str], ...]] = {
         ),
         (
             r'uint32_t word;\s*asm\(\s*"\{\\n\.reg \.b8.*?return word;',
-            "return 0;",
+            "uint32_t word = 0; for (int i = 7; i >= 0; --i) word = word << 4 | to_e2m1(value(i)); return word;",
+        ),
+        (
+            r'asm\("\{\\n\.reg \.b8 b<4>;\\nmov\.b32 \{b0.*?"r"\(word\)\);',
+            "for (int i = 0; i < 4; ++i, word >>= 8) pairs[i] = e2m1_to_half(word) | e2m1_to_half(word >> 4) << 16;",
         ),
         (r'float v;\s*asm\("cvt\.f32\.f16.*?return v;', "return half_bits_to_float(bits);"),
         (r'uint32_t m;\s*asm\("max\.NaN\.xorsign\.abs\.bf16x2.*?return m;', "return max_xorsign(a, b, 0x7F80);"),

@@ -8,7 +8,7 @@ namespace fp4gemm {
 enum class Adaptive { kNone, kMse, kMae };  // what is summed over the 16 values: squares or magnitudes of errors
 
 // How a block can be written: scale, codes, and its error in units of the scaled tensor, whose value is `level` = |x| * S.
-// Codes and errors are those of magnitudes: the sign changes neither.
+// Errors, and without hardware codes, are those of magnitudes: the sign changes neither.
 template <Adaptive kError, class Divider> class Candidate {
  public:
   uint8_t const scale;
@@ -39,6 +39,17 @@ template <Adaptive kError, class Divider> class Candidate {
     uint32_t const bits = kFour ? magnitude_code_of_4(v, magic_of(i)) : magnitude_code(v, magic_of(i));
     word_[i / 8] += bits << (4 * (i % 8));
     add(__fmul_rn(__uint_as_float(bits << 22), 0x1p126f), level);
+  }
+  // Eight values, with their signs, where the hardware rounds.
+  template <class Element>
+  __device__ __forceinline__ void take_eight(typename Element::Block const& x, int half, float encode) {
+    auto const value = [&](int i) { return Element::value(x, 8 * half + i); };
+    word_[half] = to_e2m1_eight([&](int i) { return quotient(value(i)); });
+    uint32_t pairs[4];
+    from_e2m1_eight(word_[half], pairs);
+#pragma unroll
+    for (int i = 0; i < 8; ++i)
+      add(half_to_float(static_cast<uint16_t>(pairs[i / 2] >> (i % 2 * 16))), __fmul_rn(value(i), encode));
   }
   // Any value, with its sign; NaN does not count.
   __device__ void take_any(int i, float value, float encode) {
@@ -85,6 +96,16 @@ __device__ __forceinline__ EncodedBlock encode_adaptive(typename Element::Block 
   float const unrounded = __fmul_rn(fabsf(amax), line.x);
   auto six = candidate(unrounded), four = candidate(__fmul_rn(unrounded, 1.5f));
   // As bits: those of NaN and of what is flagged, whose sign is set, are larger.
+  if constexpr (kHasE2m1) {  // which saturates
+    if (max(__float_as_uint(six.quotient(amax)), __float_as_uint(four.quotient(amax))) > __float_as_uint(kFloatMax))
+      return adaptive_any<kError, Element, Convention>(x, amax, outer);
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      six.template take_eight<Element>(x, half, outer.encode);
+      four.template take_eight<Element>(x, half, outer.encode);
+    }
+    return better(six, four);
+  }
   if (!(__float_as_uint(six.quotient(amax)) < __float_as_uint(kQuickLimit) && four.quotient(amax) < kFourLimit))
     return adaptive_any<kError, Element, Convention>(x, amax, outer);
 #pragma unroll

@@ -105,9 +105,18 @@ template <class Value> __device__ __forceinline__ uint32_t to_e2m1_eight(Value c
         "f"(value(7)));
   return word;
 }
+// And back: four pairs of fp16.
+__device__ __forceinline__ void from_e2m1_eight(uint32_t word, uint32_t (&pairs)[4]) {
+  asm("{\n.reg .b8 b<4>;\nmov.b32 {b0, b1, b2, b3}, %4;\n"
+      "cvt.rn.f16x2.e2m1x2 %0, b0;\ncvt.rn.f16x2.e2m1x2 %1, b1;\n"
+      "cvt.rn.f16x2.e2m1x2 %2, b2;\ncvt.rn.f16x2.e2m1x2 %3, b3;\n}"
+      : "=r"(pairs[0]), "=r"(pairs[1]), "=r"(pairs[2]), "=r"(pairs[3])
+      : "r"(word));
+}
 #else
 inline constexpr bool kHasE2m1 = false;
 template <class Value> __device__ uint32_t to_e2m1_eight(Value const&);
+__device__ void from_e2m1_eight(uint32_t, uint32_t (&)[4]);
 #endif
 
 // One type per input element. Raw is one in memory, of kBytes; unpack makes a Block of the words of 16. Then: conversion to
