@@ -1,4 +1,5 @@
-// Asynchronous copies and barriers of sm_90 in their PTX form: named barriers, mbarriers, bulk and tensor copies, clusters, dependent launches.
+// Asynchronous copies and barriers of sm_90 in their PTX form: named barriers, mbarriers, bulk and tensor copies, clusters,
+// dependent launches.
 #pragma once
 
 #include "fp4gemm/numeric.hpp"

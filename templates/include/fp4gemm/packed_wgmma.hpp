@@ -255,8 +255,8 @@ template <class Config> class PackedWgmma {
   }
 
   // Two warpgroups that end a tile together leave the tensor cores idle while both write it. So the second one begins each tile
-  // kLag stages behind the first: the one goes on while the other writes. With as many blocks as stages or more, the first cannot allow the next tile before the
-  // second has seen this one: it would need stages that the second has yet to release.
+  // kLag stages behind the first: the one goes on while the other writes. With as many blocks as stages or more, the first
+  // cannot allow the next tile before the second has seen this one: it would need stages that the second has yet to release.
   template <int kBarrier> __device__ __forceinline__ static void await(bool mine) {
     named_sync_if<256>(mine, kBarrier);
   }
