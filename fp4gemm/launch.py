@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ctypes
+import itertools
+import os
 import struct
 import threading
 from collections.abc import Iterator
@@ -24,7 +26,7 @@ NORM_ARGUMENTS = struct.Struct(QUANTIZE_ARGUMENTS.format + "3Qqf4x")
 AMAX_ARGUMENTS = struct.Struct("<2Q2q2i")
 DEQUANTIZE_ARGUMENTS = struct.Struct("<4QI2i4x")
 PACK_ARGUMENTS = struct.Struct("<3Q2q2i")
-GEMM_ARGUMENTS = struct.Struct("<12Q13q8iQ")  # GroupedArguments, of which other kernels read all but the offsets
+GEMM_ARGUMENTS = struct.Struct("<14Q13q8iQ")  # GroupedArguments, of which other kernels read all but the offsets
 
 
 @cache
@@ -176,7 +178,8 @@ class GemmProblem(NamedTuple):
 class Operands(NamedTuple):
     """What a launch writes into Params: addresses, 0 for what the kernel has not, and the bits of beta (float64).
 
-    ``offsets``: of a grouped product, the first row of each expert and the end of the last one's.
+    ``workspace``: of a kernel that has one, and ``launch`` a number that tells what this launch leaves there from what
+    others have left. ``offsets``: of a grouped product, the first row of each expert and the end of the last one's.
     """
 
     a: int
@@ -191,10 +194,19 @@ class Operands(NamedTuple):
     outer_d: int
     bias: int
     beta: int
+    workspace: int = 0
+    launch: int = 0
     offsets: int = 0
 
 
 OPERANDS = Operands._fields
+
+_launches = itertools.count(int.from_bytes(os.urandom(7), "little") + 1)
+
+
+def new_launch() -> int:
+    """``Operands.launch``: fresh memory holds it by accident once in 2**56 times, and never what a launch has left."""
+    return next(_launches)
 
 
 def beta_bits(beta: float) -> int:

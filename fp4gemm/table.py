@@ -16,12 +16,12 @@ from fp4gemm.files import gpu_slug, write_whole
 
 PACKAGED = Path(__file__).with_name("sm90_table.json")
 _SCHEMA = 1
-_CONFIG_LENGTHS = {"mma": 7, "wgmma": 7, "collective": 3}
+_CONFIG_LENGTHS = {"mma": 7, "wgmma": 7, "collective": 3, "stream_k": 3}
 
 
 @dataclass(frozen=True)
 class Choice:
-    """For up to ``m`` tokens: the kind of kernel ("mma", "wgmma", "collective") and its configuration
+    """For up to ``m`` tokens: the kind of kernel ("mma", "wgmma", "collective", "stream_k") and its configuration
     (``select.packed_of``)."""
 
     m: int

@@ -53,6 +53,8 @@ WGMMA = (
     (256, 1, 2, 1, 2, 1, 6),
 )  # fmt: skip
 COLLECTIVE = ((128, 256, 1), (128, 256, 2), (64, 256, 1), (64, 256, 2))
+STREAM_K = ((128, 256, 2),)
+CONFIGS = {"mma": MMA, "wgmma": WGMMA, "collective": COLLECTIVE, "stream_k": STREAM_K}
 # Grouped: without a split, and stages as deep as shared memory lets them be, because tiles follow each other.
 GROUPED = (
     (8, 1, 1, 4, 1, 1, 40), (8, 2, 1, 4, 1, 1, 28), (8, 3, 1, 4, 1, 1, 20), (8, 4, 2, 2, 1, 1, 20),
@@ -77,7 +79,7 @@ def candidates(m: int, n: int, k: int, sms: int) -> list[PackedSpec]:
 
 
 def _candidates(m: int, n: int, k: int, sms: int) -> Iterator[tuple[str, tuple[int, ...], PackedSpec]]:
-    for kernel, configs in (("mma", MMA), ("wgmma", WGMMA), ("collective", COLLECTIVE)):
+    for kernel, configs in CONFIGS.items():
         for config in configs:
             spec = select.packed_of(kernel, config, "bf16", "bf16", None, False)
             if isinstance(spec, PackedCollectiveSpec):

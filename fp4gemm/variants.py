@@ -110,6 +110,7 @@ def _sm90_packed() -> list[KernelSpec]:
         PackedWgmmaSpec("sm_90a", "bf16", "bf16", None, False, *many, grouped=True),
         PackedCollectiveSpec("sm_90a", "bf16", "bf16", None, (64, 256, 64), (1, 1), "pingpong"),
         PackedCollectiveSpec("sm_90a", "bf16", "bf16", None, (128, 256, 64), (2, 1), "cooperative"),
+        PackedCollectiveSpec("sm_90a", "bf16", "bf16", None, (128, 256, 64), (2, 1), "cooperative", stream_k=True),
     ]
 
 

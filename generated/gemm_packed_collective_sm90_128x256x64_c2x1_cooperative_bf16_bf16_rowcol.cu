@@ -29,7 +29,8 @@ using Mainloop = fp4gemm::PackedMainloop<Element, TileShape, ClusterShape,
                                          cutlass::gemm::KernelTmaWarpSpecializedCooperative,
                                          static_cast<int>(sizeof(typename Epilogue::SharedStorage))>;
 
-using Kernel = cutlass::gemm::kernel::GemmUniversal<Shape<int, int, int, int>, Mainloop, Epilogue, cutlass::gemm::PersistentScheduler>;
+using Kernel = cutlass::gemm::kernel::GemmUniversal<Shape<int, int, int, int>, Mainloop, Epilogue,
+                                                    cutlass::gemm::PersistentScheduler>;
 
 FP4GEMM_META(Kernel, 2, 1)
 

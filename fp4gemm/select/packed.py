@@ -23,12 +23,15 @@ def pack_spec(arch: str, sf_layout: str, direction: str) -> PackSpec:
 def packed_of(
     kernel: str, config: tuple[int, ...], a_dtype: str, out_dtype: str, bias: str | None, source: bool
 ) -> PackedSpec:
-    """The spec of a row of the table; a collective's configuration is (weight rows, tokens, cluster along rows)."""
-    if kernel == "collective":
+    """The spec of a row of the table; a collective's configuration is (weight rows, tokens, cluster along rows).
+
+    "stream_k" is a collective whose clusters share the K of a tile where there are few.
+    """
+    if kernel in ("collective", "stream_k"):
         rows, tokens, cluster = config
         tile, schedule = (rows, tokens, 64), _SCHEDULES[rows]
-        c = out_dtype if source else None
-        return PackedCollectiveSpec("sm_90a", a_dtype, out_dtype, bias, tile, (cluster, 1), schedule, c)
+        c, stream_k = out_dtype if source else None, kernel == "stream_k"
+        return PackedCollectiveSpec("sm_90a", a_dtype, out_dtype, bias, tile, (cluster, 1), schedule, c, stream_k)
     terms = ("sm_90a", a_dtype, out_dtype, bias, source)
     if kernel == "mma":
         tiles, warps, stages, blocks, split, loaders, pairs = config

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from fp4gemm.formats import PACKED_BLOCK_BYTES
+from fp4gemm.formats import PACKED_BLOCK, PACKED_BLOCK_BYTES
 from fp4gemm.spec.common import DTYPES, short, unknown
 
 SM90_SHARED_BYTES = 232448  # that a CTA can have
@@ -45,7 +45,8 @@ class PackedCollectiveSpec:
     """D[M, N] = cast(outer_a * (outer_b * (x . w^T)) [+ bias] [+ beta * C]) on sm_90a, w a prepacked NVFP4 weight.
 
     ``a_dtype`` is that of x, ``source`` that of C or None; ``tile`` counts weight rows, tokens and K, ``cluster`` CTAs
-    along weight rows, which share their tokens, and along tokens."""
+    along weight rows, which share their tokens, and along tokens. ``stream_k``: clusters share the K of tiles that are
+    no whole round (templates/include/fp4gemm/pieces.hpp)."""
 
     template: ClassVar[str] = "gemm_packed_collective.cu.jinja"
     uses_cutlass: ClassVar[bool] = True
@@ -59,13 +60,20 @@ class PackedCollectiveSpec:
     cluster: tuple[int, int]
     schedule: str
     source: str | None = None
+    stream_k: bool = False
 
     @property
     def name(self) -> str:
         tile = "x".join(map(str, self.tile))
         flags = (f"_bias_{self.bias}" if self.bias else "") + (f"_source_{self.source}" if self.source else "")
+        flags += "_stream_k" if self.stream_k else ""
         parts = (tile, f"c{self.cluster[0]}x{self.cluster[1]}", self.schedule, self.a_dtype, self.out_dtype, "rowcol")
         return f"gemm_packed_collective_{short(self.arch)}_" + "_".join(parts) + flags
+
+    def workspace_bytes(self, sms: int) -> int:
+        """That a launch needs on a GPU of so many SMs: where a CTA leaves the sums of a part of a tile, and flags."""
+        rows, tokens, _ = self.tile
+        return sms * (4 * rows * tokens + 8 * rows // PACKED_BLOCK) if self.stream_k else 0
 
     def why_not(self) -> str | None:
         rows = {"cooperative": 128, "pingpong": 64}.get(self.schedule)
@@ -77,6 +85,8 @@ class PackedCollectiveSpec:
             return f"tile of {self.schedule}: got {self.tile}, expected ({rows}, 64, 128 or 256 tokens, 64)"
         if self.cluster[0] not in (1, 2, 4) or self.cluster[1] not in (1, 2):
             return f"cluster: got {self.cluster}, expected 1, 2 or 4 CTAs along weight rows, 1 or 2 along tokens"
+        if self.stream_k and self.schedule != "cooperative":
+            return f"stream_k: got schedule {self.schedule!r}, expected 'cooperative'"
         sources = (None, self.out_dtype) + (("fp32",) if self.tile[:2] != (128, 256) else ())  # else 3 stages remain
         if self.source not in sources:
             return f"source of {self.out_dtype}, tile {self.tile}: got {self.source!r}, expected one of {sources}"

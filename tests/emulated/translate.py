@@ -79,6 +79,7 @@ _RULES: dict[str, tuple[tuple[str, str], ...]] = {
     ),
     "packed_gemm.hpp": ((r'uint32_t v;\s*asm volatile\("movmatrix.*?return v;', "return transpose_matrix(pair);"),),
     "packed_tiles.hpp": (),
+    "pieces.hpp": (),
     "packed_mma.hpp": (),
     "packed_mma_config.hpp": (
         (

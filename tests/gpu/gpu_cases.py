@@ -253,8 +253,8 @@ Variant = tuple[str, str, str | None, bool]  # dtypes of x, D and bias, and whet
 
 # What the table does not use yet but a tuner may: four CTAs that share tokens, half a swizzle atom each; tiles that are
 # no powers of two; sharing and splitting at once; row tiles of uneven height; warpgroups that take turns at few tokens;
-# a collective whose warpgroups share a tile; every split of the mma.sync kernel, with and without warps that only load
-# tokens, and warps in pairs.
+# a collective whose warpgroups share a tile, and one of single CTAs that share the K of tiles; every split of the
+# mma.sync kernel, with and without warps that only load tokens, and warps in pairs.
 EXTRA_CONFIGS: tuple[Config, ...] = (
     ("wgmma", (16, 1, 1, 1, 4, 1, 8)),
     ("wgmma", (64, 1, 1, 2, 4, 1, 8)),
@@ -267,6 +267,7 @@ EXTRA_CONFIGS: tuple[Config, ...] = (
     ("wgmma", (128, 4, 2, 1, 1, 1, 6)),
     ("wgmma", (64, 1, 2, 1, 1, 1, 8)),
     ("collective", (128, 256, 2)),
+    ("stream_k", (128, 256, 1)),
     ("mma", (1, 4, 8, 2, 4, 0, 0)),
     ("mma", (1, 16, 2, 1, 2, 2, 0)),
     ("mma", (2, 8, 4, 2, 1, 0, 0)),

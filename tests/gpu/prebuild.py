@@ -27,7 +27,7 @@ def wanted() -> list[KernelSpec]:
     sanitize_cases and examples/train.py launch."""
     nvfp4 = [("bf16", out, bias, False) for out in DTYPES for bias in (None, *DTYPES)]
     configs = cases.table_configs()
-    collectives = [config for config in configs if config[0] == "collective"]
+    collectives = [config for config in configs if config[0] in ("collective", "stream_k")]
     pairs = [
         *product([config for config in configs if config not in collectives], (*nvfp4, *cases.PLAIN_VARIANTS)),
         # They take most of a minute each: what large products of the tests need.

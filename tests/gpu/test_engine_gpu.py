@@ -62,7 +62,7 @@ def assert_equal(got: torch.Tensor, want: torch.Tensor, what: str) -> None:
 def tokens_of(config: cases.Config) -> list[int]:
     """Around the token tile; for kernels with several of them, that many too."""
     kernel, (first, *rest) = config
-    tile = {"mma": 8 * first, "wgmma": first, "collective": rest[0]}[kernel]
+    tile = {"mma": 8 * first, "wgmma": first}.get(kernel) or rest[0]
     return sorted({1, tile - 1, tile, *((tile // 2 + 1,) if kernel == "mma" else (tile + 1, 2 * tile + 3))})
 
 
@@ -134,6 +134,40 @@ def test_several_rounds_of_a_persistent_grid(config: cases.Config, cuda: torch.d
         shapes += [(17 * m // 2, 3000, 72), (16 * (m // 2 - 1), 3072, 72)]
     served = [check_forced(config, cases.FORCED_VARIANTS[0], s, cuda_device(cuda), exact=True) for s in shapes]
     assert any(served)
+
+
+@pytest.mark.parametrize("source", [False, True])
+@pytest.mark.parametrize("cluster", [1, 2])
+def test_tiles_whose_k_is_shared(cluster: int, source: bool, cuda: torch.device) -> None:
+    """Fewer tiles than clusters, a few more, nearly another round; K of a block, and one that is hardly worth a cut.
+    Memory is poisoned, launches on two streams run at once, and a graph is replayed: the same flags, and numbers."""
+    device = cuda_device(cuda)
+    spec = select.packed_of("stream_k", (128, 256, cluster), "bf16", "bf16", None, source)
+    shapes = ((1, 8, 16), (300, 1000, 448), (256, 4096, 8192), (257, 136, 4104), (512, 20000, 2048), (700, 9000, 4096))
+    for m, n, k in (*shapes, (1024, 16384, 1032), (3000, 3000, 64)):
+        plain, packed = weight(n, k, True, device)
+        inputs = [cases.exact_activations(m, k, torch.bfloat16, seed).to(device) for seed in (1, 2)]
+        c = cases.exact_activations(m, n, torch.bfloat16, 3).to(device) if source else None
+        wants = [reference.gemm(x, plain, c=c, beta=0.5) for x in inputs]
+        results = [nan(m, n, dtype=torch.bfloat16, device=device) for _ in inputs]
+        streams = [torch.cuda.Stream() for _ in inputs]
+        torch.cuda.synchronize()
+        with cases.filled_with_nan():
+            for _ in range(3):
+                for stream, x, d in zip(streams, inputs, results, strict=True):
+                    with torch.cuda.stream(stream):
+                        cases.force(spec, x, packed, None, c, 0.5, d)
+        torch.cuda.synchronize()
+        for d, want in zip(results, wants, strict=True):
+            assert_equal(d, want, f"{m}x{n}x{k}, two streams")
+        graph, d = torch.cuda.CUDAGraph(), nan(m, n, dtype=torch.bfloat16, device=device)
+        with torch.cuda.graph(graph):
+            for x in inputs:
+                cases.force(spec, x, packed, None, c, 0.5, d)
+        for _ in range(3):
+            d.fill_(float("nan"))
+            graph.replay()
+            assert_equal(d, wants[-1], f"{m}x{n}x{k}, graph")
 
 
 def cuda_device(cuda: torch.device) -> torch.device:

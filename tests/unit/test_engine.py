@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -68,3 +69,17 @@ def test_a_collective_is_always_launched_early(dependent, launched):
     x, data, one, out = operands()
     engine.launch_spec(COLLECTIVE, x, Weight(data, one, N, K), None, out, dependent)
     assert [call[:2] for call in launched] == [(7, True)]
+
+
+def test_a_kernel_that_shares_tiles_has_memory_and_a_number_of_its_own(launched, monkeypatch):
+    """Launches on two streams may run at once, and what one left in memory must not count for the next."""
+    monkeypatch.setattr(engine.select, "gpu_of", lambda device: ("NVIDIA H200", 132))
+    x, data, one, out = operands()
+    spec = replace(COLLECTIVE, stream_k=True)
+    for s in (spec, spec, COLLECTIVE):
+        engine.launch_spec(s, x, Weight(data, one, N, K), None, out)
+    first, second, plain = (call[2] for call in launched)
+    assert first.workspace
+    assert 0 < first.launch < second.launch < 2**63
+    assert (plain.workspace, plain.launch) == (0, 0)
+    assert spec.workspace_bytes(132) == 132 * (128 * 256 * 4 + 2 * 8)

@@ -51,7 +51,7 @@ def driver(monkeypatch):
 
 
 def test_stand_ins_are_distinct_aligned_and_no_allocation():
-    assert len(set(STAND_INS)) == len(OPERANDS) == 13
+    assert len(set(STAND_INS)) == len(OPERANDS) == 15
     assert all(address % 128 == 0 for address in STAND_INS)
     assert all(2**32 < address < 2**47 for address in STAND_INS)  # as a user's address, so the driver encodes it
     # No stand-in is another one with a small offset: an address inside Params that moved is not mistaken for it.
@@ -61,7 +61,7 @@ def test_stand_ins_are_distinct_aligned_and_no_allocation():
 
 
 def test_arguments_are_as_large_as_their_struct():
-    """GroupedArguments of grouped.hpp: 13 words, strides and 8 ints."""
+    """GroupedArguments of grouped.hpp: 15 words, strides and 8 ints."""
     assert launch.GEMM_ARGUMENTS.size == 8 * (len(OPERANDS) + 4 + len(launch.NO_BATCH) - 1) + 4 * 8
 
 

@@ -213,7 +213,7 @@ def test_kernels_for_one_token_quantize_it():
         assert fused.name != mma.name
     assert select.quantizing(replace(mma, a_dtype="fp16"), "fp16", 1) is None
     assert select.quantizing(mma, "bf16", 2) is None
-    for other in (("wgmma", (64, 2, 2, 2, 1, 2, 12)), ("collective", (128, 256, 2))):
+    for other in (("wgmma", (64, 2, 2, 2, 1, 2, 12)), ("collective", (128, 256, 2)), ("stream_k", (128, 256, 2))):
         assert select.quantizing(select.packed_of(*other, "bf16", "bf16", None, False), "bf16", 1) is None
 
 

@@ -181,6 +181,11 @@ def test_the_examples_are_possible(good):
             (PACKED_GEMM, {"cluster": n}, f"cluster: got {n}, expected 1, 2 or 4 CTAs")
             for n in ((3, 1), (8, 1), (1, 4))
         ),
+        (
+            PACKED_GEMM,
+            {"tile": (64, 256, 64), "schedule": "pingpong", "stream_k": True},
+            "stream_k: got schedule 'pingpong', expected 'cooperative'",
+        ),
         (PACKED_GEMM, {"source": "fp16"}, "source of bf16, tile (128, 256, 64): got 'fp16', expected one of"),
         (PACKED_GEMM, {"source": "fp32"}, "source of bf16, tile (128, 256, 64): got 'fp32', expected one of"),
     ],
@@ -206,6 +211,7 @@ def test_check_names_the_field_and_what_it_expects(good, changes, reason):
         *((PACKED_WGMMA, {"multicast": n, "split": split}) for n, split in ((4, 1), (2, 2), (1, 4))),
         (PACKED_GEMM, {"source": "bf16"}),
         (PACKED_GEMM, {"tile": (128, 128, 64), "source": "fp32"}),
+        (PACKED_GEMM, {"stream_k": True}),
         *((GEMM, {"tile": tile, "cluster": cluster, "schedule": schedule}) for tile in SM100_TILES
           for cluster in SM100_CLUSTERS if cluster[0] > 1 or tile[0] == 128 for schedule in ("static", "clc")),
         *((GEMM120, {"tile": tile, "schedule": schedule}) for schedule, tiles in SM120_TILES.items() for tile in tiles),
@@ -337,7 +343,7 @@ def test_names_are_unique_and_are_file_names():
            ("column_major", True), ("sf_layout", "linear"))),
         *((PACKED_GEMM, field, other) for field, other in
           (("arch", "sm_100a"), ("a_dtype", "fp16"), ("out_dtype", "fp32"), ("bias", "bf16"), ("tile", (128, 128, 64)),
-           ("cluster", (1, 1)), ("schedule", "pingpong"), ("source", "bf16"))),
+           ("cluster", (1, 1)), ("schedule", "pingpong"), ("source", "bf16"), ("stream_k", True))),
         *((good, field, other) for good in (PACKED_MMA, PACKED_WGMMA) for field, other in
           (("arch", "sm_100a"), ("a_dtype", "fp16"), ("out_dtype", "fp32"), ("bias", "bf16"), ("source", True),
            ("split", 4), ("stages", 5))),
@@ -384,4 +390,5 @@ def test_default_variants_serve_each_arch():
         assert {v.schedule for v in chosen if isinstance(v, PackedCollectiveSpec)} == (
             {"cooperative", "pingpong"} if arch == "sm_90a" else set()
         )
+        assert any(v.stream_k for v in chosen if isinstance(v, PackedCollectiveSpec)) == (arch == "sm_90a")
     assert default_variants() == [v for arch in ARCHS for v in default_variants([arch])]

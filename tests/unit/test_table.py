@@ -122,7 +122,7 @@ def test_the_packaged_table():
     rows = table.read(table.PACKAGED)
     assert len({(r.m, r.n, r.k) for r in rows}) == len(rows)
     assert {r.m for r in rows} >= {1, 8, 16, 32, 64, 128}
-    assert {r.kernel for r in rows} <= {"mma", "wgmma", "collective"}
+    assert {r.kernel for r in rows} <= {"mma", "wgmma", "collective", "stream_k"}
 
 
 GPU = ("NVIDIA H200 (test)", 132)

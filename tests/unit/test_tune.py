@@ -32,17 +32,13 @@ def test_every_product_has_candidates_and_they_can_serve_it(n, k):
 
 def test_every_configuration_is_a_candidate_somewhere():
     everywhere = {spec for m in tune.SIZES for n, k in tune.SHAPES for spec in tune.candidates(m, n, k, SMS)}
-    for kernel, configs in (("mma", tune.MMA), ("wgmma", tune.WGMMA), ("collective", tune.COLLECTIVE)):
+    for kernel, configs in tune.CONFIGS.items():
         for config in configs:
             assert select.packed_of(kernel, config, "bf16", "bf16", None, False) in everywhere
 
 
 def test_the_packaged_table_names_candidates_only():
-    known = (
-        {("mma", c) for c in tune.MMA}
-        | {("wgmma", c) for c in tune.WGMMA}
-        | {("collective", c) for c in tune.COLLECTIVE}
-    )
+    known = {(kernel, config) for kernel, configs in tune.CONFIGS.items() for config in configs}
     assert {(row.kernel, row.config) for row in table.read(table.PACKAGED)} <= known
 
 

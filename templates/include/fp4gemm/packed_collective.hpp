@@ -9,6 +9,7 @@
 #include "cutlass/gemm/kernel/gemm_universal.hpp"
 
 #include "fp4gemm/packed.hpp"
+#include "fp4gemm/stream_k.hpp"
 
 namespace fp4gemm {
 
@@ -311,10 +312,15 @@ template <class Kernel> CUTLASS_DEVICE Launch<Kernel> make_packed_launch(
   if constexpr (!cute::is_void_v<typename Epilogue::ElementC>) {
     epilogue.ptr_C = static_cast<typename Epilogue::ElementC const*>(args.c);
   }
-  return make_launch<Kernel>(
+  auto launch = make_launch<Kernel>(
       {args.n, args.m, args.k, 1},
       {static_cast<uint8_t const*>(args.b), static_cast<Tokens const*>(args.a), packed_stride(args.lda)}, epilogue,
       args.sm_count, token_tiles_together<Kernel>(args));
+  if constexpr (cute::is_same_v<typename Kernel::TileSchedulerTag, StreamK>) {
+    launch.params.scheduler.partial_sums = static_cast<float*>(args.workspace);
+    launch.params.scheduler.launch = args.launch;
+  }
+  return launch;
 }
 
 }  // namespace fp4gemm
