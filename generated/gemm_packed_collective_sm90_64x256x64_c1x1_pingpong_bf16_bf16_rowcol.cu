@@ -17,11 +17,13 @@ using ClusterShape = Shape<_1, _1, _1>;
 inline constexpr int kAlignmentC = 128 / cutlass::sizeof_bits<ElementD>::value;
 inline constexpr int kAlignmentD = 128 / cutlass::sizeof_bits<ElementD>::value;
 
+using EpilogueTile = cutlass::epilogue::collective::EpilogueTileAuto;
+
 using EpilogueTree = Sm90EVT<Sm90Compute<cutlass::multiplies, ElementD, float, cutlass::FloatRoundStyle::round_to_nearest>, Sm90RowBroadcast<0, CtaTile, float, float, fp4gemm::AlongN>, Sm90EVT<Sm90Compute<cutlass::multiplies, float, float, cutlass::FloatRoundStyle::round_to_nearest>, Sm90ColBroadcast<0, CtaTile, float, float, fp4gemm::AlongM>, Sm90EVT<Sm90Compute<cutlass::multiplies, float, float, cutlass::FloatRoundStyle::round_to_nearest>, Sm90ScalarBroadcast<float>, Sm90AccFetch>>>;
 
 using Epilogue = typename cutlass::epilogue::collective::CollectiveBuilder<
     cutlass::arch::Sm90, cutlass::arch::OpClassTensorOp, TileShape, ClusterShape,
-    cutlass::epilogue::collective::EpilogueTileAuto, float, float,
+    EpilogueTile, float, float,
     ElementC, cutlass::layout::ColumnMajor, kAlignmentC, ElementD, cutlass::layout::ColumnMajor, kAlignmentD,
     cutlass::epilogue::TmaWarpSpecialized, EpilogueTree>::CollectiveOp;
 
