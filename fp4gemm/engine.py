@@ -9,7 +9,15 @@ import torch
 from torch import Tensor
 
 from fp4gemm import select
-from fp4gemm.launch import GemmProblem, Operands, address_of_one, beta_bits, gemm_plan, is_programmatic, new_launch
+from fp4gemm.launch import (
+    GemmProblem,
+    Operands,
+    address_of_one,
+    beta_bits,
+    gemm_plan,
+    is_programmatic,
+    new_launch_number,
+)
 from fp4gemm.packed_plan import PackedProblem, packed_plan
 from fp4gemm.spec import PackedCollectiveSpec, PackedSpec, PackedWgmmaSpec
 
@@ -193,7 +201,7 @@ def launch_spec(
         )  # fmt: skip
         if spec.stream_k:  # memory of its own: launches on two streams may run at once
             workspace = d.new_empty(spec.workspace_bytes(select.gpu_of(device)[1]), dtype=torch.uint8)
-            operands = operands._replace(workspace=workspace.data_ptr(), launch=new_launch())
+            operands = operands._replace(workspace=workspace.data_ptr(), launch_number=new_launch_number())
         plan(stream, True, operands)  # it waits before it touches anything
         return
     packed_plan(spec, PackedProblem(m, w.n, w.k, x_stride, ldd, not row_major, *per_row), device)(

@@ -178,7 +178,7 @@ class GemmProblem(NamedTuple):
 class Operands(NamedTuple):
     """What a launch writes into Params: addresses, 0 for what the kernel has not, and the bits of beta (float64).
 
-    ``workspace``: of a kernel that has one, and ``launch`` a number that tells what this launch leaves there from what
+    ``workspace``: of a kernel that has one, and ``launch_number`` what tells what this launch leaves there from what
     others have left. ``offsets``: of a grouped product, the first row of each expert and the end of the last one's.
     """
 
@@ -195,18 +195,20 @@ class Operands(NamedTuple):
     bias: int
     beta: int
     workspace: int = 0
-    launch: int = 0
+    launch_number: int = 0
     offsets: int = 0
 
 
 OPERANDS = Operands._fields
 
-_launches = itertools.count(int.from_bytes(os.urandom(7), "little") + 1)
+_launch_numbers = itertools.count(int.from_bytes(os.urandom(7), "little") + 1)
 
 
-def new_launch() -> int:
-    """``Operands.launch``: fresh memory holds it by accident once in 2**56 times, and never what a launch has left."""
-    return next(_launches)
+def new_launch_number() -> int:
+    """Fresh memory holds it by accident, a word once in 2**56 times. No earlier launch has left it: who waits for a
+    flag clears it.
+    """
+    return next(_launch_numbers)
 
 
 def beta_bits(beta: float) -> int:

@@ -25,7 +25,7 @@ def packed_of(
 ) -> PackedSpec:
     """The spec of a row of the table; a collective's configuration is (weight rows, tokens, cluster along rows).
 
-    "stream_k" is a collective whose clusters share the K of a tile where there are few.
+    "stream_k" is a collective whose clusters share the K of tiles that are no whole round.
     """
     if kernel in ("collective", "stream_k"):
         rows, tokens, cluster = config

@@ -87,6 +87,8 @@ class PackedCollectiveSpec:
             return f"cluster: got {self.cluster}, expected 1, 2 or 4 CTAs along weight rows, 1 or 2 along tokens"
         if self.stream_k and self.schedule != "cooperative":
             return f"stream_k: got schedule {self.schedule!r}, expected 'cooperative'"
+        if self.stream_k and self.cluster not in ((1, 1), (2, 1)):  # larger ones may not all be resident at once
+            return f"cluster of stream_k: got {self.cluster}, expected one or two CTAs along weight rows"
         sources = (None, self.out_dtype) + (("fp32",) if self.tile[:2] != (128, 256) else ())  # else 3 stages remain
         if self.source not in sources:
             return f"source of {self.out_dtype}, tile {self.tile}: got {self.source!r}, expected one of {sources}"

@@ -18,7 +18,7 @@ extern "C" int pieces(int tiles, int tile_blocks, int clusters, int cluster, int
   int count = 0;
   for (Piece p = all.first(cluster); p.tile < tiles; p = all.next(p, cluster), ++count) {
     if (count == room) return -1;
-    int const numbers[] = {p.tile, p.first, p.count, all.ends(p)};
+    int const numbers[] = {p.tile, p.block, p.count, all.ends(p)};
     for (int i = 0; i < 4; ++i) out[4 * count + i] = numbers[i];
   }
   return count;
@@ -77,6 +77,7 @@ def test_pieces(problem: tuple[int, int, int], library: ctypes.CDLL) -> None:
             part -= 1
             fetched.append(part)
         assert fetched == [other for _, _, other, _ in reversed(others)], f"tile {tile}: sums that are not added"
+    assert max(work) <= -(-tiles // clusters) * tile_blocks, "slower than whole tiles"
     # No more than an equal share, but for ends that are moved to the border of a tile; a short K is not worth a cut.
     if tile_blocks >= 8 and tiles * tile_blocks >= 8 * clusters:
         assert max(work) <= tiles * tile_blocks / clusters + 1 + 2 * 3

@@ -35,6 +35,7 @@ def wanted() -> list[KernelSpec]:
         *product(cases.EXTRA_CONFIGS, cases.FORCED_VARIANTS),
         *product(sanitize_cases.ENGINE_CONFIGS, [("bf16", "bf16", "bf16", source) for source in (True, False)]),
     ]
+    pairs += product([("stream_k", (128, 256, cluster)) for cluster in (1, 2)], [("bf16", "bf16", None, True)])
     # A layer under autocast whose bias is float32, as examples/train.py has them.
     pairs += product(collectives, [("bf16", "bf16", "fp32", False)])
     specs = dict.fromkeys(select.packed_of(*config, *variant) for config, variant in pairs)

@@ -80,6 +80,6 @@ def test_a_kernel_that_shares_tiles_has_memory_and_a_number_of_its_own(launched,
         engine.launch_spec(s, x, Weight(data, one, N, K), None, out)
     first, second, plain = (call[2] for call in launched)
     assert first.workspace
-    assert 0 < first.launch < second.launch < 2**63
-    assert (plain.workspace, plain.launch) == (0, 0)
+    assert 0 < first.launch_number < second.launch_number < 2**63
+    assert (plain.workspace, plain.launch_number) == (0, 0)
     assert spec.workspace_bytes(132) == 132 * (128 * 256 * 4 + 2 * 8)

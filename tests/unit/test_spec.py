@@ -186,6 +186,11 @@ def test_the_examples_are_possible(good):
             {"tile": (64, 256, 64), "schedule": "pingpong", "stream_k": True},
             "stream_k: got schedule 'pingpong', expected 'cooperative'",
         ),
+        (
+            PACKED_GEMM,
+            {"stream_k": True, "cluster": (4, 1)},
+            "cluster of stream_k: got (4, 1), expected one or two CTAs",
+        ),
         (PACKED_GEMM, {"source": "fp16"}, "source of bf16, tile (128, 256, 64): got 'fp16', expected one of"),
         (PACKED_GEMM, {"source": "fp32"}, "source of bf16, tile (128, 256, 64): got 'fp32', expected one of"),
     ],

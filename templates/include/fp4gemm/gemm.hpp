@@ -31,7 +31,7 @@ struct GemmArguments {
   void const* bias;  // [n]
   double beta;
   void* workspace;  // of kernels that share the K of a tile
-  uint64_t launch;  // a number that no other launch has
+  uint64_t launch_number;  // that no other launch has
   int64_t lda, ldb, ldc, ldd;
   // From one member of a batch to the next, in elements; 0 where it is the same for all.
   int64_t batch_a, batch_b, batch_c, batch_d, batch_sfd, batch_outer_a, batch_outer_b, batch_outer_d, batch_bias;

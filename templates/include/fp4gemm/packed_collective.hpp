@@ -318,7 +318,7 @@ template <class Kernel> CUTLASS_DEVICE Launch<Kernel> make_packed_launch(
       args.sm_count, token_tiles_together<Kernel>(args));
   if constexpr (cute::is_same_v<typename Kernel::TileSchedulerTag, StreamK>) {
     launch.params.scheduler.partial_sums = static_cast<float*>(args.workspace);
-    launch.params.scheduler.launch = args.launch;
+    launch.params.scheduler.launch_number = args.launch_number;
   }
   return launch;
 }

@@ -15,12 +15,12 @@ namespace fp4gemm {
 // What a cluster does without a break: blocks of a tile's K.
 struct Piece {
   int tile;
-  int first, count;
+  int block, count;  // the first one, and how many
   int left;  // of the cluster's part of the line, in front of these
 };
 
 struct Pieces {
-  static constexpr int kLeast = 4;  // blocks that are worth an end inside a tile
+  static constexpr int kLeast = 4;  // ends that are nearer to the border of a tile than so many blocks move there
 
   int clusters;
   int tile_blocks;  // of K
@@ -31,8 +31,9 @@ struct Pieces {
   __device__ Pieces(int tiles, int tile_blocks_, int clusters_) : clusters(clusters_), tile_blocks(tile_blocks_) {
     int const rest = tiles % clusters;
     cut = rest > 0 && 2 * rest < clusters && tiles > clusters ? rest + clusters : rest;
-    if (int64_t(cut) * tile_blocks * clusters > UINT32_MAX) cut = 0;  // K of some millions: begin() would overflow
-    int const most = cut * tile_blocks / (2 * kLeast);
+    if (int64_t(cut) * tile_blocks * clusters > UINT32_MAX) cut = 0;  // K of many millions: begin() would overflow
+    // Twice kLeast blocks each, so that none is empty when ends have moved; of a short K whole tiles.
+    int const twice = cut * tile_blocks / (2 * kLeast), most = twice > cut ? twice : cut;
     parts = most < 1 ? 1 : most < clusters ? most : clusters;
   }
 
@@ -52,14 +53,14 @@ struct Pieces {
 
   __device__ Piece next(Piece const& done, int cluster) const {
     if (done.left > 0) {
-      int const to = done.tile * tile_blocks + done.first;
+      int const to = done.tile * tile_blocks + done.block;
       return last_of(to - done.left, to);
     }
     return whole(done.tile < cut ? cut + cluster : done.tile + clusters);
   }
 
   // Whoever has a tile's last block stores it.
-  __device__ bool ends(Piece const& piece) const { return piece.first + piece.count == tile_blocks; }
+  __device__ bool ends(Piece const& piece) const { return piece.block + piece.count == tile_blocks; }
 
   // Whether, in front of what a part has of a tile, there is more, in the part before.
   __device__ bool continues(int part, int tile) const { return begin(part) > tile * tile_blocks; }

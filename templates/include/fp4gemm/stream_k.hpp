@@ -34,7 +34,7 @@ template <class Tile, class Cluster> class StreamKScheduler
     // make_packed_launch writes both. A place for the sums of each CTA; then, of each of its warpgroups, a flag that says that
     // they are there, by a number that no other launch has: nobody need clear it before the first.
     float* partial_sums;
-    uint64_t launch;
+    uint64_t launch_number;
   };
 
   struct WorkTileInfo : Base::WorkTileInfo {
@@ -47,7 +47,7 @@ template <class Tile, class Cluster> class StreamKScheduler
 
  public:
   CUTLASS_DEVICE explicit StreamKScheduler(Params const& params)
-      : Base(params), params_(params), cta_(index(params)), cluster_(cta_ / kCluster) {}
+      : Base(params), params_(params), cta_(cta_index(params)), cluster_(cta_ / kCluster) {}
 
   template <class Problem, class... Rest>
   static Params to_underlying_arguments(Problem problem, Tile tile, Cluster cluster,
@@ -80,7 +80,7 @@ template <class Tile, class Cluster> class StreamKScheduler
   template <class Problem> CUTLASS_DEVICE static int get_work_k_tile_count(WorkTileInfo const& at, Problem, Tile) {
     return at.piece.count;
   }
-  CUTLASS_DEVICE static int get_work_k_tile_start(WorkTileInfo const& at) { return at.piece.first; }
+  CUTLASS_DEVICE static int get_work_k_tile_start(WorkTileInfo const& at) { return at.piece.block; }
   CUTLASS_DEVICE static bool compute_epilogue(WorkTileInfo const& at, Params const& params) {
     return params.pieces.ends(at.piece);
   }
@@ -98,7 +98,7 @@ template <class Tile, class Cluster> class StreamKScheduler
     };
     auto* const flags = reinterpret_cast<uint64_t*>(params.partial_sums +
                                                     int64_t(params.pieces.clusters) * kCluster * kGroups * kGroupSums);
-    int cta = index(params);
+    int cta = cta_index(params);
     if (!compute_epilogue(at, params)) {
       float4* const to = place(cta);
       CUTLASS_PRAGMA_UNROLL
@@ -106,14 +106,14 @@ template <class Tile, class Cluster> class StreamKScheduler
         __stcg(to + i / 4 * kGroupThreads, float4{sums(i), sums(i + 1), sums(i + 2), sums(i + 3)});
       }
       named_sync<kGroupThreads>(barrier);
-      if (thread == 0) set_flag(flags + cta * kGroups + group, params.launch);
+      if (thread == 0) set_flag(flags + cta * kGroups + group, params.launch_number);
       return;
     }
     for (int part = cta / kCluster; params.pieces.continues(part, at.piece.tile); --part) {
       cta -= kCluster;
       uint64_t* const flag = flags + cta * kGroups + group;
       if (thread == 0) {
-        while (read_flag(flag) != params.launch) {
+        while (read_flag(flag) != params.launch_number) {
         }
         *flag = 0;  // a captured launch comes again with the same number
       }
@@ -129,7 +129,7 @@ template <class Tile, class Cluster> class StreamKScheduler
 
  private:
   // Of the CTA; those of a cluster follow each other.
-  CUTLASS_DEVICE static int index(Params const& params) {
+  CUTLASS_DEVICE static int cta_index(Params const& params) {
     return params.raster_order_ == RasterOrder::AlongN ? blockIdx.x + blockIdx.y * gridDim.x
                                                        : blockIdx.x * gridDim.y + blockIdx.y;
   }
