@@ -12,7 +12,7 @@ import pytest
 _DRIVER = """
 #include "fp4gemm/pieces.hpp"
 namespace fp4gemm {
-// Four numbers for each piece of a cluster, and whether it ends its tile; returns how many there are.
+// Of each piece of a cluster its tile, blocks and whether it ends the tile; returns how many pieces there are.
 extern "C" int pieces(int tiles, int tile_blocks, int clusters, int cluster, int* out, int room) {
   Pieces const all(tiles, tile_blocks, clusters);
   int count = 0;
