@@ -4,8 +4,9 @@
     compute-sanitizer --tool racecheck --error-exitcode 1 python tests/gpu/sanitize_cases.py
 
 Arguments choose suites (`quantize`, `engine`, ...), and `--kernel-name kernel_substring=gemm` the kernels that are
-checked: memcheck of a suite then takes seconds. Results are compared with the reference too. The caching allocator is
-off, so memcheck sees where a tensor ends.
+checked: memcheck of a suite then takes seconds. `--report-api-errors no`: a cuda-python newer than the driver asks it
+for functions that it has not, which would count as errors. Results are compared with the reference too. The caching
+allocator is off, so memcheck sees where a tensor ends.
 """
 
 from __future__ import annotations
