@@ -21,17 +21,22 @@ __device__ __forceinline__ typename Element::Block scaled_by(typename Element::B
   });
 }
 
-// Of a block, halves folded onto each other: an order that no tiling changes.
+// Halves folded onto each other. By recursion: of a loop in a loop whose end the first one changes the compiler unrolls half,
+// and finds each of these registers by comparing numbers.
+template <int kCount> __device__ __forceinline__ float folded(float (&s)[kBlock]) {
+  constexpr int kHalf = kCount / 2;
+#pragma unroll
+  for (int i = 0; i < kHalf; ++i) s[i] = __fadd_rn(s[i], s[i + kHalf]);
+  if constexpr (kHalf > 1) return folded<kHalf>(s);
+  return s[0];
+}
+
+// Of a block, in an order that no tiling changes.
 template <class Element> __device__ __forceinline__ float sum_of_squares(typename Element::Block const& x) {
   float s[kBlock];
 #pragma unroll
   for (int i = 0; i < kBlock; ++i) s[i] = __fmul_rn(Element::value(x, i), Element::value(x, i));
-#pragma unroll
-  for (int half = kBlock / 2; half > 0; half /= 2) {
-#pragma unroll
-    for (int i = 0; i < half; ++i) s[i] = __fadd_rn(s[i], s[i + half]);
-  }
-  return s[0];
+  return folded<kBlock>(s);
 }
 
 template <class Config> class RowNorm {
