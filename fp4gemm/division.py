@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from fp4gemm.formats import PACKED_BLOCK, PACKED_BLOCK_BYTES
-from fp4gemm.spec import PackedMmaSpec, PackedWgmmaSpec
+from fp4gemm.spec import PackedCollectiveSpec, PackedMmaSpec, PackedWgmmaSpec
 
 SM_SHARED_BYTES = 228 << 10
 SHARED_BYTES = 232448  # that a CTA of sm_90 can have
@@ -124,3 +125,32 @@ def wgmma_shared_bytes(spec: PackedWgmmaSpec) -> int:
     partials = spec.depth_groups * spec.split if spec.depth_groups > 1 else spec.split - 1
     lines = spec.row_groups * 4096 if spec.out_dtype != "fp32" and spec.depth_groups == 1 and fragments % 2 == 0 else 0
     return 2048 + spec.stages * stage + spec.panels * partials * fragments * 2048 + lines
+
+
+class Sequence(NamedTuple):
+    """What the CTA that has the most to do does, one after the other."""
+
+    tiles: int  # or pieces of them
+    blocks: int  # of K, of all these tiles
+    sharing: float = 0.0  # clusters to a tile of which they share the K
+
+
+def longest_sequence(spec: PackedWgmmaSpec | PackedCollectiveSpec, m: int, n: int, k: int, sms: int) -> Sequence | None:
+    """Of x [m, k] . w [n, k]^T on a GPU of ``sms`` SMs; None where ``spec`` cannot divide it."""
+    panels, blocks = -(-n // PACKED_BLOCK), -(-k // PACKED_BLOCK)
+    if isinstance(spec, PackedWgmmaSpec):
+        division = _divide_wgmma(spec, m, panels, sms)
+        if division is None:
+            return None
+        clusters = division.ctas // (spec.multicast * spec.split)
+        rounds = -(-division.numbers[0] * division.numbers[1] // clusters)
+        return Sequence(rounds, rounds * -(-blocks // spec.split))
+    rows, tokens = spec.tile[0] * spec.cluster[0], spec.tile[1] * spec.cluster[1]
+    tiles, clusters = -(-n // rows) * -(-m // tokens), _resident(spec.cluster[0] * spec.cluster[1], sms)
+    if not spec.stream_k or tiles % clusters == 0:
+        rounds = -(-tiles // clusters)
+        return Sequence(rounds, rounds * blocks)
+    rest = tiles % clusters  # as in pieces.hpp
+    cut = rest + clusters if 2 * rest < clusters < tiles else rest
+    rounds = (tiles - cut) // clusters
+    return Sequence(rounds + -(-cut // clusters), rounds * blocks + -(-cut * blocks // clusters), clusters / cut)

@@ -31,12 +31,20 @@ class Choice:
     config: tuple[int, ...]
 
 
-def _choice(row: dict[str, Any]) -> Choice:
-    m, n, k = (int(row[size]) for size in ("m", "n", "k"))
+Kernel = tuple[str, tuple[int, ...]]
+
+
+def kernel_of(row: dict[str, Any]) -> Kernel:
+    """The kernel that a row of a file names. Raises KeyError, TypeError or ValueError where it does not."""
     kernel, config = str(row["kernel"]), tuple(map(int, row["config"]))
     if _CONFIG_LENGTHS.get(kernel) != len(config):
         raise ValueError(f"kernel {kernel!r} with the configuration {config}")
-    return Choice(m, n, k, kernel, config)
+    return kernel, config
+
+
+def _choice(row: dict[str, Any]) -> Choice:
+    m, n, k = (int(row[size]) for size in ("m", "n", "k"))
+    return Choice(m, n, k, *kernel_of(row))
 
 
 def read(path: Path) -> tuple[Choice, ...]:

@@ -11,9 +11,9 @@ from dataclasses import replace
 
 import torch
 
-from fp4gemm import builder, cache, launch, ops, select, table
+from fp4gemm import builder, cache, division, launch, ops, rates, select, table
 from fp4gemm.bench import timing
-from fp4gemm.division import divide
+from fp4gemm.division import divide, longest_sequence
 from fp4gemm.engine import Activations, GroupedWeights, Output, Weight, launch_grouped, launch_spec
 from fp4gemm.spec import PackedCollectiveSpec, PackedMmaSpec, PackedSpec, PackedWgmmaSpec, check
 
@@ -70,6 +70,7 @@ GROUPED = (
     (192, 2, 2, 1, 2, 1, 6), (256, 2, 2, 1, 2, 1, 5), (256, 1, 2, 1, 2, 1, 6),
 )  # fmt: skip
 _REPEATS = 7
+_SETTLE_S = 0.15  # of a product whose kernels take turns
 _NEAR = 1.08  # of the fastest: those that are timed again, each at its own clock
 
 
@@ -86,14 +87,8 @@ def _candidates(m: int, n: int, k: int, sms: int) -> Iterator[tuple[str, tuple[i
                 possible = n % 8 == 0  # rows of D are whole 16 bytes
             else:
                 possible = divide(spec, m, n, k, sms) is not None
-            if check(spec) is None and possible and min(128, m // 8) <= _tokens(spec) <= max(16, 2 * m):
+            if check(spec) is None and possible and min(128, m // 8) <= select.token_tile(spec) <= max(16, 2 * m):
                 yield kernel, config, spec
-
-
-def _tokens(spec: PackedSpec) -> int:
-    if isinstance(spec, PackedMmaSpec):
-        return 8 * spec.token_tiles
-    return spec.tile[1] if isinstance(spec, PackedCollectiveSpec) else spec.tokens
 
 
 def grouped_candidates(experts: int, tokens: int, n: int, k: int, sms: int) -> list[PackedWgmmaSpec]:
@@ -112,11 +107,14 @@ def grouped_candidates(experts: int, tokens: int, n: int, k: int, sms: int) -> l
 Measured = dict[table.Choice, float]  # microseconds of the kernels that are near the fastest for one product
 
 
-def tune(shapes: Sequence[tuple[int, int]], sizes: Sequence[int]) -> Iterator[Measured]:
+def tune(
+    shapes: Sequence[tuple[int, int]], sizes: Sequence[int], measure: Callable[..., Measured] | None = None
+) -> Iterator[Measured]:
     """Measures the candidates of every (n, k) and m; those that are far behind the fastest are left out.
 
     Weights rotate through more memory than the L2 holds; a call is a node of a CUDA graph, once as it is and
     once inside ``programmatic()``, in turn with the others and at its own clock; the geometric mean counts.
+    ``measure``: another way, as ``in_turn``.
     """
     device = torch.cuda.current_device()
     sms = torch.cuda.get_device_properties(device).multi_processor_count
@@ -126,7 +124,12 @@ def tune(shapes: Sequence[tuple[int, int]], sizes: Sequence[int]) -> Iterator[Me
         weights = [Weight(weight.data.clone(), weight.outer_scale, n, k) for _ in range(timing.rotation(weight.nbytes))]
         for m in sizes:
             known = {table.Choice(m, n, k, kernel, config): spec for kernel, config, spec in _candidates(m, n, k, sms)}
-            yield _measure(m, weights, known)
+            yield (measure or _measure)(m, weights, known)
+
+
+def in_turn(m: int, weights: Sequence[Weight], specs: Mapping[table.Choice, PackedSpec]) -> Measured:
+    """All candidates, in plain graphs and in turn alone."""
+    return timing.interleave(_samplers(m, weights, specs), _REPEATS, _SETTLE_S)
 
 
 def tune_grouped(
@@ -204,7 +207,9 @@ def described(us: Measured) -> str:
     return f"{first.m}x{first.n}x{first.k}: {times}"
 
 
-def _measure(m: int, weights: Sequence[Weight], specs: Mapping[table.Choice, PackedSpec]) -> Measured:
+def _samplers(
+    m: int, weights: Sequence[Weight], specs: Mapping[table.Choice, PackedSpec]
+) -> dict[table.Choice, timing.Sampler]:
     n, k = weights[0].n, weights[0].k
     x = [torch.randn(m, k, device=timing.DEVICE, dtype=torch.bfloat16) for _ in weights]
     d = [torch.empty(m, n, device=timing.DEVICE, dtype=torch.bfloat16) for _ in weights]
@@ -215,10 +220,14 @@ def _measure(m: int, weights: Sequence[Weight], specs: Mapping[table.Choice, Pac
             for a, w, out in zip(x, weights, d, strict=True)
         ]
 
+    return {choice: timing.GraphSampler(calls(spec)) for choice, spec in specs.items()}
+
+
+def _measure(m: int, weights: Sequence[Weight], specs: Mapping[table.Choice, PackedSpec]) -> Measured:
     samplers: dict[tuple[table.Choice, bool], timing.Sampler] = {}
     for weights_first in (False, True):
         with launch.programmatic(weights_first):
-            samplers |= {(choice, weights_first): timing.GraphSampler(calls(spec)) for choice, spec in specs.items()}
+            samplers |= {(choice, weights_first): sampler for choice, sampler in _samplers(m, weights, specs).items()}
     shared = _means(timing.interleave(samplers, _REPEATS))
     near = {choice for choice, us in shared.items() if us <= _NEAR * min(shared.values())}
     own = _means(timing.in_turns({key: sampler for key, sampler in samplers.items() if key[0] in near}, _REPEATS))
@@ -233,3 +242,44 @@ def merge(rows: Sequence[table.Choice], new: Sequence[table.Choice]) -> list[tab
     """``rows`` with those of ``new`` in the place of the same products."""
     replaced = {(r.m, r.n, r.k) for r in new}
     return [*new, *(r for r in rows if (r.m, r.n, r.k) not in replaced)]
+
+
+def fit_rates(measured: Iterable[Measured], sms: int) -> list[rates.Rate]:
+    """The rates of the kernels that were measured, those by mma.sync apart, from all times of each product.
+
+    Least squares of relative errors, none of the terms below 0; kernels far behind the fastest of a product, which
+    nobody will choose for it, count little there.
+    """
+    rows: dict[table.Kernel, list[tuple[division.Sequence, float, float]]] = {}
+    for us in measured:
+        fastest = min(us.values())
+        for choice, time in us.items():
+            spec = select.packed_of(choice.kernel, choice.config, "bf16", "bf16", None, False)
+            if isinstance(spec, PackedMmaSpec):
+                continue
+            longest = longest_sequence(spec, choice.m, choice.n, choice.k, sms)
+            assert longest is not None, "it was measured"
+            weight = math.exp(-_FALL * (time / fastest - 1)) + _LEAST_WEIGHT
+            rows.setdefault((choice.kernel, choice.config), []).append((longest, time, weight))
+    return [rates.Rate(*kernel, *_terms(of_kernel)) for kernel, of_kernel in sorted(rows.items())]
+
+
+_FALL, _LEAST_WEIGHT = 4.0, 0.02
+
+
+def _terms(rows: Sequence[tuple[division.Sequence, float, float]]) -> list[float]:
+    """Launch, tile, block and sharing: of all subsets of these without a term below 0 the one with the least error."""
+    factors = torch.tensor([[1.0, *longest] for longest, _, _ in rows], dtype=torch.float64)
+    weights = torch.tensor([weight for *_, weight in rows], dtype=torch.float64).sqrt()
+    a = factors * (weights / torch.tensor([time for _, time, _ in rows], dtype=torch.float64))[:, None]
+    best, terms = math.inf, [0.0] * 4
+    used = [i for i in range(4) if bool(factors[:, i].any())]
+    for count in range(1, len(used) + 1):
+        for chosen in map(list, itertools.combinations(used, count)):
+            found = torch.linalg.lstsq(a[:, chosen], weights[:, None], driver="gelsd").solution[:, 0]
+            error = float((a[:, chosen] @ found - weights).square().sum())
+            if error < best and bool((found >= 0).all()):
+                best, terms = error, [0.0] * 4
+                for i, term in zip(chosen, found.tolist(), strict=True):
+                    terms[i] = round(term, 4)
+    return terms

@@ -1,8 +1,10 @@
 """Measures fp4gemm/sm90_table.json again, on this machine's GPU: `python tools/tune.py [--out FILE] [--sizes M...]`.
 
 Takes about a quarter of an hour with kernels in the cache, and those of CUTLASS's layers most of a minute each without.
-A choice that is as fast as any, within noise, stays. With `--sizes` only these rows are new. `--grouped` prints what
-each grouped kernel takes instead, of which the rule of `select.grouped_spec` was made; sizes are then mean tokens.
+A choice that is as fast as any, within noise, stays. With `--sizes` only these rows are new. `--rates` measures
+fp4gemm/sm90_rates.json instead, in some five minutes: what a launch, a tile and a block of K take of each kernel.
+`--grouped` prints what each grouped kernel takes, of which the rule of `select.grouped_spec` was made; sizes are then
+mean tokens.
 """
 
 from __future__ import annotations
@@ -18,9 +20,16 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from fp4gemm import table, tune
+from fp4gemm import rates, table, tune
 from fp4gemm.bench import routing
 
+# Of models, beside the table's: what the rounds of tiles of other shapes take.
+RATES = (
+    *tune.SHAPES, (28672, 4096), (5120, 5120), (51200, 5120), (5120, 25600), (37888, 3584), (3584, 18944),
+    (10240, 8192), (2560, 9728), (19456, 2560), (14336, 4096), (2112, 7168), (7168, 18432), (4608, 3584), (3072, 3072),
+    (13824, 5120),
+)  # fmt: skip
+RATES_SIZES = (16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 1024, 2048, 4096)
 GROUPED = (
     ((8, 14336, 4096), (1, 8, 12, 16, 32, 48, 64, 96, 128, 256, 512, 4096)),
     ((8, 4096, 14336), (1, 8, 12, 16, 32, 48, 64, 96, 128)),
@@ -31,23 +40,31 @@ GROUPED = (
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--out", type=Path, default=table.PACKAGED)
+    parser.add_argument("--out", type=Path, help="default: the file of the package")
     parser.add_argument("--sizes", type=int, nargs="+", metavar="M", help="tokens; default: all of the table")
     parser.add_argument("--commit", default="", help="of the sources, where they come without git history")
     parser.add_argument("--grouped", action="store_true")
+    parser.add_argument("--rates", action="store_true")
     args = parser.parse_args()
     if args.grouped:
         return grouped(args.sizes)
     start, measured = time.monotonic(), []
+    about = {"gpu": torch.cuda.get_device_name(), "commit": args.commit, "date": datetime.date.today().isoformat()}
+    if args.rates:
+        for us in tune.tune(RATES, args.sizes or RATES_SIZES, tune.in_turn):
+            measured.append(us)
+            print(tune.described(us), flush=True)
+        sms = torch.cuda.get_device_properties(0).multi_processor_count
+        rates.write(args.out or rates.PACKAGED, tune.fit_rates(measured, sms), **about)
+        return 0
+    out = args.out or table.PACKAGED
     before = table.read(table.PACKAGED)
     others = before if args.sizes else ()
     for us in tune.tune(tune.SHAPES, args.sizes or tune.SIZES):
         measured.append(us)
         print(tune.described(us), flush=True)
-        about = {"gpu": torch.cuda.get_device_name(), "commit": args.commit}
-        rows = tune.merge(others, tune.fewest(measured, before))
-        table.write(args.out, rows, **about, date=datetime.date.today().isoformat())
-    print(f"{len(measured)} products, {time.monotonic() - start:.0f} s: {args.out}")
+        table.write(out, tune.merge(others, tune.fewest(measured, before)), **about)
+    print(f"{len(measured)} products, {time.monotonic() - start:.0f} s: {out}")
     return 0
 
 

@@ -16,6 +16,7 @@ from fp4gemm.select.packed import (
     packed_of,
     packed_spec,
     quantizing,
+    token_tile,
 )
 from fp4gemm.select.quantizers import (
     FEW_ROWS,
@@ -69,6 +70,7 @@ __all__ = [
     "quantizing",
     "tile_amax_spec",
     "tile_quantize_spec",
+    "token_tile",
     "uniform_rows_spec",
     "values_spec",
 ]

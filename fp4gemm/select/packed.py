@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import replace
 
-from fp4gemm import table
-from fp4gemm.division import divide
+from fp4gemm import rates, table
+from fp4gemm.division import divide, longest_sequence
 from fp4gemm.spec import PackedCollectiveSpec, PackedMmaSpec, PackedSpec, PackedWgmmaSpec, PackSpec, check
 
 FALLBACK = ("wgmma", (128, 2, 2, 1, 1, 1, 6))  # serves everything
+_FEW_TOKENS = 8  # up to so many, kernels by mma.sync are the quickest, of which there are no rates
+_MANY_TOKENS = 256  # the largest tile, which takes the least power where that binds
 _SCHEDULES = {128: "cooperative", 64: "pingpong"}  # of the collective, by its weight rows
 
 
@@ -59,18 +61,49 @@ def packed_spec(
     gpu: tuple[str, int], m: int, n: int, k: int, a_dtype: str, out_dtype: str, bias: str | None, source: bool,
     tma_output: bool = True,
 ) -> PackedSpec:  # fmt: skip
-    """The GEMM on a prepacked weight: that of the nearest measured shape that can serve this one.
+    """The GEMM on a prepacked weight: the first of ``_preferred`` that can serve this product.
 
     ``tma_output``: D is row-major, and rows are whole 16 bytes, as the collective's epilogue stores them.
     """
     name, sms = gpu
-    for kernel, config in [*((c.kernel, c.config) for c in table.by_distance(table.rows_for(name), m, n, k)), FALLBACK]:
+    for kernel, config in _preferred(name, m, n, k, sms):
         for spec in _for_terms(packed_of(kernel, config, a_dtype, out_dtype, bias, source)):
             if check(spec) is None and (
                 tma_output if isinstance(spec, PackedCollectiveSpec) else divide(spec, m, n, k, sms)
             ):
                 return spec
     raise AssertionError("the fallback serves everything")
+
+
+def _preferred(gpu: str, m: int, n: int, k: int, sms: int) -> Iterator[table.Kernel]:
+    """What was fastest where this shape was measured. Elsewhere for few tokens, where memory binds, what was fastest at
+    the nearest shape; for more what takes the least time by its rates, as the nearest shape says nothing about how
+    full the last round of tiles is."""
+    nearest = table.by_distance(table.rows_for(gpu), m, n, k)
+    first = nearest[0]
+    if m > _FEW_TOKENS and ((first.n, first.k) != (n, k) or m > 2 * first.m):
+        yield from _by_time(m, n, k, sms)
+    yield from ((choice.kernel, choice.config) for choice in nearest)
+    yield FALLBACK
+
+
+def _by_time(m: int, n: int, k: int, sms: int) -> list[table.Kernel]:
+    """Kernels that take least first."""
+    us: dict[table.Kernel, float] = {}
+    for rate in rates.packaged():
+        spec = packed_of(rate.kernel, rate.config, "bf16", "bf16", None, False)
+        assert not isinstance(spec, PackedMmaSpec)
+        longest = longest_sequence(spec, m, n, k, sms)
+        if longest is not None and min(_MANY_TOKENS, m // 4) <= token_tile(spec):
+            us[rate.kernel, rate.config] = rate.microseconds(longest)
+    return sorted(us, key=us.__getitem__)
+
+
+def token_tile(spec: PackedSpec) -> int:
+    """Tokens of a tile of D."""
+    if isinstance(spec, PackedMmaSpec):
+        return 8 * spec.token_tiles
+    return spec.tile[1] if isinstance(spec, PackedCollectiveSpec) else spec.tokens
 
 
 def _for_terms(spec: PackedSpec) -> Iterator[PackedSpec]:
