@@ -244,8 +244,9 @@ def merge(rows: Sequence[table.Choice], new: Sequence[table.Choice]) -> list[tab
     return [*new, *(r for r in rows if (r.m, r.n, r.k) not in replaced)]
 
 
-def fit_rates(measured: Iterable[Measured], sms: int) -> list[rates.Rate]:
-    """The rates of the kernels that were measured, those by mma.sync apart, from all times of each product.
+def fit_rates(measured: Sequence[Measured], sms: int) -> list[rates.Rate]:
+    """The rates of kernels, from all times of each product: of those that are the first choice by these for one of the
+    products, as kernels by mma.sync never are.
 
     Least squares of relative errors, none of the terms below 0; kernels far behind the fastest of a product, which
     nobody will choose for it, count little there.
@@ -261,7 +262,10 @@ def fit_rates(measured: Iterable[Measured], sms: int) -> list[rates.Rate]:
             assert longest is not None, "it was measured"
             weight = math.exp(-_FALL * (time / fastest - 1)) + _LEAST_WEIGHT
             rows.setdefault((choice.kernel, choice.config), []).append((longest, time, weight))
-    return [rates.Rate(*kernel, *_terms(of_kernel)) for kernel, of_kernel in sorted(rows.items())]
+    fitted = [rates.Rate(*kernel, *_terms(of_kernel)) for kernel, of_kernel in sorted(rows.items())]
+    products = {(choice.m, choice.n, choice.k) for us in measured for choice in us}
+    first = {kernel for product in products for kernel in select.by_time(fitted, *product, sms)[:1]}
+    return [rate for rate in fitted if (rate.kernel, rate.config) in first]
 
 
 _FALL, _LEAST_WEIGHT = 4.0, 0.02

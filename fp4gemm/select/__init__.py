@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from fp4gemm import table
+from fp4gemm import rates, table
 from fp4gemm.formats import BLOCK, SF_LAYOUTS
 from fp4gemm.select.blockscaled import gemm_spec, grouped_gemm_spec, plain_gemms
 from fp4gemm.select.device import DTYPE_NAMES, EXECUTED, INPUT_NAMES, LAUNCHABLE, arch_of, gpu_of, pick_device
 from fp4gemm.select.packed import (
     FALLBACK,
     QUANTIZED_ROWS,
+    by_time,
     grouped_configs,
     grouped_of,
     grouped_spec,
@@ -49,6 +50,8 @@ __all__ = [
     "amax_spec",
     "arch_of",
     "bf16_specs",
+    "by_time",
+    "chosen_kernels",
     "dequantize_spec",
     "early",
     "gemm_spec",
@@ -74,6 +77,13 @@ __all__ = [
     "uniform_rows_spec",
     "values_spec",
 ]
+
+
+def chosen_kernels() -> list[table.Kernel]:
+    """Of products on prepacked weights, by what comes with the package."""
+    measured = [(row.kernel, row.config) for row in table.read(table.PACKAGED)]
+    elsewhere = [(rate.kernel, rate.config) for rate in rates.packaged()]
+    return list(dict.fromkeys([*measured, *elsewhere, FALLBACK]))
 
 
 def bf16_specs(arch: str, k: int) -> list[KernelSpec]:
@@ -109,7 +119,6 @@ def bf16_specs(arch: str, k: int) -> list[KernelSpec]:
         for m in (1, FEW_VALUES_ROWS, FEW_VALUES_ROWS + 1)
     ]
     packers = [pack_spec(arch, sf_layout, way) for sf_layout in SF_LAYOUTS for way in ("pack", "unpack")]
-    chosen = dict.fromkeys((c.kernel, c.config) for c in table.read(table.PACKAGED))
-    gemms = [packed_of(kernel, config, "bf16", "bf16", None, False) for kernel, config in chosen]
+    gemms = [packed_of(*kernel, "bf16", "bf16", None, False) for kernel in chosen_kernels()]
     grouped = [grouped_of(config, "bf16", "bf16", None, False) for config in grouped_configs()]
     return [*small, *dict.fromkeys(values), *packers, *gemms, *grouped]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 
 from fp4gemm import rates, table
@@ -82,19 +82,19 @@ def _preferred(gpu: str, m: int, n: int, k: int, sms: int) -> Iterator[table.Ker
     nearest = table.by_distance(table.rows_for(gpu), m, n, k)
     first = nearest[0]
     if m > _FEW_TOKENS and ((first.n, first.k) != (n, k) or m > 2 * first.m):
-        yield from _by_time(m, n, k, sms)
+        yield from by_time(rates.packaged(), m, n, k, sms)
     yield from ((choice.kernel, choice.config) for choice in nearest)
     yield FALLBACK
 
 
-def _by_time(m: int, n: int, k: int, sms: int) -> list[table.Kernel]:
-    """Kernels that take least first."""
+def by_time(of_kernels: Iterable[rates.Rate], m: int, n: int, k: int, sms: int) -> list[table.Kernel]:
+    """Those that can divide the product, with tiles that are not very many, from the least time on."""
     us: dict[table.Kernel, float] = {}
-    for rate in rates.packaged():
+    for rate in of_kernels:
         spec = packed_of(rate.kernel, rate.config, "bf16", "bf16", None, False)
         assert not isinstance(spec, PackedMmaSpec)
         longest = longest_sequence(spec, m, n, k, sms)
-        if longest is not None and min(_MANY_TOKENS, m // 4) <= token_tile(spec):
+        if longest is not None and min(_MANY_TOKENS, m // 8) <= token_tile(spec):
             us[rate.kernel, rate.config] = rate.microseconds(longest)
     return sorted(us, key=us.__getitem__)
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from fp4gemm import engine, reference, select, table
+from fp4gemm import engine, reference, select
 from fp4gemm.engine import Activations, GroupedWeights, Output, Weight
 from fp4gemm.formats import BLOCK, CONVENTIONS, SCALINGS, SF_LAYOUTS, padded_k, scale_columns
 from fp4gemm.grouped import GroupedWeight
@@ -289,15 +289,14 @@ PLAIN_VARIANTS: tuple[Variant, ...] = (
 )
 
 
-def table_configs() -> list[Config]:
-    """Every distinct kernel of the table that comes with the package, and the one that serves everything."""
-    rows = ((row.kernel, row.config) for row in table.read(table.PACKAGED))
-    return sorted({*rows, select.FALLBACK})
+def chosen_configs() -> list[Config]:
+    """Every kernel that selection may choose."""
+    return sorted(select.chosen_kernels())
 
 
 def kernels(variants: Iterable[Variant]) -> list[tuple[Config, Variant]]:
     """Every kernel of the table and every extra one, in those of the variants that exist."""
-    configs = [*table_configs(), *EXTRA_CONFIGS]
+    configs = [*chosen_configs(), *EXTRA_CONFIGS]
     return [
         (config, variant)
         for config in configs

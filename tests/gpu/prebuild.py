@@ -26,7 +26,7 @@ def wanted() -> list[KernelSpec]:
     """What test_gemm_gpu, test_torch_gpu, test_engine_gpu, test_gemm_grouped_gpu,
     sanitize_cases and examples/train.py launch."""
     nvfp4 = [("bf16", out, bias, False) for out in DTYPES for bias in (None, *DTYPES)]
-    configs = cases.table_configs()
+    configs = cases.chosen_configs()
     collectives = [config for config in configs if config[0] in ("collective", "stream_k")]
     pairs = [
         *product([config for config in configs if config not in collectives], (*nvfp4, *cases.PLAIN_VARIANTS)),

@@ -124,7 +124,7 @@ def test_every_kernel(config: cases.Config, variant: cases.Variant, cuda: torch.
             check_forced(config, variant, (m, n, k), cuda_device(cuda), exact=False)
 
 
-@pytest.mark.parametrize("config", [*cases.table_configs(), *cases.EXTRA_CONFIGS], ids=str)
+@pytest.mark.parametrize("config", [*cases.chosen_configs(), *cases.EXTRA_CONFIGS], ids=str)
 def test_several_rounds_of_a_persistent_grid(config: cases.Config, cuda: torch.device) -> None:
     """More tiles than CTAs, several times over; and K of which some CTA or warp has nothing."""
     m = tokens_of(config)[-1]
