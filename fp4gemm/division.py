@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from fp4gemm.formats import PACKED_BLOCK, PACKED_BLOCK_BYTES
-from fp4gemm.spec import PackedCollectiveSpec, PackedMmaSpec, PackedWgmmaSpec
+from fp4gemm.spec import PackedMmaSpec, PackedSpec, PackedWgmmaSpec
 
 SM_SHARED_BYTES = 228 << 10
 SHARED_BYTES = 232448  # that a CTA of sm_90 can have
@@ -131,13 +131,20 @@ class Sequence(NamedTuple):
     """What the CTA that has the most to do does, one after the other."""
 
     tiles: int  # or pieces of them
-    blocks: int  # of K, of all these tiles
+    blocks: int  # of K, of all these tiles; by mma.sync, of the weight
     sharing: float = 0.0  # clusters to a tile of which they share the K
 
 
-def longest_sequence(spec: PackedWgmmaSpec | PackedCollectiveSpec, m: int, n: int, k: int, sms: int) -> Sequence | None:
+def longest_sequence(spec: PackedSpec, m: int, n: int, k: int, sms: int) -> Sequence | None:
     """Of x [m, k] . w [n, k]^T on a GPU of ``sms`` SMs; None where ``spec`` cannot divide it."""
     panels, blocks = -(-n // PACKED_BLOCK), -(-k // PACKED_BLOCK)
+    if isinstance(spec, PackedMmaSpec):
+        division = _divide_mma(spec, m, panels, blocks, sms)
+        if division is None:
+            return None
+        clusters = division.ctas // spec.split
+        rounds = -(-clusters // _resident(spec.split, sms))
+        return Sequence(rounds, rounds * -(-panels // clusters) * -(-blocks // spec.split))
     if isinstance(spec, PackedWgmmaSpec):
         division = _divide_wgmma(spec, m, panels, sms)
         if division is None:

@@ -4,7 +4,6 @@ package (sm90_table.json), and before it what ``fp4gemm tune`` measured here (in
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from functools import cache
@@ -73,21 +72,13 @@ def tuned_path(gpu: str) -> Path:
 
 @cache
 def rows_for(gpu: str) -> tuple[Choice, ...]:
-    """Own measurements first: at equal distance they win."""
+    """Own measurements first: they win where both have a product."""
     path = tuned_path(gpu)
     return (read(path) if path.exists() else ()) + read(PACKAGED)
 
 
-def by_distance(rows: Iterable[Choice], m: int, n: int, k: int) -> list[Choice]:
-    """Rows from the best suited on: the nearest (n, k), and of those the least m that covers the call's.
-
-    Distance is in octaves; n counts twice, because it says how many CTAs there are.
-    """
-
-    def octaves(a: int, b: int) -> float:
-        return abs(math.log2(a / b))
-
-    def key(row: Choice) -> tuple[float, bool, float]:
-        return (2 * octaves(row.n, n) + octaves(row.k, k), row.m < m, octaves(row.m, m))
-
-    return sorted(rows, key=key)
+def measured(rows: Iterable[Choice], m: int, n: int, k: int) -> Choice | None:
+    """The row of this shape with the least tokens that cover the call's, else the one with the most, of those with at
+    most twice or half as many; None where there is none."""
+    near = [row for row in rows if (row.n, row.k) == (n, k) and m <= 2 * row.m and row.m <= 2 * m]
+    return min(near, key=lambda row: (row.m < m, abs(row.m - m)), default=None)

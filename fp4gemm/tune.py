@@ -15,7 +15,7 @@ from fp4gemm import builder, cache, division, launch, ops, rates, select, table
 from fp4gemm.bench import timing
 from fp4gemm.division import divide, longest_sequence
 from fp4gemm.engine import Activations, GroupedWeights, Output, Weight, launch_grouped, launch_spec
-from fp4gemm.spec import PackedCollectiveSpec, PackedMmaSpec, PackedSpec, PackedWgmmaSpec, check
+from fp4gemm.spec import PackedCollectiveSpec, PackedSpec, PackedWgmmaSpec, check
 
 SIZES = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 1024, 2048, 4096, 8192)
 SHAPES = (
@@ -246,7 +246,7 @@ def merge(rows: Sequence[table.Choice], new: Sequence[table.Choice]) -> list[tab
 
 def fit_rates(measured: Sequence[Measured], sms: int) -> list[rates.Rate]:
     """The rates of kernels, from all times of each product: of those that are the first choice by these for one of the
-    products, as kernels by mma.sync never are.
+    products.
 
     Least squares of relative errors, none of the terms below 0; kernels far behind the fastest of a product, which
     nobody will choose for it, count little there.
@@ -256,8 +256,6 @@ def fit_rates(measured: Sequence[Measured], sms: int) -> list[rates.Rate]:
         fastest = min(us.values())
         for choice, time in us.items():
             spec = select.packed_of(choice.kernel, choice.config, "bf16", "bf16", None, False)
-            if isinstance(spec, PackedMmaSpec):
-                continue
             longest = longest_sequence(spec, choice.m, choice.n, choice.k, sms)
             assert longest is not None, "it was measured"
             weight = math.exp(-_FALL * (time / fastest - 1)) + _LEAST_WEIGHT

@@ -10,7 +10,6 @@ from fp4gemm.division import divide, longest_sequence
 from fp4gemm.spec import PackedCollectiveSpec, PackedMmaSpec, PackedSpec, PackedWgmmaSpec, PackSpec, check
 
 FALLBACK = ("wgmma", (128, 2, 2, 1, 1, 1, 6))  # serves everything
-_FEW_TOKENS = 8  # up to so many, kernels by mma.sync are the quickest, of which there are no rates
 _MANY_TOKENS = 256  # the largest tile, which takes the least power where that binds
 _SCHEDULES = {128: "cooperative", 64: "pingpong"}  # of the collective, by its weight rows
 
@@ -76,14 +75,12 @@ def packed_spec(
 
 
 def _preferred(gpu: str, m: int, n: int, k: int, sms: int) -> Iterator[table.Kernel]:
-    """What was fastest where this shape was measured. Elsewhere for few tokens, where memory binds, what was fastest at
-    the nearest shape; for more what takes the least time by its rates, as the nearest shape says nothing about how
-    full the last round of tiles is."""
-    nearest = table.by_distance(table.rows_for(gpu), m, n, k)
-    first = nearest[0]
-    if m > _FEW_TOKENS and ((first.n, first.k) != (n, k) or m > 2 * first.m):
-        yield from by_time(rates.packaged(), m, n, k, sms)
-    yield from ((choice.kernel, choice.config) for choice in nearest)
+    """What was fastest where this shape was measured, then what takes the least time by its rates: another shape would
+    say nothing about how full the last round of tiles is."""
+    row = table.measured(table.rows_for(gpu), m, n, k)
+    if row is not None:
+        yield row.kernel, row.config
+    yield from by_time(rates.packaged(), m, n, k, sms)
     yield FALLBACK
 
 
@@ -92,7 +89,6 @@ def by_time(of_kernels: Iterable[rates.Rate], m: int, n: int, k: int, sms: int) 
     us: dict[table.Kernel, float] = {}
     for rate in of_kernels:
         spec = packed_of(rate.kernel, rate.config, "bf16", "bf16", None, False)
-        assert not isinstance(spec, PackedMmaSpec)
         longest = longest_sequence(spec, m, n, k, sms)
         if longest is not None and min(_MANY_TOKENS, m // 8) <= token_tile(spec):
             us[rate.kernel, rate.config] = rate.microseconds(longest)

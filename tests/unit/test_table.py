@@ -1,12 +1,11 @@
-"""The table of kernels: read, written, and asked for the nearest measured shape."""
+"""The table of kernels: read, written, and asked for a measured shape."""
 
 import json
 import stat
-from dataclasses import replace
 
 import pytest
 
-from fp4gemm import select, table
+from fp4gemm import rates, select, table
 from fp4gemm.table import Choice
 
 MMA, WGMMA = ("mma", (1, 8, 4, 2, 2, 0, 0)), ("wgmma", (128, 2, 2, 1, 1, 1, 6))
@@ -90,32 +89,31 @@ def test_a_tuned_table_of_this_gpu_comes_first(own):
         table.rows_for(own)
 
 
-def test_own_rows_win_where_packaged_ones_are_as_near():
+def test_own_rows_win():
     mine, theirs = row(16, kernel=WGMMA), row(16, kernel=MMA)
-    for shape in ((16, 4096, 4096), (9, 5000, 300), (700, 64, 64)):
-        assert table.by_distance((mine, theirs), *shape) == [mine, theirs]
-        assert table.by_distance((theirs, mine), *shape) == [theirs, mine]
+    for m in (9, 16, 32):
+        assert table.measured((mine, theirs), m, 4096, 4096) == mine
+        assert table.measured((theirs, mine), m, 4096, 4096) == theirs
 
 
-def test_the_nearest_shape_then_the_least_m_that_covers_the_calls():
-    rows = [row(m, n, k) for n, k in ((1024, 4096), (4096, 4096), (4096, 16384)) for m in (1, 8, 64, 512)]
+def test_of_a_shape_the_least_m_that_covers_the_calls():
+    rows = [row(m, n, k) for n, k in ((1024, 4096), (4096, 4096)) for m in (1, 2, 8, 64, 512)]
 
-    def nearest(m, n, k):
-        first = table.by_distance(rows, m, n, k)[0]
-        return first.m, first.n, first.k
+    def tokens(m, n=4096, k=4096):
+        found = table.measured(rows, m, n, k)
+        assert found is None or (found.n, found.k) == (n, k)
+        return None if found is None else found.m
 
-    assert nearest(8, 4096, 4096) == (8, 4096, 4096)
-    assert nearest(9, 4096, 4096) == (64, 4096, 4096)
-    assert nearest(65, 4096, 4096) == (512, 4096, 4096)
-    assert nearest(513, 4096, 4096) == (512, 4096, 4096)  # none covers it: the largest
-    assert nearest(1, 4096, 9000) == (1, 4096, 16384)
-    assert nearest(1, 1500, 4096) == (1, 1024, 4096)
-    # n counts twice: one octave of n is as far as two of k.
-    assert nearest(1, 2048 - 1, 4096) == (1, 1024, 4096)
-    assert nearest(1, 3000, 12000) == (1, 4096, 16384)
-    ordered = table.by_distance(rows, 9, 4096, 4096)
-    assert sorted(ordered, key=str) == sorted(rows, key=str)
-    assert [r.m for r in ordered[:4]] == [64, 512, 8, 1]
+    assert [tokens(m) for m in (1, 2, 4, 5, 8, 64, 512)] == [1, 2, 8, 8, 8, 64, 512]
+    assert tokens(3) == 2  # 8 are more than twice as many: the one that is nearest below
+    assert tokens(9) == tokens(16) == 8
+    assert tokens(17) is None  # neither 8 nor 64 says much of 17
+    assert tokens(1024) == 512
+    assert tokens(1025) is None
+    assert tokens(8, 1024) == 8
+    assert tokens(8, 4096, 4097) is None
+    assert tokens(8, 4097) is None
+    assert table.measured([row(4), row(6)], 8, 4096, 4096).m == 6
 
 
 def test_the_packaged_table():
@@ -132,23 +130,27 @@ def spec_of(m, n, k, *, source=False, **options):
     return select.packed_spec(GPU, m, n, k, "bf16", "bf16", None, source, **options)
 
 
-def test_selection_takes_the_first_row_that_can_serve(own, monkeypatch):
-    rows = (row(1), row(16, kernel=WGMMA))
+def test_a_row_that_cannot_serve_is_not_taken(own, monkeypatch):
+    rows, of_kernels = (row(1), row(16, kernel=WGMMA)), ()
     monkeypatch.setattr(table, "rows_for", lambda gpu: rows)
+    monkeypatch.setattr(rates, "packaged", lambda: of_kernels)
     assert spec_of(1, 4096, 4096) == select.packed_of(*MMA, "bf16", "bf16", None, False)
     assert spec_of(1, 4096, 4096, source=True) == select.packed_of(*MMA, "bf16", "bf16", None, True)
-    assert spec_of(2, 4096, 4096) == select.packed_of(*WGMMA, "bf16", "bf16", None, False)
+    assert spec_of(8, 4096, 4096) == select.packed_of(*WGMMA, "bf16", "bf16", None, False)
     rows = (row(16),)
     assert spec_of(8, 4096, 4096) == select.packed_of(*MMA, "bf16", "bf16", None, False)
     fallback = select.packed_of(*select.FALLBACK, "bf16", "bf16", None, False)
-    assert spec_of(9, 4096, 4096) == fallback  # no row serves nine tokens
-    rows = (row(16, kernel=("mma", (1, 8, 12, 2, 2, 0, 0))),)
+    assert spec_of(9, 4096, 4096) == fallback  # the row does not serve nine tokens
+    rows = (row(1, kernel=("mma", (1, 8, 12, 2, 2, 0, 0))),)
     assert spec_of(1, 4096, 4096) == fallback  # nor one that no CTA has the memory for
+    of_kernels = (rates.Rate(*WGMMA, 1.0, 1.0, 1.0),)
+    assert spec_of(1, 4096, 4096) == select.packed_of(*WGMMA, "bf16", "bf16", None, False)
 
 
 def test_a_collective_only_where_its_epilogue_can_store(own, monkeypatch):
-    rows = (row(512, kernel=("collective", (128, 256, 2))), replace(row(256), kernel="wgmma", config=WGMMA[1]))
+    rows = (row(512, kernel=("collective", (128, 256, 2))),)
     monkeypatch.setattr(table, "rows_for", lambda gpu: rows)
+    monkeypatch.setattr(rates, "packaged", lambda: (rates.Rate(*WGMMA, 1.0, 1.0, 1.0),))
     assert spec_of(512, 4096, 4096).tile == (128, 256, 64)
     assert spec_of(512, 4096, 4096, tma_output=False) == select.packed_of(*WGMMA, "bf16", "bf16", None, False)
 
