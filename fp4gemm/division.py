@@ -17,6 +17,7 @@ _UNIT = 128  # of shared memory: what a CTA takes is a multiple of it
 _ONE_PIECE = 256  # rows times blocks of tokens up to which they come in one piece
 # The most token tiles that pass over the rows together, and the most tokens of these.
 _RASTER, _RASTER_TOKENS = 8, 1024
+_LEAST_PART = 8  # blocks of K that a cluster has at least of tiles that are shared, if that makes a part for each
 
 
 def room_for(ctas: int) -> int:
@@ -157,7 +158,8 @@ def longest_sequence(spec: PackedSpec, m: int, n: int, k: int, sms: int) -> Sequ
     if not spec.stream_k or tiles % clusters == 0:
         rounds = -(-tiles // clusters)
         return Sequence(rounds, rounds * blocks)
-    rest = tiles % clusters  # as in pieces.hpp
+    rest = tiles % clusters  # as in pieces.hpp, whose parts end at the border of a tile where there is one nearby
     cut = rest + clusters if 2 * rest < clusters < tiles else rest
+    parts = max(1, min(clusters, max(cut, cut * blocks // _LEAST_PART)))
     rounds = (tiles - cut) // clusters
-    return Sequence(rounds + -(-cut // clusters), rounds * blocks + -(-cut * blocks // clusters), clusters / cut)
+    return Sequence(rounds + -(-cut // parts), rounds * blocks + -(-cut * blocks // parts), parts / cut)

@@ -87,7 +87,7 @@ def _candidates(m: int, n: int, k: int, sms: int) -> Iterator[tuple[str, tuple[i
                 possible = n % 8 == 0  # rows of D are whole 16 bytes
             else:
                 possible = divide(spec, m, n, k, sms) is not None
-            if check(spec) is None and possible and min(128, m // 8) <= select.token_tile(spec) <= max(16, 2 * m):
+            if check(spec) is None and possible and select.is_about(spec, m):
                 yield kernel, config, spec
 
 
@@ -107,14 +107,15 @@ def grouped_candidates(experts: int, tokens: int, n: int, k: int, sms: int) -> l
 Measured = dict[table.Choice, float]  # microseconds of the kernels that are near the fastest for one product
 
 
-def tune(
-    shapes: Sequence[tuple[int, int]], sizes: Sequence[int], measure: Callable[..., Measured] | None = None
-) -> Iterator[Measured]:
-    """Measures the candidates of every (n, k) and m; those that are far behind the fastest are left out.
+_Measure = Callable[[int, Sequence[Weight], Mapping[table.Choice, PackedSpec]], Measured]
 
-    Weights rotate through more memory than the L2 holds; a call is a node of a CUDA graph, once as it is and
-    once inside ``programmatic()``, in turn with the others and at its own clock; the geometric mean counts.
-    ``measure``: another way, as ``in_turn``.
+
+def tune(
+    shapes: Sequence[tuple[int, int]], sizes: Sequence[int], measure: _Measure | None = None
+) -> Iterator[Measured]:
+    """Measures the candidates of every (n, k) and m, by ``both_ways`` or ``in_turn``.
+
+    Weights rotate through more memory than the L2 holds.
     """
     device = torch.cuda.current_device()
     sms = torch.cuda.get_device_properties(device).multi_processor_count
@@ -124,12 +125,7 @@ def tune(
         weights = [Weight(weight.data.clone(), weight.outer_scale, n, k) for _ in range(timing.rotation(weight.nbytes))]
         for m in sizes:
             known = {table.Choice(m, n, k, kernel, config): spec for kernel, config, spec in _candidates(m, n, k, sms)}
-            yield (measure or _measure)(m, weights, known)
-
-
-def in_turn(m: int, weights: Sequence[Weight], specs: Mapping[table.Choice, PackedSpec]) -> Measured:
-    """All candidates, in plain graphs and in turn alone."""
-    return timing.interleave(_samplers(m, weights, specs), _REPEATS, _SETTLE_S)
+            yield (measure or both_ways)(m, weights, known)
 
 
 def tune_grouped(
@@ -207,9 +203,8 @@ def described(us: Measured) -> str:
     return f"{first.m}x{first.n}x{first.k}: {times}"
 
 
-def _samplers(
-    m: int, weights: Sequence[Weight], specs: Mapping[table.Choice, PackedSpec]
-) -> dict[table.Choice, timing.Sampler]:
+def _calls(m: int, weights: Sequence[Weight]) -> Callable[[PackedSpec], list[timing.Call]]:
+    """What a kernel has to launch: for each weight an x and a D of its own, the same for all kernels."""
     n, k = weights[0].n, weights[0].k
     x = [torch.randn(m, k, device=timing.DEVICE, dtype=torch.bfloat16) for _ in weights]
     d = [torch.empty(m, n, device=timing.DEVICE, dtype=torch.bfloat16) for _ in weights]
@@ -220,18 +215,28 @@ def _samplers(
             for a, w, out in zip(x, weights, d, strict=True)
         ]
 
-    return {choice: timing.GraphSampler(calls(spec)) for choice, spec in specs.items()}
+    return calls
 
 
-def _measure(m: int, weights: Sequence[Weight], specs: Mapping[table.Choice, PackedSpec]) -> Measured:
+def both_ways(m: int, weights: Sequence[Weight], specs: Mapping[table.Choice, PackedSpec]) -> Measured:
+    """As a node of a CUDA graph, once as it is and once inside ``programmatic()``, in turn with the others and at its
+    own clock: the geometric mean, of candidates that are not far behind in turn."""
+    calls = _calls(m, weights)
     samplers: dict[tuple[table.Choice, bool], timing.Sampler] = {}
     for weights_first in (False, True):
         with launch.programmatic(weights_first):
-            samplers |= {(choice, weights_first): sampler for choice, sampler in _samplers(m, weights, specs).items()}
+            samplers |= {(choice, weights_first): timing.GraphSampler(calls(spec)) for choice, spec in specs.items()}
     shared = _means(timing.interleave(samplers, _REPEATS))
     near = {choice for choice, us in shared.items() if us <= _NEAR * min(shared.values())}
     own = _means(timing.in_turns({key: sampler for key, sampler in samplers.items() if key[0] in near}, _REPEATS))
     return {choice: math.sqrt(shared[choice] * us) for choice, us in own.items()}
+
+
+def in_turn(m: int, weights: Sequence[Weight], specs: Mapping[table.Choice, PackedSpec]) -> Measured:
+    """All candidates, in plain graphs and in turn alone."""
+    calls = _calls(m, weights)
+    samplers = {choice: timing.GraphSampler(calls(spec)) for choice, spec in specs.items()}
+    return timing.interleave(samplers, _REPEATS, _SETTLE_S)
 
 
 def _means(us: Mapping[tuple[table.Choice, bool], float]) -> Measured:

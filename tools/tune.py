@@ -1,10 +1,10 @@
 """Measures fp4gemm/sm90_table.json again, on this machine's GPU: `python tools/tune.py [--out FILE] [--sizes M...]`.
 
-Takes about a quarter of an hour with kernels in the cache, and those of CUTLASS's layers most of a minute each without.
-A choice that is as fast as any, within noise, stays. With `--sizes` only these rows are new. `--rates` measures
-fp4gemm/sm90_rates.json instead, in some five minutes: what a launch, a tile and a block of K take of each kernel.
-`--grouped` prints what each grouped kernel takes, of which the rule of `select.grouped_spec` was made; sizes are then
-mean tokens.
+Takes about a quarter of an hour with kernels in the cache, and those of CUTLASS's layers most of a minute each
+without. A choice that is as fast as any, within noise, stays. With `--sizes` only these rows are new. `--rates`
+measures fp4gemm/sm90_rates.json instead, about a second a product: what a launch, a tile and a block of K take of
+each kernel. It is of all sizes at once, so that a few go elsewhere (`--out`). `--grouped` prints what each grouped
+kernel takes, of which the rule of `select.grouped_spec` was made; sizes are then mean tokens.
 """
 
 from __future__ import annotations
@@ -47,6 +47,8 @@ def main() -> int:
     parser.add_argument("--grouped", action="store_true")
     parser.add_argument("--rates", action="store_true")
     args = parser.parse_args()
+    if args.rates and args.sizes and args.out is None:
+        parser.error("--rates --sizes: rates of a few sizes are not those of the package, expected --out")
     if args.grouped:
         return grouped(args.sizes)
     start, measured = time.monotonic(), []
@@ -55,8 +57,9 @@ def main() -> int:
         for us in tune.tune(RATES, args.sizes or RATES_SIZES, tune.in_turn):
             measured.append(us)
             print(tune.described(us), flush=True)
-        sms = torch.cuda.get_device_properties(0).multi_processor_count
-        rates.write(args.out or rates.PACKAGED, tune.fit_rates(measured, sms), **about)
+        sms, out = torch.cuda.get_device_properties(0).multi_processor_count, args.out or rates.PACKAGED
+        rates.write(out, tune.fit_rates(measured, sms), **about)
+        print(f"{len(measured)} products, {time.monotonic() - start:.0f} s: {out}")
         return 0
     out = args.out or table.PACKAGED
     before = table.read(table.PACKAGED)

@@ -13,10 +13,12 @@ from fp4gemm.select.packed import (
     grouped_configs,
     grouped_of,
     grouped_spec,
+    is_about,
     pack_spec,
     packed_of,
     packed_spec,
     quantizing,
+    stand_in,
     token_tile,
 )
 from fp4gemm.select.quantizers import (
@@ -63,6 +65,7 @@ __all__ = [
     "grouped_configs",
     "grouped_gemm_spec",
     "grouped_spec",
+    "is_about",
     "known_signs",
     "pack_spec",
     "packed_of",
@@ -71,6 +74,7 @@ __all__ = [
     "prefetch_ctas",
     "quantize_spec",
     "quantizing",
+    "stand_in",
     "tile_amax_spec",
     "tile_quantize_spec",
     "token_tile",
@@ -80,7 +84,7 @@ __all__ = [
 
 
 def chosen_kernels() -> list[table.Kernel]:
-    """Of products on prepacked weights, by what comes with the package."""
+    """Of products on prepacked weights with bf16 results and no C, by what comes with the package."""
     measured = [(row.kernel, row.config) for row in table.read(table.PACKAGED)]
     elsewhere = [(rate.kernel, rate.config) for rate in rates.packaged()]
     return list(dict.fromkeys([*measured, *elsewhere, FALLBACK]))

@@ -1,9 +1,10 @@
-"""Hopper: products on prepacked weights, by a measured table, and the packers of these."""
+"""Hopper: products on prepacked weights, by a measured table and rates, and the packers of these."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
+from functools import lru_cache
 
 from fp4gemm import rates, table
 from fp4gemm.division import divide, longest_sequence
@@ -21,6 +22,7 @@ def pack_spec(arch: str, sf_layout: str, direction: str) -> PackSpec:
     return PackSpec(arch, sf_layout, direction)
 
 
+@lru_cache(maxsize=1024)
 def packed_of(
     kernel: str, config: tuple[int, ...], a_dtype: str, out_dtype: str, bias: str | None, source: bool
 ) -> PackedSpec:
@@ -75,24 +77,31 @@ def packed_spec(
 
 
 def _preferred(gpu: str, m: int, n: int, k: int, sms: int) -> Iterator[table.Kernel]:
-    """What was fastest where this shape was measured, then what takes the least time by its rates: another shape would
-    say nothing about how full the last round of tiles is."""
+    """What was fastest where this product was measured, or one of this shape with as many tiles; then what takes the
+    least time by its rates. Another product would say nothing about how full the last round of tiles is."""
     row = table.measured(table.rows_for(gpu), m, n, k)
     if row is not None:
-        yield row.kernel, row.config
+        tokens = token_tile(packed_of(row.kernel, row.config, "bf16", "bf16", None, False))
+        if -(-m // tokens) == -(-row.m // tokens):
+            yield row.kernel, row.config
     yield from by_time(rates.packaged(), m, n, k, sms)
     yield FALLBACK
 
 
 def by_time(of_kernels: Iterable[rates.Rate], m: int, n: int, k: int, sms: int) -> list[table.Kernel]:
-    """Those that can divide the product, with tiles that are not very many, from the least time on."""
+    """Those that can divide the product, with tiles for about as many tokens, from the least time on."""
     us: dict[table.Kernel, float] = {}
     for rate in of_kernels:
         spec = packed_of(rate.kernel, rate.config, "bf16", "bf16", None, False)
-        longest = longest_sequence(spec, m, n, k, sms)
-        if longest is not None and min(_MANY_TOKENS, m // 8) <= token_tile(spec):
+        longest = longest_sequence(spec, m, n, k, sms) if is_about(spec, m) else None
+        if longest is not None:
             us[rate.kernel, rate.config] = rate.microseconds(longest)
     return sorted(us, key=us.__getitem__)
+
+
+def is_about(spec: PackedSpec, m: int) -> bool:
+    """Whether tiles are neither mostly padding nor very many: what is worth a measurement."""
+    return min(_MANY_TOKENS, m // 8) <= token_tile(spec) <= max(16, 2 * m)
 
 
 def token_tile(spec: PackedSpec) -> int:
@@ -103,15 +112,16 @@ def token_tile(spec: PackedSpec) -> int:
 
 
 def _for_terms(spec: PackedSpec) -> Iterator[PackedSpec]:
-    """The kernel, measured with bf16 results and no C, behind what is better with the terms that ``spec`` has.
-
-    Warpgroups that take turns leave no registers for C, and write fp32 in parts of lines: the collective with the same
-    tile does neither.
-    """
+    """The kernel, measured with bf16 results and no C, behind what is better with the terms that ``spec`` has."""
     if isinstance(spec, PackedWgmmaSpec) and spec.turns and (spec.source or spec.out_dtype == "fp32"):
-        config = (64 * spec.panels, spec.tokens, spec.multicast)
-        yield packed_of("collective", config, spec.a_dtype, spec.out_dtype, spec.bias, spec.source)
+        yield packed_of(*stand_in(spec), spec.a_dtype, spec.out_dtype, spec.bias, spec.source)
     yield spec
+
+
+def stand_in(spec: PackedWgmmaSpec) -> table.Kernel:
+    """The collective with the tile of warpgroups that take turns: these leave no registers for C, and write fp32 in
+    parts of lines. It does neither."""
+    return "collective", (64 * spec.panels, spec.tokens, spec.multicast)
 
 
 # Grouped kernels, WGMMA configurations by the mean number of tokens of an expert, as `tools/tune.py --grouped` measures

@@ -50,6 +50,15 @@ SPECS = (
     spec_of("wgmma", (128, 1, 2, 1, 1, 1, 4), "bf16", "bf16", "bf16", False),  # row groups take turns
     spec_of("wgmma", (64, 1, 2, 1, 2, 1, 5), "fp16", "fp32", None, True),
     spec_of("wgmma", (64, 2, 2, 1, 2, 1, 8), "bf16", "bf16", None, False),  # tokens to two CTAs at once
+    # chosen by rates alone
+    spec_of("mma", (2, 16, 2, 1, 2, 4, 0), "bf16", "bf16", None, False),
+    spec_of("wgmma", (16, 1, 1, 4, 1, 1, 40), "bf16", "bf16", None, False),
+    spec_of("wgmma", (32, 4, 4, 1, 1, 2, 10), "bf16", "bf16", None, False),
+    spec_of("wgmma", (48, 1, 1, 4, 1, 2, 16), "bf16", "bf16", None, False),
+    spec_of("wgmma", (48, 4, 4, 1, 1, 2, 8), "bf16", "bf16", None, False),
+    spec_of("wgmma", (64, 4, 4, 1, 1, 2, 8), "bf16", "bf16", None, False),
+    spec_of("wgmma", (128, 4, 2, 1, 1, 1, 8), "bf16", "bf16", None, False),
+    spec_of("wgmma", (256, 1, 2, 1, 2, 1, 6), "bf16", "bf16", None, False),
 )
 
 

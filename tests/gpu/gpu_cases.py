@@ -290,12 +290,15 @@ PLAIN_VARIANTS: tuple[Variant, ...] = (
 
 
 def chosen_configs() -> list[Config]:
-    """Every kernel that selection may choose."""
-    return sorted(select.chosen_kernels())
+    """Every kernel that selection may choose, and what stands in for those that do not serve every result and C."""
+    kernels = set(select.chosen_kernels())
+    specs = (select.packed_of(*kernel, "bf16", "bf16", None, False) for kernel in kernels)
+    turning = (spec for spec in specs if isinstance(spec, PackedWgmmaSpec) and spec.turns)
+    return sorted(kernels | {select.stand_in(spec) for spec in turning})
 
 
 def kernels(variants: Iterable[Variant]) -> list[tuple[Config, Variant]]:
-    """Every kernel of the table and every extra one, in those of the variants that exist."""
+    """Every kernel that may be chosen and every extra one, in those of the variants that exist."""
     configs = [*chosen_configs(), *EXTRA_CONFIGS]
     return [
         (config, variant)

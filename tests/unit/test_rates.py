@@ -1,5 +1,6 @@
 """How long a product takes by the rates of its kernel, and what selection makes of that where no shape was measured."""
 
+import itertools
 import json
 import math
 
@@ -14,7 +15,14 @@ SMS = 132
 GPU = ("NVIDIA H200", SMS)
 COLLECTIVE, STREAM_K = ("collective", (128, 256, 2)), ("stream_k", (128, 256, 2))
 WGMMA, SMALL = ("wgmma", (128, 2, 2, 1, 1, 2, 8)), ("wgmma", (16, 1, 1, 4, 1, 2, 24))
+UNEVEN = ("wgmma", (32, 7, 4, 1, 1, 2, 9))
 MMA, FEW_WARPS = ("mma", (1, 16, 3, 1, 2, 0, 0)), ("mma", (1, 2, 8, 1, 2, 0, 0))
+
+
+@pytest.fixture(autouse=True)
+def nothing_tuned(monkeypatch):
+    """Whatever the cache folder of this machine has."""
+    monkeypatch.setattr(table, "rows_for", lambda gpu: table.read(table.PACKAGED))
 
 
 def spec_of(kernel, terms=("bf16", "bf16", None, False)):
@@ -80,6 +88,7 @@ def test_the_packaged_rates():
         (STREAM_K, 2048, (3, 970, 66 / 94)),  # 160: one round whole, 94 shared
         (WGMMA, 128, (1, 200, 0.0)),  # 40 row tiles, 66 clusters of two, which split K
         (WGMMA, 256, (2, 400, 0.0)),
+        (UNEVEN, 32, (1, 200, 0.0)),  # 12 row tiles of seven panels, or 16 of six: 13 of both
         (MMA, 1, (1, 400, 0.0)),  # two panels to each of 66 clusters of two, which split K: 2 * 200
         (FEW_WARPS, 1, (2, 400, 0.0)),  # two warps in each of two CTAs write one panel: two rounds
     ],
@@ -107,8 +116,9 @@ def test_as_much_as_the_busiest_does_is_enough_from_all(kernel):
 def test_shapes_that_were_not_measured_get_what_takes_least(monkeypatch):
     fast, slow = Rate(*COLLECTIVE, 0.0, 1.0, 0.1), Rate(*WGMMA, 0.0, 1.0, 10.0)
     monkeypatch.setattr(rates, "packaged", lambda: (slow, fast))
-    for m in (1, 256, 100000):
+    for m in (128, 256, 100000):
         assert chosen(m, 5120, 25600) == spec_of(COLLECTIVE)
+    assert chosen(100, 5120, 25600) == spec_of(WGMMA)  # of so few no tiles of 256
     monkeypatch.setattr(rates, "packaged", lambda: (Rate(*COLLECTIVE, 0.0, 1.0, 10.0), Rate(*WGMMA, 0.0, 1.0, 0.1)))
     assert chosen(256, 5120, 25600) == spec_of(WGMMA)
     assert chosen(100000, 5120, 25600) == spec_of(COLLECTIVE)  # of so many tokens no tiles of 128
@@ -121,19 +131,42 @@ def test_measured_shapes_do_not_ask_for_rates(monkeypatch):
         raise AssertionError("asked")
 
     monkeypatch.setattr(rates, "packaged", refuse)
-    largest = max(row.m for row in table.read(table.PACKAGED) if (row.n, row.k) == (8192, 8192))
-    for m in (1, 8, 9, 300, largest, 2 * largest):
-        chosen(m, 8192, 8192)
+    for row in table.read(table.PACKAGED):
+        chosen(row.m, row.n, row.k)
     with pytest.raises(AssertionError, match="asked"):
         chosen(8, 8192, 8193)
     with pytest.raises(AssertionError, match="asked"):
-        chosen(2 * largest + 1, 8192, 8192)
+        chosen(9000, 8192, 8192)
+
+
+def test_uneven_row_tiles_fill_a_round():
+    """37888 x 3584: 592 panels are 85 tiles of seven, two rounds for 66 clusters, or 98 of six and seven for 49."""
+    assert longest_sequence(spec_of(UNEVEN), 32, 37888, 3584, SMS) == (2, 56, 0.0)
+
+
+def test_a_short_k_is_not_shared_by_all():
+    assert longest_sequence(spec_of(STREAM_K), 256, 256, 512, SMS) == (1, 8, 1.0)  # as in pieces.hpp: 8 blocks at least
+    assert longest_sequence(spec_of(STREAM_K), 256, 256, 2048, SMS) == (1, 8, 4.0)
+
+
+def test_tiles_are_for_about_as_many_tokens():
+    for m, n, k in itertools.product((1, 8, 9, 40, 100, 300, 5000), (8, 64, 4608, 28672), (1, 64, 520, 200000)):
+        spec = chosen(m, n, k)
+        tokens = spec.tile[1] if hasattr(spec, "tile") else getattr(spec, "tokens", None) or 8 * spec.token_tiles
+        assert min(256, m // 8) <= tokens <= max(16, 2 * m), (m, n, k)
+
+
+def test_a_row_counts_where_there_are_as_many_tiles(monkeypatch):
+    own = (table.Choice(1024, 5120, 25600, *WGMMA),)
+    monkeypatch.setattr(table, "rows_for", lambda gpu: own)
+    assert chosen(1024, 5120, 25600) == chosen(897, 5120, 25600) == spec_of(WGMMA)
+    assert spec_of(WGMMA) not in (chosen(896, 5120, 25600), chosen(1025, 5120, 25600))
 
 
 def test_own_rows_for_few_tokens_leave_the_rest_to_rates(monkeypatch):
     own = (table.Choice(16, 5120, 25600, *SMALL),)
     monkeypatch.setattr(table, "rows_for", lambda gpu: own + table.read(table.PACKAGED))
-    assert chosen(16, 5120, 25600) == chosen(32, 5120, 25600) == spec_of(SMALL)
+    assert chosen(16, 5120, 25600) == chosen(9, 5120, 25600) == spec_of(SMALL)
     assert chosen(512, 5120, 25600) == spec_of(STREAM_K)
 
 

@@ -221,17 +221,24 @@ def test_kernels_for_one_token_quantize_it():
 def test_the_collective_stands_in_for_warpgroups_that_take_turns(out_dtype, source):
     """Which have no registers for C, and write fp32 in parts of lines."""
 
-    def chosen(row, *terms):
-        return select.packed_spec(("another GPU", 132), row.m, row.n, row.k, "bf16", *terms)
+    def chosen(problem, *terms):
+        return select.packed_spec(("another GPU", 132), *problem, "bf16", *terms)
 
-    turning = [row for row in table.read(table.PACKAGED) if getattr(chosen(row, "bf16", None, False), "turns", False)]
-    assert turning
-    for row in turning:
-        (tokens, _, _, _, multicast, _, _), spec = row.config, chosen(row, out_dtype, None, source)
-        assert spec == select.packed_of("collective", (64, tokens, multicast), "bf16", out_dtype, None, source)
-        unaligned = chosen(row, out_dtype, None, source, False)  # TMA cannot store it
+    rows = [(row.m, row.n, row.k) for row in table.read(table.PACKAGED)]
+    others = itertools.product((64, 256, 512, 1024, 4096), (4608, 10240, 37888), (1536, 5120))
+    turning = 0
+    for problem in (*rows, *others):
+        spec, plain = chosen(problem, out_dtype, None, source), chosen(problem, "bf16", None, False)
+        if not isinstance(plain, PackedWgmmaSpec) or not plain.turns:
+            continue
+        turning += 1
+        config = (64, plain.tokens, plain.multicast)
+        assert spec == select.packed_of("collective", config, "bf16", out_dtype, None, source)
+        assert select.stand_in(plain) == ("collective", config)
+        unaligned = chosen(problem, out_dtype, None, source, False)  # TMA cannot store it
         assert isinstance(unaligned, PackedWgmmaSpec)
         assert check(unaligned) is None
+    assert turning > 1
 
 
 def test_measured_shapes_get_the_kernel_that_was_measured():

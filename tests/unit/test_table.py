@@ -137,14 +137,15 @@ def test_a_row_that_cannot_serve_is_not_taken(own, monkeypatch):
     assert spec_of(1, 4096, 4096) == select.packed_of(*MMA, "bf16", "bf16", None, False)
     assert spec_of(1, 4096, 4096, source=True) == select.packed_of(*MMA, "bf16", "bf16", None, True)
     assert spec_of(8, 4096, 4096) == select.packed_of(*WGMMA, "bf16", "bf16", None, False)
-    rows = (row(16),)
+    rows = (row(8),)
     assert spec_of(8, 4096, 4096) == select.packed_of(*MMA, "bf16", "bf16", None, False)
     fallback = select.packed_of(*select.FALLBACK, "bf16", "bf16", None, False)
     assert spec_of(9, 4096, 4096) == fallback  # the row does not serve nine tokens
     rows = (row(1, kernel=("mma", (1, 8, 12, 2, 2, 0, 0))),)
     assert spec_of(1, 4096, 4096) == fallback  # nor one that no CTA has the memory for
-    of_kernels = (rates.Rate(*WGMMA, 1.0, 1.0, 1.0),)
-    assert spec_of(1, 4096, 4096) == select.packed_of(*WGMMA, "bf16", "bf16", None, False)
+    other = ("wgmma", (16, 1, 1, 4, 1, 2, 16))
+    of_kernels = (rates.Rate(*other, 1.0, 1.0, 1.0),)
+    assert spec_of(1, 4096, 4096) == select.packed_of(*other, "bf16", "bf16", None, False)
 
 
 def test_a_collective_only_where_its_epilogue_can_store(own, monkeypatch):

@@ -51,7 +51,7 @@ def test_times_in_turn_and_at_own_clocks_both_count(monkeypatch):
     monkeypatch.setattr(timing, "GraphSampler", lambda calls: None)
     monkeypatch.setattr(timing, "interleave", lambda samplers, repeats: {key: shared[key] for key in samplers})
     monkeypatch.setattr(timing, "in_turns", lambda samplers, repeats: {key: own[key] for key in samplers})
-    us = tune._measure(1, [Weight(torch.empty(0), torch.ones(()), 64, 64)], dict.fromkeys((fast, even, slow)))
+    us = tune.both_ways(1, [Weight(torch.empty(0), torch.ones(()), 64, 64)], dict.fromkeys((fast, even, slow)))
     assert us == pytest.approx({fast: math.sqrt(6 * 12), even: 6.0})
 
 
