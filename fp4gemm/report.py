@@ -105,6 +105,7 @@ ROW_FIELDS: dict[str, tuple[str, ...]] = {
     "dequantize": _QUANTIZE_FIELDS,
     "tiles": (*_QUANTIZE_FIELDS, "kernel"),
     "gemm": ("arch", "layout", "M", "N", "K", "a", "b", "epilogue", "mode", "kernel", "us", "vs_us", "rel_error"),
+    "selection": ("arch", "M", "N", "K", "mode", "kernel", "options", "us", "vs_us"),
     "sweep": ("op", "layout", "M", "N", "K", "dtype", "options", "mode", "us", "vs_us"),
     "grouped": ("op", "experts", "M", "N", "K", "routing", "mode", "kernel", "us", "vs_us", "rel_error"),
     "quantize_grouped": ("experts", "M", "K", "routing", "options", "mode", "us", "bytes", "vs_us"),

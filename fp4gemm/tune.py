@@ -113,19 +113,21 @@ _Measure = Callable[[int, Sequence[Weight], Mapping[table.Choice, PackedSpec]], 
 def tune(
     shapes: Sequence[tuple[int, int]], sizes: Sequence[int], measure: _Measure | None = None
 ) -> Iterator[Measured]:
-    """Measures the candidates of every (n, k) and m, by ``both_ways`` or ``in_turn``.
-
-    Weights rotate through more memory than the L2 holds.
-    """
+    """Measures the candidates of every (n, k) and m, by ``both_ways`` or ``in_turn``."""
     device = torch.cuda.current_device()
     sms = torch.cuda.get_device_properties(device).multi_processor_count
-    _build({spec for n, k in shapes for m in sizes for spec in candidates(m, n, k, sms)})
+    build({spec for n, k in shapes for m in sizes for spec in candidates(m, n, k, sms)})
     for n, k in shapes:
-        weight = ops.quantize(torch.randn(n, k, device=timing.DEVICE, dtype=torch.bfloat16)).prepack()
-        weights = [Weight(weight.data.clone(), weight.outer_scale, n, k) for _ in range(timing.rotation(weight.nbytes))]
+        weights = rotated(n, k)
         for m in sizes:
             known = {table.Choice(m, n, k, kernel, config): spec for kernel, config, spec in _candidates(m, n, k, sms)}
             yield (measure or both_ways)(m, weights, known)
+
+
+def rotated(n: int, k: int) -> list[Weight]:
+    """Copies of a weight, in more memory than the L2 holds."""
+    weight = ops.quantize(torch.randn(n, k, device=timing.DEVICE, dtype=torch.bfloat16)).prepack()
+    return [Weight(weight.data.clone(), weight.outer_scale, n, k) for _ in range(timing.rotation(weight.nbytes))]
 
 
 def tune_grouped(
@@ -135,7 +137,7 @@ def tune_grouped(
     candidate's configuration, launched behind the node in front and sampled in turn."""
     device = torch.cuda.current_device()
     sms = torch.cuda.get_device_properties(device).multi_processor_count
-    _build({spec for tokens in sizes for spec in grouped_candidates(experts, tokens, n, k, sms)})
+    build({spec for tokens in sizes for spec in grouped_candidates(experts, tokens, n, k, sms)})
     one = ops.quantize(torch.randn(n, k, device=timing.DEVICE, dtype=torch.bfloat16)).prepack()
     copies = timing.rotation(experts * one.nbytes)
     data = [torch.stack([one.data] * experts) for _ in range(copies)]
@@ -159,7 +161,7 @@ def tune_grouped(
         yield tokens, {spec.config: us[spec] for spec in specs}
 
 
-def _build(wanted: Iterable[PackedSpec]) -> None:
+def build(wanted: Iterable[PackedSpec]) -> None:
     """Raises RuntimeError where a kernel cannot be built."""
     missing = [spec for spec in sorted(wanted, key=lambda s: s.name) if cache.lookup(spec) is None]
     for built in builder.build_all(missing):
@@ -203,7 +205,7 @@ def described(us: Measured) -> str:
     return f"{first.m}x{first.n}x{first.k}: {times}"
 
 
-def _calls(m: int, weights: Sequence[Weight]) -> Callable[[PackedSpec], list[timing.Call]]:
+def calls_of(m: int, weights: Sequence[Weight]) -> Callable[[PackedSpec], list[timing.Call]]:
     """What a kernel has to launch: for each weight an x and a D of its own, the same for all kernels."""
     n, k = weights[0].n, weights[0].k
     x = [torch.randn(m, k, device=timing.DEVICE, dtype=torch.bfloat16) for _ in weights]
@@ -221,7 +223,7 @@ def _calls(m: int, weights: Sequence[Weight]) -> Callable[[PackedSpec], list[tim
 def both_ways(m: int, weights: Sequence[Weight], specs: Mapping[table.Choice, PackedSpec]) -> Measured:
     """As a node of a CUDA graph, once as it is and once inside ``programmatic()``, in turn with the others and at its
     own clock: the geometric mean, of candidates that are not far behind in turn."""
-    calls = _calls(m, weights)
+    calls = calls_of(m, weights)
     samplers: dict[tuple[table.Choice, bool], timing.Sampler] = {}
     for weights_first in (False, True):
         with launch.programmatic(weights_first):
@@ -234,7 +236,7 @@ def both_ways(m: int, weights: Sequence[Weight], specs: Mapping[table.Choice, Pa
 
 def in_turn(m: int, weights: Sequence[Weight], specs: Mapping[table.Choice, PackedSpec]) -> Measured:
     """All candidates, in plain graphs and in turn alone."""
-    calls = _calls(m, weights)
+    calls = calls_of(m, weights)
     samplers = {choice: timing.GraphSampler(calls(spec)) for choice, spec in specs.items()}
     return timing.interleave(samplers, _REPEATS, _SETTLE_S)
 

@@ -1,4 +1,4 @@
-"""`fp4gemm bench`: quantize · gemm · sweep · grouped · overhead · load · compile · tiles · search · all."""
+"""`fp4gemm bench`: quantize · gemm · sweep · grouped · overhead · load · compile · selection · tiles · search · all."""
 
 from __future__ import annotations
 
@@ -124,6 +124,20 @@ def sweep_layers(
     run("sweep", ("sweep",), out, out_dir, repeats, quick, tests_json, commit, shape or (), m or ())
 
 
+@app.command("selection", help="The chosen kernel beside all candidates, at shapes not in its table (not part of all).")
+def chosen_kernels(
+    out: OutOption = None,
+    out_dir: OutDirOption = MEASUREMENTS,
+    repeats: RepeatsOption = DEFAULT_REPEATS,
+    quick: QuickOption = False,
+    tests_json: TestsOption = None,
+    commit: CommitOption = None,
+    shape: ShapeOption = None,
+    m: SizeOption = None,
+) -> None:
+    run("selection", ("selection",), out, out_dir, repeats, quick, tests_json, commit, shape or (), m or ())
+
+
 def run(
     bench: str,
     suites: Sequence[str],
@@ -193,7 +207,7 @@ def _read_shape(text: str) -> tuple[int, int]:
 
 
 def _suite_jobs(suite: str, config: Config) -> list[Job]:
-    from fp4gemm.bench import gemm, grouped, groups, kernels, layers, overhead, quantize, search, tiles
+    from fp4gemm.bench import gemm, grouped, groups, kernels, layers, overhead, quantize, search, selection, tiles
 
     found: dict[str, Any] = {
         "quantize": quantize.jobs,
@@ -203,6 +217,7 @@ def _suite_jobs(suite: str, config: Config) -> list[Job]:
         "overhead": overhead.jobs,
         "load": kernels.load_jobs,
         "compile": kernels.compile_jobs,
+        "selection": selection.jobs,
         "tiles": tiles.jobs,
         "sweep": layers.jobs,
         "search": search.jobs,

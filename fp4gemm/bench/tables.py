@@ -106,6 +106,11 @@ _MODE: Column = ("mode", _field("mode"))
 _US: Column = ("us", _number("us"))
 _KERNEL: Column = ("kernel", lambda row: f"`{row['kernel']}`")
 
+
+def _quoted(row: Row) -> str:
+    return f"`{row['options']['fastest']}`"
+
+
 _COMPILED: tuple[Column, ...] = (
     _KERNEL,
     ("arch", _field("arch")),
@@ -262,6 +267,18 @@ TABLES: dict[str, tuple[str, tuple[Column, ...]]] = {
             ("of copy bandwidth", _share_of_copy),
         ),
     ),
+    "selection": (
+        "The kernel that is chosen where no shape was measured, beside the fastest candidate (M x N x K, bf16)",
+        (
+            _SHAPE,
+            _KERNEL,
+            _US,
+            ("fastest", lambda row: "" if row["options"]["fastest"] == row["kernel"] else _quoted(row)),
+            ("us of it", _versus("fastest")),
+            ("over it", lambda row: f"{row['us'] / row['vs_us']['fastest'] - 1:.1%}"),
+            ("speed-up over cuBLAS bf16", _factor("cublas_bf16")),
+        ),
+    ),
     "compile": ("Compilation", _COMPILED),
     "emulated": ("Kernels with their Blackwell instructions in software, compiled beside their tests", _COMPILED),
 }
@@ -286,7 +303,7 @@ def _in_summary(row: Row) -> bool:
         return False
     in_graph = row["bench"] == "overhead" or row.get("mode", "graph") == "graph"
     default_layout = row.get("options", {}).get("sf_layout", "128x4") == "128x4"
-    return bool(in_graph and default_layout and row["bench"] not in ("compile", "emulated", "tiles"))
+    return bool(in_graph and default_layout and row["bench"] not in ("compile", "emulated", "selection", "tiles"))
 
 
 def _best_tiles(rows: Sequence[Row]) -> list[Row]:

@@ -13,8 +13,8 @@ import torch
 from typer.testing import CliRunner
 
 import fp4gemm
-from fp4gemm import provenance, report
-from fp4gemm.bench import cli, common, kernels, layers, overhead, peers, quantize, tables, tiles, timing
+from fp4gemm import provenance, report, select, tune
+from fp4gemm.bench import cli, common, kernels, layers, overhead, peers, quantize, selection, tables, tiles, timing
 from fp4gemm.formats import BLOCK
 
 
@@ -303,6 +303,39 @@ def test_a_peer_that_computes_something_else_is_refused() -> None:
     peers._check("peer", x, x * 1.05)
     with pytest.raises(RuntimeError, match=r"peer: relative error 1\.00"):
         peers._check("peer", x, x * 2)
+
+
+@pytest.mark.usefixtures("on_cpu")
+def test_selection_suite(monkeypatch: pytest.MonkeyPatch) -> None:
+    built: list[str] = []
+    launched: list[tuple[str, int]] = []
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(select, "gpu_of", lambda device: ("NVIDIA H200", 132))
+    monkeypatch.setattr(tune, "build", lambda specs: built.extend(spec.name for spec in specs))
+    monkeypatch.setattr(tune, "launch_spec", lambda spec, a, *rest: launched.append((spec.name, a.values.shape[0])))
+    config = common.Config(shapes=((96, 128), (100, 256)), sizes=(1, 40))
+    rows = rows_of(selection.jobs(config))
+    assert [(row["M"], row["N"], row["K"]) for row in rows] == [
+        (1, 96, 128),
+        (40, 96, 128),
+        (1, 100, 256),
+        (40, 100, 256),
+    ]
+    for row in rows:
+        m, n, k = row["M"], row["N"], row["K"]
+        chosen = select.packed_spec(("NVIDIA H200", 132), m, n, k, "bf16", "bf16", None, False, n % 8 == 0)
+        assert row["kernel"] == chosen.name
+        timed = {chosen.name, *(spec.name for spec in tune.candidates(m, n, k, 132))}
+        assert {name for name, tokens in launched if tokens == m} >= timed
+        assert timed <= set(built)
+        assert set(row["vs_us"]) == {"fastest", "cublas_bf16"}
+    table = tables.table(
+        "selection",
+        [*rows, rows[0] | {"options": {"fastest": "another"}, "vs_us": {"fastest": 1.6, "cublas_bf16": 4.0}}],
+    )
+    assert table is not None
+    assert table.rows[-1][3:] == ("`another`", "1.60", "25.0%", "2.00x")
+    assert tables.table("selection", rows, summary=True) is None
 
 
 @pytest.mark.usefixtures("on_cpu")
