@@ -96,46 +96,27 @@ _add("tiles", ("tiles",), "The per-row quantizer, however it can divide its work
 _add("all", ALL, "Everything else, in one file.")
 
 
-@app.command("gemm", help="NVFP4 weights at every M: beside cuBLAS bf16, dequantize + cuBLAS, and humming-kernels.")
-def gemm(
-    out: OutOption = None,
-    out_dir: OutDirOption = MEASUREMENTS,
-    repeats: RepeatsOption = DEFAULT_REPEATS,
-    quick: QuickOption = False,
-    tests_json: TestsOption = None,
-    commit: CommitOption = None,
-    shape: ShapeOption = None,
-    m: SizeOption = None,
-) -> None:
-    run("gemm", ("gemm",), out, out_dir, repeats, quick, tests_json, commit, shape or (), m or ())
+def _add_sized(name: str, about: str) -> None:
+    """A suite of products, of which shapes and sizes may be chosen."""
+
+    def command(
+        out: OutOption = None,
+        out_dir: OutDirOption = MEASUREMENTS,
+        repeats: RepeatsOption = DEFAULT_REPEATS,
+        quick: QuickOption = False,
+        tests_json: TestsOption = None,
+        commit: CommitOption = None,
+        shape: ShapeOption = None,
+        m: SizeOption = None,
+    ) -> None:
+        run(name, (name,), out, out_dir, repeats, quick, tests_json, commit, shape or (), m or ())
+
+    app.command(name, help=about)(command)
 
 
-@app.command("sweep", help="The parts of a training step by shape and layout, both passes of a layer beside bf16.")
-def sweep_layers(
-    out: OutOption = None,
-    out_dir: OutDirOption = MEASUREMENTS,
-    repeats: RepeatsOption = DEFAULT_REPEATS,
-    quick: QuickOption = False,
-    tests_json: TestsOption = None,
-    commit: CommitOption = None,
-    shape: ShapeOption = None,
-    m: SizeOption = None,
-) -> None:
-    run("sweep", ("sweep",), out, out_dir, repeats, quick, tests_json, commit, shape or (), m or ())
-
-
-@app.command("selection", help="The chosen kernel beside all candidates, at shapes not in its table (not part of all).")
-def chosen_kernels(
-    out: OutOption = None,
-    out_dir: OutDirOption = MEASUREMENTS,
-    repeats: RepeatsOption = DEFAULT_REPEATS,
-    quick: QuickOption = False,
-    tests_json: TestsOption = None,
-    commit: CommitOption = None,
-    shape: ShapeOption = None,
-    m: SizeOption = None,
-) -> None:
-    run("selection", ("selection",), out, out_dir, repeats, quick, tests_json, commit, shape or (), m or ())
+_add_sized("gemm", "NVFP4 weights at every M: beside cuBLAS bf16, dequantize + cuBLAS, and humming-kernels.")
+_add_sized("sweep", "The parts of a training step by shape and layout, both passes of a layer beside bf16.")
+_add_sized("selection", "The chosen kernel beside all candidates, at shapes not in its table (not part of all).")
 
 
 def run(

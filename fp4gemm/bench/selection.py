@@ -1,4 +1,7 @@
-"""How far the kernel that selection takes is from the fastest candidate, at shapes of models that its table has not."""
+"""How far the kernel that selection takes is from the fastest candidate, at shapes of models that its table has not.
+
+The packaged rates are fitted to these shapes among others; `--shape` takes those that they have not seen.
+"""
 
 from __future__ import annotations
 

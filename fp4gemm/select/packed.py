@@ -11,7 +11,8 @@ from fp4gemm.division import divide, longest_sequence
 from fp4gemm.spec import PackedCollectiveSpec, PackedMmaSpec, PackedSpec, PackedWgmmaSpec, PackSpec, check
 
 FALLBACK = ("wgmma", (128, 2, 2, 1, 1, 1, 6))  # serves everything
-_MANY_TOKENS = 256  # the largest tile, which takes the least power where that binds
+# The largest tile. Rates do not know the power limit; from eight of these on smaller tiles were slower than they say.
+_MANY_TOKENS = 256
 _SCHEDULES = {128: "cooperative", 64: "pingpong"}  # of the collective, by its weight rows
 
 
