@@ -72,7 +72,7 @@ def _groups(arch: str) -> list[KernelSpec]:
 def _with_options(arch: str) -> list[KernelSpec]:
     """Quantizers of bf16 at K = 8192 with each option and producer, and of e4m3."""
     per_row, wide, tiled = ("per_row", "te_per_token"), (128, 4, 2), (128, 4, 4)
-    adding = (256, 2, 4) if arch == "sm_90a" else tiled
+    adding = (256, 2, 2) if arch == "sm_90a" else wide
     return [
         QuantizeSpec(arch, "bf16", *per_row, "linear", *wide, stochastic=True),
         QuantizeSpec(arch, "bf16", *per_row, "128x4", *tiled, stochastic=True),
@@ -83,7 +83,8 @@ def _with_options(arch: str) -> list[KernelSpec]:
         QuantizeSpec(arch, "bf16", *per_row, "128x4", *wide, residual="weight"),
         QuantizeSpec(arch, "bf16", *per_row, "128x4", *tiled, noop=True),
         QuantizeSpec(arch, "e4m3", *per_row, "128x4", *tiled),
-        *(QuantizeSpec(arch, "bf16", *per_row, "128x4", *tiled, producer=name) for name in (*PRODUCERS, "rmsnorm")),
+        *(QuantizeSpec(arch, "bf16", *per_row, "128x4", *tiled, producer=name) for name in PRODUCERS),
+        QuantizeSpec(arch, "bf16", *per_row, "128x4", *wide, producer="rmsnorm"),
         QuantizeSpec(arch, "bf16", *per_row, "128x4", *adding, producer="add_rmsnorm"),
     ]
 

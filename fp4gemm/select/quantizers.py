@@ -30,7 +30,7 @@ def quantize_spec(
 ) -> QuantizeSpec:  # fmt: skip
     """Whole rows on chip where they fit, as many rows to a CTA as give it 256 threads.
 
-    A tiled layout wants four rows at least (layout.hpp), in up to 512 threads, for some options more or fewer; four
+    A tiled layout wants four rows, or two (layout.hpp), in up to 512 threads, for some options more or fewer; four
     blocks a thread leave room for them. fp32 takes twice the registers: two blocks. ``few``: of rows, which leave most
     SMs idle; each has a CTA of its own then, with more threads, where it is long enough to need them. The figures are
     in docs/performance.md.
@@ -51,28 +51,42 @@ _Shape = tuple[int, int, int, bool]  # threads of a row, blocks of a thread, row
 
 
 def _rows_shape(arch: str, columns: int, dtype: str, tiled: bool, per_row: bool, options: QuantizeOptions) -> _Shape:
+    norm = options.producer in NORMS
+    reduced = per_row or norm
+    # All of x and of the residual is on its way at once; elsewhere CTAs so wide would spill registers.
+    wide = options.producer == "add_rmsnorm" and not options.adaptive and arch == "sm_90a" and dtype != "fp32"
+    wide = wide and _threads(columns, 2) <= 512
+    # Of CTAs of long rows with two blocks a thread an SM has room for one or two, which all wait at once.
+    long = (768 if options.adaptive or options.producer in ("gelu_tanh", "relu2") else 896) < columns <= 2048
     # Noise and companions cost instructions, and more blocks share what a thread does once; for norms it was measured.
-    four = tiled or options.stochastic or options.residual or options.producer in NORMS
-    most = 4 if four and dtype != "fp32" else 2
-    # Threads of a row of which a CTA has four. 4/6 is quicker in small CTAs, though scales then leave byte by byte.
-    widest = 64 if options.adaptive else 128
-    if arch == "sm_90a" and dtype != "fp32" and options.producer == "add_rmsnorm" and not options.adaptive:
-        # All of x and of the residual is on its way at once; elsewhere CTAs of 1024 threads would spill registers.
-        threads = _threads(columns, 2)
-        if threads <= 512 and (not tiled or 1024 % threads == 0):  # CTAs that fill an SM
-            most, widest = 2, 256
-    blocks = min(most, max(1, columns // 32))
+    four = tiled or options.stochastic or options.residual or norm or long
+    blocks = min(4 if four and not wide and dtype != "fp32" else 2, max(1, columns // 32))
     threads = _threads(columns, blocks)
     resident = threads <= 1024
     if not resident:
         threads, blocks = 512, 2
-    # Companions take registers: a CTA of 512 threads would have too few.
-    staged = tiled and threads <= widest and not options.residual
-    rows = max(4 if staged else 1, 1 << (256 // threads).bit_length() >> 1)
-    reduced = per_row or options.producer in NORMS
+    rows = max(1, 1 << (256 // threads).bit_length() >> 1)
+    if tiled and not options.residual:  # companions take registers: a CTA of 512 threads would have too few
+        rows = max(rows, _rows_together(threads, dtype, wide, reduced, options))
+    elif not four and reduced and dtype != "fp32" and 128 < threads <= (192 if options.adaptive else 224):
+        rows = 2
     if options.stochastic and not options.residual and not reduced and threads * rows == 512:
         threads //= 2  # without a row to reduce; a CTA of 512 threads has too few registers
     return threads, blocks, rows, resident
+
+
+def _rows_together(threads: int, dtype: str, wide: bool, reduced: bool, options: QuantizeOptions) -> int:
+    """How many rows of a tiled layout, of so many threads each, a CTA has for the sake of their scales: 4, 2 or 1."""
+    four, two = 128, 256
+    if wide:
+        four, two = 160, 384
+    elif options.adaptive or options.producer in NORMS:
+        four, two = 64, 128  # what does more for a row is quicker in small CTAs
+    elif options.stochastic and not reduced:
+        two = 0  # too few registers
+    elif dtype == "fp32":
+        two = 224
+    return 4 if threads <= four else 2 if threads <= two else 1
 
 
 def _few_rows_shape(columns: int, dtype: str, options: QuantizeOptions) -> _Shape | None:

@@ -158,6 +158,21 @@ def test_many_rows(shape: tuple[int, int], options: Options, device: torch.devic
         cases.assert_same(fp4gemm.quantize(x, sf_layout=sf_layout, **options), want, f"{shape} {sf_layout} {options}")
 
 
+@pytest.mark.parametrize("options", [*FEW_OPTIONS, {"residual": 16}], ids=str)
+@pytest.mark.parametrize("k", [2560, 5120, 7168, 9728, 14336, 16384, 18944, 28672])
+def test_long_rows(k: int, options: Options, device: torch.device) -> None:
+    """However threads, blocks and rows are divided: a tile of rows, and part of the next one."""
+    m, generator = select.FEW_ROWS + 7, torch.Generator().manual_seed(k)
+    width = 2 * k if options.get("producer") == "silu_mul" else k
+    for dtype in (torch.bfloat16, torch.float32)[: 2 if k < 9728 else 1]:
+        x, arguments = torch.randn(m, width, generator=generator).to(dtype).to(device), moved(options, device)
+        for sf_layout in SF_LAYOUTS:
+            want = reference.quantize(x, sf_layout=sf_layout, **arguments)
+            cases.poison_for(want, device)
+            got = fp4gemm.quantize(x, sf_layout=sf_layout, **arguments)
+            cases.assert_same(got, want, f"{m} x {k} {dtype} {sf_layout} {options}")
+
+
 @pytest.mark.parametrize("first", range(0, PROBLEMS, CHUNK))
 def test_both_results_from_one_call(first: int, device: torch.device) -> None:
     for seed in range(first, first + CHUNK):
@@ -217,9 +232,10 @@ def test_rmsnorm_then_quantize(first: int, device: torch.device) -> None:
 
 
 @pytest.mark.parametrize("options", [{}, {"seed": 5}, {"adaptive": "mse"}], ids=str)
-@pytest.mark.parametrize("shape", [(300, 8192), (1000, 8192), (3000, 4096), (300, 5120)], ids=str)
-def test_rmsnorm_of_many_rows(shape: tuple[int, int], options: Options, device: torch.device) -> None:
-    generator = torch.Generator().manual_seed(shape[0])
+@pytest.mark.parametrize("k", [2560, 3584, 4096, 5120, 7168, 8192, 12288, 16384])
+@pytest.mark.parametrize("m", [300, 1500])
+def test_rmsnorm_of_many_rows(m: int, k: int, options: Options, device: torch.device) -> None:
+    shape, generator = (m, k), torch.Generator().manual_seed(m)
     x, residual, weight = (torch.randn(s, generator=generator).bfloat16() for s in (shape, shape, shape[1:]))
     x, residual, weight = x.to(device), residual.to(device), weight.to(device)
     for sf_layout, added in itertools.product(("128x4", "linear"), (None, residual)):
