@@ -227,6 +227,23 @@ def test_two_rows_of_a_cta(
         compare(problem.run(x, arguments), reference.quantize(x, **arguments))
 
 
+@pytest.mark.parametrize("kind", ["plain", "stochastic", "mse", "silu_mul"])
+@pytest.mark.parametrize(
+    "k, dtype, layout",
+    [(5120, "bf16", "linear"), (7168, "fp32", "128x4"), (14336, "bf16", "128x4"), (18944, "bf16", "linear")],
+)
+def test_many_long_rows(
+    k: int, dtype: str, layout: str, kind: str, kernels: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As rows are divided that are not whole powers of two."""
+    monkeypatch.setattr(select, "FEW_ROWS", 0)
+    torch_dtype = next(each for each, name in select.DTYPE_NAMES.items() if name == dtype)
+    problem = replace(Problem.draw(random.Random(kind), kind), m=3, k=k, scaling="per_row", sf_layout=layout)
+    problem = replace(problem, dtype=torch_dtype, special="outliers", offset=0)
+    x, arguments = problem.values(), problem.arguments()
+    compare(problem.run(x, arguments), reference.quantize(x, **arguments))
+
+
 @pytest.mark.parametrize("case", range(24))
 def test_rmsnorm(case: int, kernels: None) -> None:
     """With a residual and without, every dtype, ragged rows, zeros and what is not finite."""
@@ -253,7 +270,9 @@ def test_rmsnorm(case: int, kernels: None) -> None:
 
 @pytest.mark.parametrize("adaptive", [None, "mse"])
 @pytest.mark.parametrize("added", [False, True])
-@pytest.mark.parametrize("k, layout", [(4080, "128x4"), (8192, "128x4"), (8192, "linear"), (5120, "8x4")])
+@pytest.mark.parametrize(
+    "k, layout", [(4080, "128x4"), (8192, "128x4"), (8192, "linear"), (5120, "8x4"), (12288, "128x4")]
+)
 def test_rmsnorm_of_many_wide_rows(
     k: int, layout: str, added: bool, adaptive: str | None, kernels: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
