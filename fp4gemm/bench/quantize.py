@@ -20,6 +20,7 @@ from fp4gemm.tensor import FP4Tensor
 
 LARGE = tuple(product((1024, 2048, 4096, 8192, 16384, 32768), (2048, 4096, 8192)))  # M, K
 SMALL = ((1, 8192), (16, 8192), (128, 8192))
+OF_MODELS = ((16384, 5120), (8192, 14336), (4096, 28672))  # whose K is no power of two
 DEQUANTIZED = ((4096, 4096), (8192, 8192), (16384, 8192))
 PEERS_AT = (8192, 8192)
 _GIVEN = 1.0 / 512  # a decode multiplier that suits N(0, 1): amax about 5.2 = 512 / 2688 * 5.2 of the range
@@ -148,10 +149,10 @@ def _unfused(producer: str, x: torch.Tensor) -> object:
 
 
 def jobs(config: Config) -> Iterator[Job]:
-    """Every option at every shape, small ones without options that training alone has; then dequantize."""
+    """Every option at every shape, small ones and other K without those of training; then dequantize."""
     for variant in VARIANTS[:1] if config.quick else VARIANTS:
-        small: Sequence[tuple[int, int]] = SMALL if variant.outputs == "row" else ()
-        for M, K in ((8192, 8192), (16, 8192)) if config.quick else (*LARGE, *small):
+        more: Sequence[tuple[int, int]] = (*OF_MODELS, *SMALL) if variant.outputs == "row" else ()
+        for M, K in ((8192, 8192), (16, 8192)) if config.quick else (*LARGE, *more):
             yield Job(f"quantize {M}x{K} {variant}", functools.partial(_quantize_rows, variant, M, K, config))
     for M, K in DEQUANTIZED[:1] if config.quick else DEQUANTIZED:
         yield Job(f"dequantize {M}x{K}", functools.partial(_dequantize_rows, M, K, config))

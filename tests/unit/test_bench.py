@@ -217,6 +217,7 @@ def rows_of(jobs: Iterator[common.Job]) -> list[report.Row]:
 def test_quantize_suite(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(quantize, "LARGE", ((128, 512),))
     monkeypatch.setattr(quantize, "SMALL", ((1, 512),))
+    monkeypatch.setattr(quantize, "OF_MODELS", ())
     monkeypatch.setattr(quantize, "DEQUANTIZED", ((128, 256),))
     rows = rows_of(quantize.jobs(common.Config()))
     both = [variant for variant in quantize.VARIANTS if variant.outputs != "row"]
@@ -291,6 +292,7 @@ def test_peers_stand_beside_one_row(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(quantize, "VARIANTS", quantize.VARIANTS[:2])
     monkeypatch.setattr(quantize, "LARGE", ((128, 512),))
     monkeypatch.setattr(quantize, "SMALL", ())
+    monkeypatch.setattr(quantize, "OF_MODELS", ())
     monkeypatch.setattr(quantize, "DEQUANTIZED", ())
     monkeypatch.setattr(quantize, "PEERS_AT", (128, 512))
     monkeypatch.setattr(peers, "calls", lambda xs: {peers.MODELOPT: [lambda: None] * len(xs)})
