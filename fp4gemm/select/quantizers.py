@@ -51,31 +51,33 @@ _Shape = tuple[int, int, int, bool]  # threads of a row, blocks of a thread, row
 
 
 def _rows_shape(arch: str, columns: int, dtype: str, tiled: bool, per_row: bool, options: QuantizeOptions) -> _Shape:
-    norm = options.producer in NORMS
-    reduced = per_row or norm
+    fp32, norm = dtype == "fp32", options.producer in NORMS
     # All of x and of the residual is on its way at once; elsewhere CTAs so wide would spill registers.
-    wide = options.producer == "add_rmsnorm" and not options.adaptive and arch == "sm_90a" and dtype != "fp32"
-    wide = wide and _threads(columns, 2) <= 512
-    # Of CTAs of long rows with two blocks a thread an SM has room for one or two, which all wait at once.
-    long = (768 if options.adaptive or options.producer in ("gelu_tanh", "relu2") else 896) < columns <= 2048
+    wide = (
+        options.producer == "add_rmsnorm" and not options.adaptive and arch == "sm_90a" and not fp32
+        and _threads(columns, 2) <= 512
+    )  # fmt: skip
+    # Of CTAs of long rows with two blocks a thread an SM has room for one or two, which all wait at once. Rows of more
+    # than 2048 columns are streamed, by two blocks.
+    alone = (768 if options.adaptive or options.producer == "gelu_tanh" else 896) < columns <= 2048
     # Noise and companions cost instructions, and more blocks share what a thread does once; for norms it was measured.
-    four = tiled or options.stochastic or options.residual or norm or long
-    blocks = min(4 if four and not wide and dtype != "fp32" else 2, max(1, columns // 32))
+    four = tiled or options.stochastic or options.residual or norm or alone
+    blocks = min(4 if four and not wide and not fp32 else 2, max(1, columns // 32))
     threads = _threads(columns, blocks)
     resident = threads <= 1024
     if not resident:
         threads, blocks = 512, 2
     rows = max(1, 1 << (256 // threads).bit_length() >> 1)
     if tiled and not options.residual:  # companions take registers: a CTA of 512 threads would have too few
-        rows = max(rows, _rows_together(threads, dtype, wide, reduced, options))
-    elif not four and reduced and dtype != "fp32" and 128 < threads <= (192 if options.adaptive else 224):
+        rows = max(rows, _rows_together(threads, fp32, wide, per_row or norm, options))
+    elif not four and per_row and not fp32 and 128 < threads <= (192 if options.adaptive else 224):
         rows = 2
-    if options.stochastic and not options.residual and not reduced and threads * rows == 512:
+    if options.stochastic and not options.residual and not (per_row or norm) and threads * rows == 512:
         threads //= 2  # without a row to reduce; a CTA of 512 threads has too few registers
     return threads, blocks, rows, resident
 
 
-def _rows_together(threads: int, dtype: str, wide: bool, reduced: bool, options: QuantizeOptions) -> int:
+def _rows_together(threads: int, fp32: bool, wide: bool, reduced: bool, options: QuantizeOptions) -> int:
     """How many rows of a tiled layout, of so many threads each, a CTA has for the sake of their scales: 4, 2 or 1."""
     four, two = 128, 256
     if wide:
@@ -84,7 +86,7 @@ def _rows_together(threads: int, dtype: str, wide: bool, reduced: bool, options:
         four, two = 64, 128  # what does more for a row is quicker in small CTAs
     elif options.stochastic and not reduced:
         two = 0  # too few registers
-    elif dtype == "fp32":
+    elif fp32:
         two = 224
     return 4 if threads <= four else 2 if threads <= two else 1
 
@@ -105,7 +107,9 @@ def group_rows_spec(
     """The quantizer of rows of a group of members with ``k`` columns, None: each with its own number of them."""
     options = QuantizeOptions(stochastic=True) if stochastic else PLAIN
     if k is not None and scaling == "per_row":
-        return GroupSpec(quantize_spec(arch, dtype, k, scaling, convention, sf_layout, vectorized, options))
+        spec = quantize_spec(arch, dtype, k, scaling, convention, sf_layout, vectorized, options)
+        # With noise and what a member is, two long rows would spill registers.
+        return GroupSpec(replace(spec, rows=1) if stochastic and spec.threads > 128 else spec)
     # Rows in parts: nothing is reduced, or no number of registers fits all rows, which are read twice then.
     blocks = 1 if dtype == "fp32" else 2
     return GroupSpec(

@@ -64,6 +64,15 @@ def test_members_that_are_one_matrix(case: cases.GroupCase, monkeypatch: pytest.
 
 
 @pytest.mark.usefixtures("launches")
+@pytest.mark.parametrize("options", [{}, {"seed": 3}], ids=str)
+@pytest.mark.parametrize("rows", [(5, 0, 3, 1), (3, 3, 3)], ids=str)
+def test_long_rows(rows: tuple[int, ...], options: dict[str, int], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two to a CTA, or one where there is noise."""
+    sizes, none = tuple((m, 9728) for m in rows), (0,) * len(rows)
+    run(cases.GroupCase(1, "rows", torch.bfloat16, sizes, none, 0, False, "normal", dict(options)), monkeypatch)
+
+
+@pytest.mark.usefixtures("launches")
 @pytest.mark.parametrize("sizes", [[10, -1, 20], [10, 100, 3], [60, 5, 1]], ids=str)
 def test_what_does_not_fit_is_left_out(sizes: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
     x = torch.randn(64, 32, generator=torch.Generator().manual_seed(1)).bfloat16()

@@ -47,13 +47,13 @@ def test_many_members(kind: str, members: int, device: torch.device) -> None:
     check(cases.GroupCase.draw(0, kind, members, largest=160, options={"both": True, "dbias": True}), device)
 
 
-@pytest.mark.parametrize("width", [4096, 8192, 40000])
-@pytest.mark.parametrize("scaling", ["per_row", "per_tensor"])
-def test_long_rows(scaling: str, width: int, device: torch.device) -> None:
-    """In registers, and read twice."""
+@pytest.mark.parametrize("width", [4096, 5120, 8192, 14336, 40000])
+@pytest.mark.parametrize("options", [{"scaling": "per_row"}, {"scaling": "per_tensor"}, {"seed": 3}], ids=str)
+def test_long_rows(options: dict[str, Any], width: int, device: torch.device) -> None:
+    """In registers, one, two or four to a CTA, and read twice."""
     for dtype in (torch.bfloat16, torch.float32):
         sizes = ((5, width), (0, width), (130, width), (1, width))
-        check(cases.GroupCase(1, "rows", dtype, sizes, (0,) * 4, 0, False, "normal", {"scaling": scaling}), device)
+        check(cases.GroupCase(1, "rows", dtype, sizes, (0,) * 4, 0, False, "normal", options), device)
 
 
 @pytest.mark.parametrize("kind", ["rows", "both"])
