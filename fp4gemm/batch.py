@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from fp4gemm import blockscaled, gemm_calls, reference
-from fp4gemm.dispatch import direct, on_its_device, on_kernels
+from fp4gemm.dispatch import direct, on_its_device, on_kernels, refuse_gradients
 from fp4gemm.engine import Output
 from fp4gemm.formats import padded_k, scale_layout
 from fp4gemm.quantize_ops import quantize
@@ -91,6 +91,7 @@ def bmm(
     if out is None:
         result: Tensor = torch.ops.fp4gemm.bmm(*operands, dtype, column_major)
         return result
+    refuse_gradients(a.data, a.outer_scale, b.outer_scale, bias, c, out)
     torch.ops.fp4gemm.bmm_out(out, *operands)
     return out
 

@@ -39,6 +39,8 @@ def to_parts(t: FP4Tensor) -> dict[str, Tensor]:
 def from_parts(parts: Mapping[str, Tensor], k: int | None = None, sf_layout: str = "128x4") -> FP4Tensor:
     """Inverse of :func:`to_parts`; ``k``: columns, default those of all codes. Raises what FP4Tensor raises."""
     data, scale, outer = parts[WEIGHT], parts[SCALE], parts[OUTER]
+    if data.dim() != 2:
+        raise ValueError(f"{WEIGHT}: expected shape [N, ceil16(K) / 2], got {list(data.shape)}")
     shape = data.shape[0], 2 * data.shape[1] if k is None else k
     if tuple(scale.shape) != (expected := (shape[0], scale_columns(shape[1]))):
         raise ValueError(f"{SCALE}: expected shape {expected}, got {tuple(scale.shape)}")
@@ -78,7 +80,7 @@ def load_quantized(
     Raises ValueError that names the file, and the tensor, where it is damaged or parts of a weight do not fit.
     """
     with tensor_file.Reader(Path(path)) as file:
-        columns = json.loads(file.metadata.get(_COLUMNS, "{}"))
+        columns = _columns_of(file)
         found = {}
         for layer in layers_of(file.entries):
             parts = {part: file.read(joined(layer, part)).to(device) for part in (WEIGHT, SCALE, OUTER)}
@@ -87,6 +89,17 @@ def load_quantized(
             except (TypeError, ValueError) as error:
                 raise ValueError(f"{path}: {joined(layer, WEIGHT)}: {error}") from error
         return found
+
+
+def _columns_of(file: tensor_file.Reader) -> dict[str, int]:
+    text = file.metadata.get(_COLUMNS, "{}")
+    try:
+        columns = json.loads(text)
+    except (TypeError, ValueError):
+        columns = None
+    if not isinstance(columns, dict) or not all(isinstance(k, int) and k >= 0 for k in columns.values()):
+        raise ValueError(f"{file.path}: {_COLUMNS}: expected JSON with a number of columns by layer, got {text!r}")
+    return columns
 
 
 def layers_of(names: Collection[str]) -> list[str]:

@@ -34,6 +34,13 @@ def _refuse_tangents(*tensors: Tensor | None) -> None:
             raise NotImplementedError("forward-mode derivatives: an argument has a tangent, and FP4 has no derivative")
 
 
+def refuse_gradients(*tensors: Tensor | None) -> None:
+    """Raises RuntimeError where a call with ``out`` would drop a gradient: its operator returns nothing that could
+    have one."""
+    if torch.is_grad_enabled() and _require_grad(*tensors):
+        raise RuntimeError("out: expected None where an argument requires a gradient; detach it, or use torch.no_grad")
+
+
 def _require_grad(*tensors: Tensor | None) -> bool:
     for t in tensors:  # noqa: SIM110 - a generator costs more than the checks
         if t is not None and t.requires_grad:

@@ -111,6 +111,13 @@ def decode_e2m1(codes: Tensor) -> Tensor:
     return values[codes.int()]
 
 
+def decode_packed(data: Tensor) -> Tensor:
+    """``decode_e2m1(unpack_e2m1(data))``: uint8 [..., n] to float32 [..., 2n], two values by one look-up."""
+    pairs = decode_e2m1(unpack_e2m1(torch.arange(256, dtype=torch.uint8, device=data.device)))
+    words = pairs.view(torch.int64).index_select(0, data.flatten().int())
+    return words.view(torch.float32).reshape(*data.shape[:-1], 2 * data.shape[-1])
+
+
 @dataclass(frozen=True)
 class ScaleLayout:
     """Where block scale (m, kb) of a [rows, K] operand is stored.

@@ -37,6 +37,9 @@ class GroupedWeight:
     outer_scale: Tensor
     shape: tuple[int, int, int]
 
+    def __reduce__(self) -> tuple[type[GroupedWeight], tuple[Any, ...]]:
+        return GroupedWeight, (self.data, self.outer_scale.detach(), tuple(self.shape))
+
     def __post_init__(self) -> None:
         if len(self.shape) != 3 or min(self.shape) < 0 or not 1 <= self.shape[0] <= MAX_EXPERTS:
             raise ValueError(f"shape: expected (E, N, K), E from 1 to {MAX_EXPERTS}, got {tuple(self.shape)}")
@@ -145,3 +148,4 @@ pytree.register_pytree_node(
     serialized_type_name="fp4gemm.GroupedWeight",
     flatten_with_keys_fn=_flatten_with_keys,
 )
+torch.serialization.add_safe_globals([GroupedWeight])

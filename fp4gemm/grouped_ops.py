@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from fp4gemm import gemm_calls, reference
-from fp4gemm.dispatch import direct, on_its_device, on_kernels
+from fp4gemm.dispatch import direct, on_its_device, on_kernels, refuse_gradients
 from fp4gemm.engine import Output
 from fp4gemm.formats import BLOCK, PLAIN, QuantizeOptions
 from fp4gemm.grouped import GroupedWeight
@@ -53,6 +53,7 @@ def gemm_grouped(
         ValueError: shapes or devices do not fit; the message names the argument. On the CPU also for ``offsets`` that
             decrease or leave 0..T.
         NotImplementedError: the operands are on a CUDA device for which there is no kernel.
+        RuntimeError: ``out`` is given, and an argument requires a gradient.
     """
     dtype = check_grouped(x, w, offsets, bias, out_dtype, c, out, tokens)
     w = _prepacked(w)
@@ -68,6 +69,7 @@ def gemm_grouped(
     if out is None:
         result: Tensor = torch.ops.fp4gemm.gemm_grouped(*operands, dtype)
         return result
+    refuse_gradients(source, outer, w.outer_scale, bias, c, out)
     torch.ops.fp4gemm.gemm_grouped_out(out, *operands)
     return out
 

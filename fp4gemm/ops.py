@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fp4gemm import calls, gemm_calls, reference
 from fp4gemm.calls import Packed
-from fp4gemm.dispatch import direct, on_its_device, on_kernels
+from fp4gemm.dispatch import direct, on_its_device, on_kernels, refuse_gradients
 from fp4gemm.engine import Output
 from fp4gemm.formats import BLOCK, PLAIN, QuantizeOptions, packed_shape, padded_k, scale_layout
 from fp4gemm.grouped_ops import gemm_grouped, quantize_gemm_grouped
@@ -104,6 +104,7 @@ def gemm(
         TypeError: an operand or a dtype is not one of the above.
         ValueError: K, the shape of ``bias``, ``c`` or ``out``, or the devices do not match, or a name is unknown.
         NotImplementedError: the operands are on a CUDA device for which there is no kernel.
+        RuntimeError: ``out`` is given, and an argument requires a gradient.
     """
     dtype = check_gemm(a, b, bias, out_dtype, c, out)
     check_activation(activation)
@@ -118,6 +119,7 @@ def gemm(
         if out is None:
             result: Tensor = torch.ops.fp4gemm.gemm(*operands, dtype, column_major)
             return result
+        refuse_gradients(source, outer_a, b.outer_scale, bias, c, out)
         torch.ops.fp4gemm.gemm_out(out, *operands)
         return out
     d = _empty(source, (source.shape[0], b.rows), dtype, column_major) if out is None else out

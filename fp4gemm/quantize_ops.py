@@ -43,7 +43,8 @@ def quantize(
 ) -> FP4Tensor:
     """Quantize ``x`` [M, K] (bf16, fp16, fp32 or e4m3, any strides) to NVFP4; bytes are the same on every device.
 
-    docs/numerics.md describes every option to the bit, and the results for NaN and Inf.
+    docs/numerics.md describes every option to the bit, and the results for NaN and Inf. FP4 has no gradient: of an
+    ``x`` that requires one the result has a graph that raises (``FP4Tensor.detach``, or ``torch.no_grad`` around it).
 
     Args:
         scaling: ``per_row``, ``per_tensor``, or ``per_column``, which is ``per_row`` with ``transposed``.

@@ -84,6 +84,11 @@ class FP4Tensor:
         """This tensor on ``device``; tensors that are already there are shared, not copied."""
         return self._map(lambda leaf: leaf.to(device, non_blocking=non_blocking))
 
+    def detach(self) -> FP4Tensor:
+        """The same tensors without a graph behind them: what is made of a parameter outside of ``torch.no_grad`` has
+        one, though it has no gradient to give."""
+        return self._map(Tensor.detach)
+
     def prepack(self, form: str = "sm90") -> FP4Tensor:
         """The same values in the form that Hopper's GEMMs read without conversion; itself, if it is in that form.
 
@@ -297,7 +302,7 @@ def _check_parts(t: FP4Tensor | FP4Batch, batch: tuple[int, ...]) -> None:
 def _reduced(t: FP4Tensor | FP4Batch) -> tuple[Any, ...]:
     """What copy and pickle keep; scales as bytes, because plain pickle (not torch.save) cannot read float8 back."""
     form = () if t.prepacked is None else (t.prepacked,)
-    return t.data, t.block_scale.view(torch.uint8), t.outer_scale, tuple(t.shape), t.sf_layout, *form
+    return t.data, t.block_scale.detach().view(torch.uint8), t.outer_scale.detach(), tuple(t.shape), t.sf_layout, *form
 
 
 def _rebuild(

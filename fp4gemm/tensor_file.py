@@ -70,10 +70,14 @@ class Reader:
             raise ValueError(f"a header of {length} bytes in a file of {size}")
         header = json.loads(self._stream.read(length))
         self.metadata: dict[str, str] = header.pop(_METADATA, None) or {}
+        if not isinstance(self.metadata, dict):
+            raise TypeError(f"{_METADATA}: expected an object, got {self.metadata!r}")
         self.entries: dict[str, Entry] = {}
         self._starts: dict[str, int] = {}
         for name, field in sorted(header.items(), key=lambda item: tuple(item[1]["data_offsets"])):
             start, end = field["data_offsets"]
+            if not all(isinstance(size, int) and size >= 0 for size in field["shape"]):
+                raise ValueError(f"{name}: a shape of {field['shape']}")
             entry = Entry(name, field["dtype"], tuple(field["shape"]), end - start)
             if not 0 <= start <= end <= size - 8 - length:
                 raise ValueError(f"{name}: bytes {start} to {end} of {size - 8 - length}")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -101,11 +101,25 @@ class GroupedFP4Tensor:
             self.sf_layout,
         )
 
+    def __reduce__(self) -> tuple[Callable[..., GroupedFP4Tensor], tuple[Any, ...]]:
+        scales = self.block_scale.detach().view(torch.uint8)  # plain pickle cannot read float8 back
+        return _rebuild, (self.data, scales, self.outer_scale.detach(), self.index, self.sf_layout, self.scaling)
+
     def __repr__(self) -> str:
         return (
             f"GroupedFP4Tensor(members={self.count}, scaling={self.scaling}, sf_layout={self.sf_layout!r}, "
             f"device={self.device})"
         )
+
+
+def _rebuild(
+    data: Tensor, scale_bytes: Tensor, outer_scale: Tensor, index: Tensor, sf_layout: str, scaling: str
+) -> GroupedFP4Tensor:
+    """What copy and pickle call."""
+    return GroupedFP4Tensor(data, scale_bytes.view(torch.float8_e4m3fn), outer_scale, index, sf_layout, scaling)
+
+
+torch.serialization.add_safe_globals([_rebuild])
 
 
 _LEAVES = ("data", "block_scale", "outer_scale", "index")

@@ -34,8 +34,9 @@ def convert(
         weights: of layers by name, as :func:`fp4gemm.calibrate` and :func:`fp4gemm.load_quantized` give them. Only
             these layers are converted, and each becomes an :class:`fp4gemm.nn.FP4Linear`, without its parameter.
 
-    Raises TypeError where ``model`` is not a Module, or ``recipe`` not a Recipe or None; ValueError where ``weights``
-    has a name that is no layer's, or a weight of another shape.
+    Raises TypeError where ``model`` is not a Module, ``recipe`` not a Recipe or None, or ``weights`` no mapping to
+    FP4Tensors; ValueError where it has a name that is no layer's, or a weight of another shape. Nothing is converted
+    then.
     """
     check_recipe(recipe)
     if not isinstance(model, nn.Module):
@@ -61,8 +62,12 @@ def convert(
 
 
 def _check_weights(weights: Mapping[str, FP4Tensor], layers: Mapping[str, nn.Linear]) -> None:
+    if not isinstance(weights, Mapping):
+        raise TypeError(f"weights: expected a mapping from names to FP4Tensors, got {type(weights).__name__}")
     for name, weight in weights.items():
         if name not in layers:
             raise ValueError(f"weights: expected names of Linears that are converted, got {name!r}")
+        if not isinstance(weight, FP4Tensor):
+            raise TypeError(f"weights: {name}: expected an FP4Tensor, got {type(weight).__name__}")
         if weight.shape != tuple(layers[name].weight.shape):
             raise ValueError(f"weights: {name}: expected {tuple(layers[name].weight.shape)}, got {weight.shape}")

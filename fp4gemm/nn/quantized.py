@@ -24,7 +24,10 @@ class FP4Linear(nn.Module):
 
     Args:
         weight: prepacked where its device is a Hopper GPU.
+        bias: [N].
         recipe: says what becomes of x; None: that of the innermost :class:`fp4gemm.autocast`, else ``per_token()``.
+
+    Raises TypeError where ``weight`` is no FP4Tensor, ValueError where ``bias``, or later ``x``, has another shape.
     """
 
     recipe: Recipe | None = None
@@ -32,6 +35,10 @@ class FP4Linear(nn.Module):
 
     def __init__(self, weight: FP4Tensor, bias: Tensor | None = None, *, recipe: Recipe | None = None) -> None:
         super().__init__()
+        if not isinstance(weight, FP4Tensor):
+            raise TypeError(f"weight: expected an FP4Tensor, got {type(weight).__name__}")
+        if bias is not None and tuple(bias.shape) != (weight.rows,):
+            raise ValueError(f"bias: expected shape [{weight.rows}] (N of weight), got {list(bias.shape)}")
         self.bias = None if bias is None else nn.Parameter(bias.detach(), requires_grad=False)
         self._hold(weight, recipe)
 
@@ -48,15 +55,22 @@ class FP4Linear(nn.Module):
         check_recipe(recipe)
         self.recipe = recipe
         self.out_features, self.in_features = weight.shape
-        self.weight = _placed(weight)
+        self.weight = _placed(weight.detach())
 
     def forward(self, input: Tensor) -> Tensor:
         recipe = resolve(self.recipe)
+        self._check(input)
         x = under_autocast(input)
         if recipe is None:
             return F.linear(x, self.weight.dequantize(x.dtype), self.bias)
         y = multiply(x.reshape(-1, self.in_features), self.weight, self.bias, recipe)
         return y.view(*x.shape[:-1], self.out_features)
+
+    def _check(self, x: Tensor) -> None:
+        if not isinstance(x, Tensor):
+            raise TypeError(f"x: expected a torch.Tensor, got {type(x).__name__}")
+        if x.dim() == 0 or x.shape[-1] != self.in_features:
+            raise ValueError(f"x: expected [..., K] with K = {self.in_features}, got shape {list(x.shape)}")
 
     def extra_repr(self) -> str:
         return f"{self.in_features}, {self.out_features}, weight={self.weight}, recipe={self.recipe}"

@@ -268,9 +268,9 @@ def _check_matrix(x: Tensor) -> None:
 
 def _check_block(block: tuple[int, int]) -> tuple[int, int]:
     for known in BLOCKS:
-        if tuple(block) == known:
+        if isinstance(block, (tuple, list)) and tuple(block) == known:
             return known
-    raise ValueError(f"block: expected {' or '.join(map(str, BLOCKS))}, got {tuple(block)}")
+    raise ValueError(f"block: expected {' or '.join(map(str, BLOCKS))}, got {block}")
 
 
 def check_output_scale(outer: Tensor, rows: int, device: torch.device) -> Tensor:

@@ -114,7 +114,7 @@ def _sum_of_squares(values: Tensor) -> Tensor:
     """Of each row, [M, 1]: halves of a block fold onto each other, then halves of 32 blocks; these follow in order."""
     m, k = values.shape
     group = BLOCK * _LANES
-    squares = F.pad(values * values, (0, -k % group)).reshape(m, -1, _LANES, BLOCK)
+    squares = F.pad(values * values, (0, -k % group)).reshape(m, -(-k // group), _LANES, BLOCK)
     for _ in range(4):
         squares = _fold(squares)
     lanes = squares.squeeze(-1)

@@ -83,8 +83,12 @@ def check_quantize_gemm(
     check_float("x.dtype", x.dtype)
     if residual != 0:
         check_columns(residual)
+    if residual > w.k:
+        raise ValueError(f"residual: expected at most K of w, shape {w.shape}, got {residual}")
     columns = (w.k - residual) * (2 if producer == "silu_mul" else 1)
-    if x.dim() < 2 or x.shape[-1] != columns:
+    if x.dim() < 2:
+        raise ValueError(f"x: expected at least 2 dimensions [..., K], got shape {tuple(x.shape)}")
+    if x.shape[-1] != columns:
         less = f" less the residual {residual}" if residual else ""
         twice = ", twice for silu_mul" if producer == "silu_mul" else ""
         raise ValueError(

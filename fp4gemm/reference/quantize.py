@@ -11,12 +11,11 @@ import torch.nn.functional as F
 from fp4gemm.formats import (
     BLOCK,
     QuantizeOptions,
-    decode_e2m1,
+    decode_packed,
     pack_e2m1,
     padded_k,
     scale_columns,
     scale_layout,
-    unpack_e2m1,
 )
 from fp4gemm.reference.adaptive import STRETCH, block_errors, sum_over_squares
 from fp4gemm.reference.arguments import (
@@ -47,6 +46,7 @@ if TYPE_CHECKING:
 # issued that thread barriers there, or launches on a GPU, do not dominate.
 _CHUNK_CPU = 1 << 22
 _CHUNK_DEVICE = 1 << 25
+_CHUNK_PRODUCED = 1 << 18  # on a CPU: of an activation in double precision
 
 
 @torch.no_grad()
@@ -215,15 +215,15 @@ def dequantize(t: FP4Tensor, dtype: torch.dtype = torch.float32, *, outer: bool 
     outer_scale = t.outer_scale.reshape(-1, 1)
     out = torch.empty(m, k, dtype=dtype, device=t.device)
     for rows in _row_chunks(t.data, padded_k(k)):
-        values = decode_e2m1(unpack_e2m1(t.data[rows])).reshape(-1, scale_columns(k), BLOCK) * scales[rows]
+        values = decode_packed(t.data[rows]).reshape(-1, scale_columns(k), BLOCK) * scales[rows]
         values = values.flatten(1)[:, :k]
         out[rows] = values * _rows_of(outer_scale, rows) if outer else values
     return out
 
 
-def _row_chunks(x: Tensor, columns: int) -> Iterator[slice]:
+def _row_chunks(x: Tensor, columns: int, on_cpu: int = _CHUNK_CPU) -> Iterator[slice]:
     """Slices of rows that keep temporaries bounded; none for an empty matrix."""
-    limit = _CHUNK_CPU if x.device.type == "cpu" else _CHUNK_DEVICE
+    limit = on_cpu if x.device.type == "cpu" else _CHUNK_DEVICE
     step = max(1, limit // max(1, columns))
     rows = x.shape[0] if columns else 0
     return (slice(start, min(start + step, rows)) for start in range(0, rows, step))
@@ -241,7 +241,7 @@ def _tensors(t: FP4Tensor) -> tuple[Tensor, Tensor, Tensor]:
 def _produced(x: Tensor, options: QuantizeOptions) -> Tensor:
     assert options.producer is not None
     result = torch.empty(x.shape[0], options.columns(x.shape[1]), dtype=x.dtype, device=x.device)
-    for rows in _row_chunks(x, x.shape[1]):
+    for rows in _row_chunks(x, x.shape[1], _CHUNK_PRODUCED):
         result[rows] = produce(x[rows], options.producer)
     return result
 

@@ -19,8 +19,14 @@ def encode_e2m1(values: Tensor) -> Tensor:
 
     The sign of zero is kept; NaN becomes code 7, as in the hardware's ``cvt.rn.satfinite``.
     """
-    bounds = torch.tensor(_E2M1_BOUNDS, dtype=torch.float32, device=values.device)
-    magnitude = torch.bucketize(values.abs().contiguous(), bounds, out_int32=True).to(torch.uint8)  # NaN comes last: 7
+    places = values.abs()
+    if values.device.type == "cpu":  # whose search is slower than all comparisons
+        magnitude = torch.zeros_like(places, dtype=torch.uint8)
+        for bound in _E2M1_BOUNDS:
+            magnitude += ~(places <= bound)  # of NaN, too: 7
+    else:
+        bounds = torch.tensor(_E2M1_BOUNDS, dtype=torch.float32, device=values.device)
+        magnitude = torch.bucketize(places.contiguous(), bounds, out_int32=True).to(torch.uint8)  # NaN comes last: 7
     negative = torch.signbit(values) & (values == values)
     return magnitude | (negative.to(torch.uint8) << 3)
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+import gc
 import itertools
 import json
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -291,6 +293,49 @@ def test_layers_are_compiled_and_follow_autocast() -> None:
         assert torch.equal(compiled(x), want)
         with torch.autocast("cpu", dtype=torch.bfloat16):
             assert layer(x).dtype == torch.bfloat16
+
+
+def test_a_layer_of_a_parameter_keeps_no_graph() -> None:
+    linear, x = nn.Linear(48, 20), torch.randn(5, 48)
+    layer = FP4Linear(fp4gemm.quantize(linear.weight), linear.bias)
+    want = layer(x)
+    assert not want.requires_grad
+    assert torch.equal(copy.deepcopy(layer)(x), want)
+    assert torch.equal(torch.compile(layer, fullgraph=True, backend="aot_eager")(x), want)
+    parameter = weakref.ref(linear.weight)
+    del linear
+    gc.collect()
+    assert parameter() is None
+
+
+@pytest.mark.parametrize(
+    "x, error, message",
+    [
+        (torch.randn(3, 24), ValueError, r"x: expected \[..., K\] with K = 48, got shape \[3, 24\]"),
+        (torch.empty(0, 7), ValueError, r"x: expected .* got shape \[0, 7\]"),
+        (torch.tensor(1.0), ValueError, r"x: expected .* got shape \[\]"),
+        ([1.0], TypeError, r"x: expected a torch\.Tensor, got list"),
+    ],
+)
+def test_what_a_layer_does_not_take(x: torch.Tensor, error: type[Exception], message: str) -> None:
+    layer = FP4Linear(fp4gemm.quantize(torch.randn(20, 48)))
+    with pytest.raises(error, match=message):
+        layer(x)
+
+
+def test_what_a_layer_is_not_made_of() -> None:
+    w = fp4gemm.quantize(torch.randn(20, 48))
+    with pytest.raises(TypeError, match="weight: expected an FP4Tensor, got Tensor"):
+        FP4Linear(torch.randn(20, 48))  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"bias: expected shape \[20\] \(N of weight\), got \[48\]"):
+        FP4Linear(w, torch.randn(48))
+    model, x = nn.Linear(48, 20), torch.randn(2, 48)
+    want = model(x)
+    with pytest.raises(TypeError, match="weights: : expected an FP4Tensor, got Tensor"):
+        fp4gemm.convert(model, weights={"": torch.randn(20, 48)})  # type: ignore[dict-item]
+    with pytest.raises(TypeError, match="weights: expected a mapping from names to FP4Tensors, got list"):
+        fp4gemm.convert(model, weights=[w])  # type: ignore[arg-type]
+    assert torch.equal(model(x), want)  # as it was
 
 
 def test_weights_that_do_not_fit() -> None:

@@ -1,12 +1,14 @@
 """The e2m1 grid, packing and the scale-factor layouts."""
 
+import math
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fp4gemm import formats
-from fp4gemm.formats import SF_LAYOUTS, decode_e2m1, pack_e2m1, scale_layout, unpack_e2m1
+from fp4gemm.formats import SF_LAYOUTS, decode_e2m1, decode_packed, pack_e2m1, scale_layout, unpack_e2m1
 
 LAYOUTS = sorted(SF_LAYOUTS)
 SWIZZLED = ["128x4", "8x4"]
@@ -36,6 +38,14 @@ def test_unpack_then_pack_is_the_identity_on_every_byte():
     assert codes.shape == (4, 128)
     assert int(codes.max()) == 15
     assert torch.equal(pack_e2m1(codes), data)
+
+
+@pytest.mark.parametrize("shape", [(4, 64), (256,), (0, 8), (3, 0)])
+def test_decode_of_packed_codes(shape):
+    data = torch.arange(256, dtype=torch.uint8)[: math.prod(shape)].reshape(shape)
+    want, got = decode_e2m1(unpack_e2m1(data)), decode_packed(data)
+    assert got.shape == want.shape
+    assert torch.equal(got.view(torch.int32), want.view(torch.int32))
 
 
 @given(st.lists(st.integers(0, 15), max_size=64).filter(lambda codes: len(codes) % 2 == 0))

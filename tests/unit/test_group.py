@@ -2,6 +2,8 @@
 
 import copy
 import importlib.util
+import io
+import pickle
 import random
 import sys
 from pathlib import Path
@@ -127,7 +129,11 @@ def test_seeds_of_members():
 
 def test_tensor_passes_through_trees_and_copies():
     t = fp4gemm.quantize_grouped(torch.randn(4, 3, 32))
-    for other in (torch.utils._pytree.tree_map(torch.clone, t), copy.deepcopy(t)):
+    buffer = io.BytesIO()
+    torch.save(t, buffer)
+    buffer.seek(0)
+    read = torch.load(buffer, weights_only=True), pickle.loads(pickle.dumps(t))
+    for other in (torch.utils._pytree.tree_map(torch.clone, t), copy.deepcopy(t), *read):
         assert isinstance(other, fp4gemm.GroupedFP4Tensor)
         cases.assert_same(other, t, "copy")
     assert "members=4" in repr(t)

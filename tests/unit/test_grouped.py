@@ -1,5 +1,9 @@
 """GroupedWeight, the grouped operators on the CPU, their errors, and the rule that chooses a kernel."""
 
+import copy
+import io
+import pickle
+
 import pytest
 import torch
 from torch.utils import _pytree as pytree
@@ -39,6 +43,16 @@ def test_stacked_weights_are_the_prepacked_ones(scaling):
         assert one.data.data_ptr() == w.data[e].data_ptr()
     assert w.nbytes == sum(w.expert(e).nbytes for e in range(E))
     assert repr(w) == f"GroupedWeight(shape=(3, 40, 48), scaling={scaling}, device=cpu, {w.nbytes} B)"
+
+
+def test_it_is_saved_and_loaded():
+    w, buffer = fp4gemm.stack_weights([fp4gemm.quantize(torch.randn(24, 48)) for _ in range(3)]), io.BytesIO()
+    torch.save(w, buffer)
+    buffer.seek(0)
+    for other in (torch.load(buffer, weights_only=True), copy.deepcopy(w), pickle.loads(pickle.dumps(w))):
+        assert other.shape == w.shape
+        assert torch.equal(other.data, w.data)
+        assert torch.equal(other.outer_scale, w.outer_scale)
 
 
 def test_a_pytree_that_compiles():

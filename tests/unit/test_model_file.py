@@ -68,6 +68,8 @@ def _header(fields: Any, data: bytes = b"") -> bytes:
         (_header({"x": {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}}, b"1234"), "x: bytes 0 to 8 of 4"),
         (_header({"x": {"dtype": "F32", "shape": [3], "data_offsets": [0, 8]}}, b"12345678"), "x: 8 bytes for F32"),
         (_header({"x": {"dtype": "F32", "shape": [3]}}), "data_offsets"),
+        (_header({"x": {"dtype": "F32", "shape": [-1, -2], "data_offsets": [0, 8]}}, b"12345678"), "x: a shape of"),
+        (_header({"__metadata__": "pt"}), "__metadata__: expected an object, got 'pt'"),
     ],
 )
 def test_a_damaged_file_is_named(content: bytes, words: str, tmp_path: Path) -> None:
@@ -267,6 +269,24 @@ def test_command(model: tuple[Path, dict[str, torch.Tensor]], tmp_path: Path, mo
 def test_methods_that_are_none(arguments: dict[str, Any], words: str) -> None:
     with pytest.raises(ValueError, match=words):
         Method(**arguments)
+
+
+@pytest.mark.parametrize("text", ["no", "[1]", '{"a": "b"}', '{"a": -1}'])
+def test_columns_that_are_none(text: str, tmp_path: Path) -> None:
+    path = tmp_path / "x.safetensors"
+    fp4gemm.save_quantized(path, {"a": fp4gemm.quantize(torch.randn(4, 20))})
+    tensor_file.write(path, tensor_file.read(path), {"nvfp4_columns": text})
+    with pytest.raises(ValueError, match="nvfp4_columns: expected JSON with a number of columns") as caught:
+        fp4gemm.load_quantized(path)
+    assert str(path) in str(caught.value)
+
+
+def test_a_weight_that_is_no_matrix(tmp_path: Path) -> None:
+    path = tmp_path / "x.safetensors"
+    parts = checkpoint.to_parts(fp4gemm.quantize(torch.randn(4, 32)))
+    tensor_file.write(path, {f"a.{name}": part.flatten() for name, part in parts.items()}, {})
+    with pytest.raises(ValueError, match=r"a\.weight: weight: expected shape \[N, .* got \[64\]"):
+        fp4gemm.load_quantized(path)
 
 
 def test_parts_that_are_not_there() -> None:

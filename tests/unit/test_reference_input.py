@@ -139,6 +139,7 @@ def test_bad_x(x, error, message):
         ({"sf_layout": "128x8"}, ValueError, "sf_layout: expected one of linear, 128x4, 8x4, got '128x8'"),
         ({"convention": "amd"}, ValueError, "convention: expected one of te_per_token, .*, got 'amd'"),
         ({"block": (16, 1)}, ValueError, r"block: expected \(1, 16\) or \(16, 16\), got \(16, 1\)"),
+        ({"block": 16}, ValueError, r"block: expected \(1, 16\) or \(16, 16\), got 16"),
         ({"block": (16, 16)}, ValueError, r"block: \(16, 16\) needs one outer scale .* got scaling='per_row'"),
         ({"block": (16, 16), "outer_scale": torch.ones(4)}, ValueError, r"block: \(16, 16\) needs one outer scale"),
         ({"outer_scale": 1.0}, TypeError, "outer_scale: expected a torch.Tensor, got float"),

@@ -135,6 +135,13 @@ def test_the_order_of_the_sum_of_squares():
         assert np.array_equal(got.numpy(), row.numpy() * scale)
 
 
+@pytest.mark.parametrize("added", [False, True])
+def test_rmsnorm_of_no_rows(added):
+    x = torch.empty(0, 40)
+    made, h = fp4gemm.quantize_rmsnorm(x, torch.ones(40), residual=x if added else None)
+    assert (made.shape, h.shape) == ((0, 40), (0, 40))
+
+
 def test_quantize_rmsnorm_is_quantizing_the_norm():
     x, residual, weight = (
         normal(9, 160, seed=1).bfloat16(),
@@ -185,6 +192,12 @@ X = torch.zeros(4, 64)
             ValueError,
             "x: expected .* K = 128",
         ),
+        (
+            lambda: fp4gemm.quantize_gemm(X, fp4gemm.quantize(X), residual=160),
+            ValueError,
+            r"residual: expected at most K of w, shape \(4, 64\), got 160",
+        ),
+        (lambda: fp4gemm.quantize_gemm(X[0], fp4gemm.quantize(X)), ValueError, "x: expected at least 2 dimensions"),
         (lambda: fp4gemm.quantize_rmsnorm(X, X[0].bfloat16()), TypeError, "weight: expected dtype torch.float32"),
         (lambda: fp4gemm.quantize_rmsnorm(X, X[0, :32]), ValueError, r"weight: expected shape \[64\]"),
         (lambda: fp4gemm.quantize_rmsnorm(X, X[0], residual=X[:2]), ValueError, r"residual: expected shape \[4, 64\]"),

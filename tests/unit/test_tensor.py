@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch.utils import _pytree as pytree
 
+import fp4gemm
 from fp4gemm import reference
 from fp4gemm.formats import SF_LAYOUTS
 from fp4gemm.tensor import FP4Tensor
@@ -169,6 +170,15 @@ def test_pickle_and_deepcopy_rebuild_separate_storage():
     twin = copy.deepcopy(t)
     assert_same(twin, t)
     assert twin.data.data_ptr() != t.data.data_ptr()
+
+
+def test_one_that_is_made_of_a_parameter_is_copied_and_detached():
+    t = fp4gemm.quantize(torch.nn.Parameter(torch.randn(4, 32)))
+    assert t.outer_scale.requires_grad  # nothing is detached silently
+    for twin in (t.detach(), copy.deepcopy(t), pickle.loads(pickle.dumps(t))):
+        assert_same(twin, t.detach())
+        assert not any(leaf.requires_grad for leaf in (twin.data, twin.block_scale, twin.outer_scale))
+    assert t.detach().data.data_ptr() == t.data.data_ptr()
 
 
 def test_what_pickle_rebuilds_is_validated():
