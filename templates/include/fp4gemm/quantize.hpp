@@ -43,8 +43,7 @@ template <class Config, int kStages = 1> class RowQuantizer {
  public:
   // A tiled layout scatters the scales of one row in words of four; the rows of a CTA together fill whole chunks, or
   // halves of them.
-  static constexpr bool kStaged =
-      Scales::kTiled && Config::kRows % 2 == 0 && (!kPairs || Config::kResident);
+  static constexpr bool kStaged = Scales::kTiled && Config::kRows % 2 == 0 && (!kPairs || Config::kResident);
 
   __device__ explicit RowQuantizer(Arguments const& args) : RowQuantizer(args, blockIdx.x) {}
 
