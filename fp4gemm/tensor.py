@@ -85,8 +85,7 @@ class FP4Tensor:
         return self._map(lambda leaf: leaf.to(device, non_blocking=non_blocking))
 
     def detach(self) -> FP4Tensor:
-        """The same tensors without a graph behind them: what is made of a parameter outside of ``torch.no_grad`` has
-        one, though it has no gradient to give."""
+        """This tensor without the graph that it has if it was made of a parameter outside of ``torch.no_grad``."""
         return self._map(Tensor.detach)
 
     def prepack(self, form: str = "sm90") -> FP4Tensor:
