@@ -195,6 +195,13 @@ SF_LAYOUTS: Mapping[str, ScaleLayout] = MappingProxyType(
 )
 """``linear`` is row-major, ``128x4`` what cuBLASLt, CUTLASS and torch (SWIZZLE_32_4_4) read, ``8x4`` for small M."""
 
+VALUES = "values"
+"""In place of a layout, inside of the package: not NVFP4 but code * block scale, exact bf16 [M, ceil16(K)], zeros past
+K; block scales are empty then. What GEMMs on Hopper read of activations."""
+
+OPERAND = "operand"
+"""The same: VALUES on Hopper, else ``128x4``. Of the left operand of a product that follows at once."""
+
 
 def scale_layout(name: str) -> ScaleLayout:
     """The layout called ``name``. Raises ValueError with the known names otherwise."""

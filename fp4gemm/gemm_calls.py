@@ -16,8 +16,10 @@ from fp4gemm.tensor import FP4Batch, FP4Tensor
 _FUSED_CONVENTION = "te_per_token"  # that of packed_mma.hpp
 
 
-def _activations(a: FP4Tensor | Tensor) -> Activations:
+def _activations(a: FP4Tensor | Activations | Tensor) -> Activations:
     """NVFP4 activations, not prepacked, as values."""
+    if isinstance(a, Activations):
+        return a
     if isinstance(a, Tensor):
         return Activations(a, None)
     packed = Packed(a.data, a.block_scale, a.outer_scale, a.sf_layout)
@@ -35,10 +37,13 @@ def on_hopper(device: int) -> bool:
     return select.arch_of(device) == "sm_90a"
 
 
-def gemm(a: FP4Tensor | Tensor, b: FP4Tensor, bias: Tensor | None, out: Output, activation: str | None = None) -> None:
+def gemm(
+    a: FP4Tensor | Activations | Tensor, b: FP4Tensor, bias: Tensor | None, out: Output, activation: str | None = None
+) -> None:
     """A . B^T of non-empty operands into ``out``; see ``ops.gemm``."""
     bias = None if bias is None else bias.contiguous()
     if not on_hopper(out.d.device.index):
+        assert not isinstance(a, Activations)  # those are for this engine
         blockscaled.gemm(a, b, bias, out, activation)
         return
     if activation is not None:  # the engine's epilogues have none

@@ -12,7 +12,7 @@ from torch import Tensor
 from fp4gemm import calls, gemm_calls, reference
 from fp4gemm.calls import Packed
 from fp4gemm.dispatch import direct, on_its_device, on_kernels, refuse_gradients
-from fp4gemm.engine import Output
+from fp4gemm.engine import Activations, Output
 from fp4gemm.formats import BLOCK, PLAIN, QuantizeOptions, packed_shape, padded_k, scale_layout
 from fp4gemm.grouped_ops import gemm_grouped, quantize_gemm_grouped
 from fp4gemm.quantize_dispatch import run
@@ -108,11 +108,24 @@ def gemm(
     """
     dtype = check_gemm(a, b, bias, out_dtype, c, out)
     check_activation(activation)
+    return product(a, b, bias, dtype, activation, c, beta, out, column_major)
+
+
+def product(
+    a: FP4Tensor | Activations | Tensor, b: FP4Tensor, bias: Tensor | None, dtype: torch.dtype,
+    activation: str | None = None, c: Tensor | None = None, beta: float = 1.0, out: Tensor | None = None,
+    column_major: bool = False,
+) -> Tensor:  # fmt: skip
+    """:func:`gemm` of checked arguments, which takes what ``operands`` makes, too."""
+    source: Tensor
+    outer_a: Tensor | None = None
     if isinstance(a, FP4Tensor):
         a = a.unpack()
         source, outer_a = a.data, a.outer_scale
+    elif isinstance(a, Activations):
+        source, outer_a = a
     else:
-        source, outer_a = a, None
+        source = a
     if not direct(source, outer_a, b.outer_scale, bias, c, out):
         # Without c a constant: torch.compile traces a default float as a symbol, and then again for its value.
         operands = (*_flat(a), *_flat(b), b.rows, b.k, bias, c, 0.0 if c is None else beta, activation)
@@ -226,18 +239,22 @@ def _unpack(data: Tensor, sf_layout: str, rows: int, k: int) -> tuple[Tensor, Te
 _Flat = tuple[Tensor, Tensor | None, Tensor | None, str]
 
 
-def _flat(t: FP4Tensor | Tensor) -> _Flat:
-    """An operand as a custom op passes it; the text is empty for a plain tensor, else form:layout."""
+def _flat(t: FP4Tensor | Activations | Tensor) -> _Flat:
+    """An operand as a custom op passes it; the text is empty for one that is not NVFP4, else form:layout."""
     if isinstance(t, Tensor):
         return t, None, None, ""
+    if isinstance(t, Activations):
+        return t.values, None, t.outer_scale, ""
     return t.data, t.block_scale, t.outer_scale, f"{t.prepacked or ''}:{t.sf_layout}"
 
 
-def _operand(flat: _Flat, rows: int, k: int) -> FP4Tensor | Tensor:
+def _operand(flat: _Flat, rows: int, k: int) -> FP4Tensor | Activations | Tensor:
     """Inverse of ``_flat``."""
     data, block_scale, outer_scale, kind = flat
-    if block_scale is None or outer_scale is None:
+    if outer_scale is None:
         return data
+    if block_scale is None:
+        return Activations(data, outer_scale)
     form, _, sf_layout = kind.partition(":")
     return FP4Tensor(data, block_scale, outer_scale, (rows, k), sf_layout, form or None)
 
@@ -254,13 +271,15 @@ def _empty(like: Tensor, shape: tuple[int, int], dtype: torch.dtype, column_majo
 
 
 def _multiply(
-    a: FP4Tensor | Tensor, b: FP4Tensor, bias: Tensor | None, c: Tensor | None, beta: float, activation: str | None,
-    d: Tensor,
+    a: FP4Tensor | Activations | Tensor, b: FP4Tensor, bias: Tensor | None, c: Tensor | None, beta: float,
+    activation: str | None, d: Tensor,
 ) -> None:  # fmt: skip
     """D into ``d``."""
     if d.is_cuda and d.numel() > 0 and b.k > 0:
         on_its_device(d, gemm_calls.gemm, a, b, bias, Output(d, c, beta), activation)
     else:
+        if isinstance(a, Activations):  # which are made on Hopper: sums of nothing, that nothing scales
+            a = a.values[:, : b.k]
         d.copy_(reference.gemm(a, b, bias, d.dtype, c=c, beta=beta, activation=activation))
 
 
@@ -305,6 +324,7 @@ def _gemm_fp4(
     n: int, k: int, bias: Tensor | None, outer_scale: Tensor, sf_layout: str, activation: str | None,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     left = _operand((a, a_block_scale, a_outer_scale, a_kind), a.shape[0], k)
+    assert not isinstance(left, Activations)
     weight = _weight((b, b_block_scale, b_outer_scale, b_kind), n, k)
     if a.is_cuda and a.shape[0] * n * k > 0:
         return on_its_device(a, gemm_calls.gemm_fp4, left, weight, bias, outer_scale, sf_layout, activation)[:3]

@@ -7,9 +7,9 @@ from typing import TypeVar
 
 from torch import Tensor
 
-from fp4gemm import calls, reference, tile_calls
+from fp4gemm import calls, reference, select, tile_calls
 from fp4gemm.dispatch import on_its_device, on_kernels
-from fp4gemm.formats import BLOCK
+from fp4gemm.formats import BLOCK, OPERAND, VALUES
 from fp4gemm.reference.arguments import QuantizeArguments
 from fp4gemm.reference.quantize import quantize_checked, write
 from fp4gemm.tensor import FP4Tensor
@@ -20,12 +20,23 @@ _T = TypeVar("_T")
 
 def run(args: QuantizeArguments) -> Parts:
     """Data, block scales and outer scales of checked arguments."""
-    x = args.source
+    x, args = args.source, resolved(args)
     if _has_kernels(args):
         made: Parts = on_its_device(x, _run_tiles if _by_tiles(args) else _run_rows, args, None, None)
         return made
+    if args.sf_layout == VALUES:
+        return reference.quantize_values(args)
     t = quantize_checked(args)
     return t.data, t.block_scale, t.outer_scale
+
+
+def resolved(args: QuantizeArguments) -> QuantizeArguments:
+    """``args`` with what OPERAND stands for on their device."""
+    if args.sf_layout != OPERAND:
+        return args
+    device = args.source.device
+    hopper = device.type == "cuda" and select.arch_of(device.index) == "sm_90a"
+    return args._replace(sf_layout=VALUES if hopper else "128x4")
 
 
 def run_into(out: FP4Tensor, args: QuantizeArguments, noop: Tensor | None) -> None:
@@ -56,7 +67,7 @@ def run_rmsnorm(
 
 def run_both(rows: QuantizeArguments, columns: QuantizeArguments) -> tuple[Tensor, ...]:
     """The three of each result."""
-    x = rows.source
+    x, rows, columns = rows.source, resolved(rows), resolved(columns)
     if not _has_kernels(rows) or rows.options.adaptive or rows.per_tensor != columns.per_tensor:
         return *run(rows), *run(columns)
     both = on_its_device(x, _run_both_tiles, rows, columns)
@@ -94,7 +105,8 @@ def _by_tiles(args: QuantizeArguments) -> bool:
     o = args.options
     if o.adaptive is not None or o.residual or o.producer is not None:
         return False
-    return o.hadamard is not None or _is_transposed(args.source) or args.block[0] == BLOCK
+    as_tiles = args.block[0] == BLOCK or args.sf_layout == VALUES
+    return as_tiles or o.hadamard is not None or _is_transposed(args.source)
 
 
 def _run_rows(

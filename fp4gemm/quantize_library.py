@@ -10,11 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fp4gemm.formats import BLOCK, PLAIN, QuantizeOptions, padded_k, scale_layout
-from fp4gemm.quantize_dispatch import run, run_amax, run_both, run_into, run_rmsnorm
+from fp4gemm.formats import BLOCK, PLAIN, QuantizeOptions
+from fp4gemm.quantize_dispatch import resolved, run, run_amax, run_both, run_into, run_rmsnorm
 from fp4gemm.reference.arguments import QuantizeArguments
 from fp4gemm.tensor import FP4Tensor
-from fp4gemm.tile_calls import Parts
+from fp4gemm.tile_calls import Parts, empty_codes
 
 
 def _flat_seed(seed: Tensor | int | None) -> tuple[Tensor | None, int | None]:
@@ -69,11 +69,8 @@ def _fake_quantize(*passed: Any) -> Parts:
 
 def _empty_parts(args: QuantizeArguments) -> Parts:
     x, (m, k) = args.source, args.shape
-    return (
-        x.new_empty((m, padded_k(k) // 2), dtype=torch.uint8),
-        x.new_empty(scale_layout(args.sf_layout).shape(m, k), dtype=torch.float8_e4m3fn),
-        x.new_empty(() if args.per_tensor else (m,), dtype=torch.float32),
-    )
+    outer = x.new_empty(() if args.per_tensor else (m,), dtype=torch.float32)
+    return *empty_codes(x, m, k, resolved(args).sf_layout), outer
 
 
 def _quantize_rmsnorm(weight: Tensor, eps: float, residual: Tensor | None, *passed: Any) -> tuple[Tensor, ...]:

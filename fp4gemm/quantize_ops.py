@@ -10,6 +10,7 @@ from fp4gemm.formats import BLOCK
 from fp4gemm.quantize_dispatch import run, run_amax, run_both, run_into, run_rmsnorm
 from fp4gemm.quantize_library import flat, flat_both
 from fp4gemm.reference.arguments import (
+    QuantizeArguments,
     check_amax,
     check_finite_values,
     check_out,
@@ -168,15 +169,19 @@ def quantize_both(
         x, scaling=scaling, sf_layout=sf_layout, transposed_sf_layout=transposed_sf_layout, convention=convention,
         block=block, outer_scale=outer_scale, hadamard=hadamard, seed=seed, adaptive=adaptive, amax=amax,
     )  # fmt: skip
-    if direct(x, rows.outer_scale, columns.outer_scale, rows.amax, columns.amax):
-        parts = run_both(rows, columns)
-    else:
-        parts = torch.ops.fp4gemm.quantize_both(*flat_both(rows, columns))
-    row_data, row_scales, row_outer, column_data, column_scales, column_outer = parts
+    row_data, row_scales, row_outer, column_data, column_scales, column_outer = run_or_call_both(rows, columns)
     return (
         FP4Tensor(row_data, row_scales, row_outer, rows.shape, rows.sf_layout),
         FP4Tensor(column_data, column_scales, column_outer, columns.shape, columns.sf_layout),
     )
+
+
+def run_or_call_both(rows: QuantizeArguments, columns: QuantizeArguments) -> tuple[Tensor, ...]:
+    """The three tensors of each result of checked arguments."""
+    if direct(rows.source, rows.outer_scale, columns.outer_scale, rows.amax, columns.amax):
+        return run_both(rows, columns)
+    parts: tuple[Tensor, ...] = torch.ops.fp4gemm.quantize_both(*flat_both(rows, columns))
+    return parts
 
 
 def amax(

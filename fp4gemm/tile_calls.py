@@ -15,7 +15,7 @@ from torch import Tensor
 
 from fp4gemm import select
 from fp4gemm.calls import NOOP_MASKS
-from fp4gemm.formats import BLOCK, scale_columns, scale_layout
+from fp4gemm.formats import BLOCK, VALUES, scale_columns, scale_layout
 from fp4gemm.launch import Launcher
 from fp4gemm.spec import TILE
 
@@ -27,9 +27,20 @@ _ALIGNMENT = 16  # of results, bytes
 _SEED = 2**64
 
 
+def empty_codes(like: Tensor, lines: int, k: int, sf_layout: str) -> tuple[Tensor, Tensor]:
+    """Data and block scales of a result [lines, k] to write into; ``sf_layout`` may be VALUES."""
+    blocks = scale_columns(k)
+    if sf_layout == VALUES:
+        values = like.new_empty((lines, blocks * BLOCK), dtype=torch.bfloat16)
+        return values, like.new_empty(0, dtype=torch.float8_e4m3fn)
+    block_scale = like.new_empty(scale_layout(sf_layout).shape(lines, k), dtype=torch.float8_e4m3fn)
+    return like.new_empty((lines, blocks * BLOCK // 2), dtype=torch.uint8), block_scale
+
+
 @dataclass(frozen=True)
 class Output:
     """One result [lines, K] and what it needs: rows of x are its lines, or columns of x for a transposed result.
+    ``sf_layout``: of its block scales, or VALUES.
 
     Tensors are contiguous and 16-byte aligned; ``scale_in`` holds amaxes or decode multipliers, float32 [] or [1] for
     the tensor, [lines] for each line; ``outer_scale`` has its shape.
@@ -46,13 +57,8 @@ class Output:
         """A new result of shape (lines, k)."""
         if scale_in.dim() == 1 and lines > 1 and scale_in.shape[0] == 1:
             scale_in = scale_in.reshape(())
-        return cls(
-            scale_in.new_empty((lines, scale_columns(k) * BLOCK // 2), dtype=torch.uint8),
-            scale_in.new_empty(scale_layout(sf_layout).shape(lines, k), dtype=torch.float8_e4m3fn),
-            torch.empty_like(scale_in),
-            sf_layout,
-            scale_in,
-        )
+        data, block_scale = empty_codes(scale_in, lines, k, sf_layout)
+        return cls(data, block_scale, torch.empty_like(scale_in), sf_layout, scale_in)
 
     @property
     def parts(self) -> Parts:

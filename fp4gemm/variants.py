@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from fp4gemm.formats import METRICS, PRODUCERS, RECIPE_SIGNS, SF_LAYOUTS
+from fp4gemm.formats import METRICS, PRODUCERS, RECIPE_SIGNS, SF_LAYOUTS, VALUES
 from fp4gemm.spec import (
     ANY_SIGNS,
     ARCHS,
@@ -37,10 +37,17 @@ def _sm90_values() -> list[KernelSpec]:
 
 
 def _tiles(arch: str) -> list[KernelSpec]:
-    """Both ways at once, plainly and as in training, transposed alone, squares for weights; and their amaxes."""
+    """Both ways at once, plainly and as in training, transposed alone, squares for weights; and their amaxes. On Hopper
+    the operands of training, too."""
     per_token = (arch, "bf16", "amax", "te_per_token")
     ctas = 2 if arch == "sm_120a" else 4
+    operands = [
+        TileQuantizeSpec(*per_token, VALUES, VALUES),
+        TileQuantizeSpec(*per_token, VALUES, VALUES, hadamard=RECIPE_SIGNS, stochastic=True),
+        TileQuantizeSpec(*per_token, VALUES, "128x4", hadamard=RECIPE_SIGNS),
+    ]
     return [
+        *(operands if arch == "sm_90a" else []),
         TileQuantizeSpec(*per_token, "128x4", "128x4", ctas=ctas),
         TileQuantizeSpec(*per_token, "128x4", "128x4", hadamard=RECIPE_SIGNS, stochastic=True, ctas=ctas),
         TileQuantizeSpec(*per_token, "128x4", "128x4", hadamard=ANY_SIGNS, stochastic=True, ctas=ctas),

@@ -21,7 +21,8 @@ from fp4gemm import ops
 from fp4gemm.dispatch import direct
 from fp4gemm.nn.context import check_recipe, resolve
 from fp4gemm.nn.recipes import Recipe
-from fp4gemm.nn.weights import kept_weight, quantize_forms, quantize_forms_and_sum, quantize_weight
+from fp4gemm.nn.weights import kept_weight, quantize_weight
+from fp4gemm.operands import quantize_operands
 from fp4gemm.reference.arguments import check_float
 from fp4gemm.tensor import FP4Tensor
 
@@ -124,11 +125,13 @@ class _Linear(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, w: Tensor, bias: Tensor | None, recipe: Recipe, keep: bool) -> Tensor:
         needs_x, needs_w = ctx.needs_input_grad[0], ctx.needs_input_grad[1]
         w4, w4t = weight_forms(w, recipe, needs_x, keep, False)
-        x4t: FP4Tensor | Tensor | None = None
+        x4t: Any = None
         if needs_w and recipe.activations is not None:
-            x4, x4t = quantize_forms(x, True, True, recipe.activations, hadamard=recipe.hadamard)
-            assert x4 is not None
-            y = ops.gemm(x4, w4, bias, out_dtype=x.dtype)
+            left, x4t = quantize_operands(
+                x, True, True, scaling=recipe.activations, hadamard=recipe.hadamard, keep_transpose=True
+            )
+            assert left is not None
+            y = ops.product(left, w4, bias, x.dtype)
         else:
             y = multiply(x, w4, bias, recipe)
             x4t = x if needs_w else None
@@ -157,7 +160,7 @@ def gradients(
     """dx, dw and db (float32) of dy [M, N]; ``xt`` and ``wt``: what forward saved, None where that gradient is not
     needed."""
     (rows, columns), db = _gradient_forms(dy, wt is not None, xt is not None, needs_bias, recipe)
-    dx = None if wt is None else ops.gemm(rows, wt, out_dtype=x_dtype)
+    dx = None if wt is None else ops.product(rows, wt, None, x_dtype)
     dw = None if xt is None else _weight_gradient(columns, xt, w_dtype or x_dtype, owner)
     return dx, dw, db
 
@@ -178,12 +181,18 @@ def _gradient_forms(
 ) -> tuple[tuple[Any, Any], Tensor | None]:
     """dy for dx and its transpose for dw; and its sums for the bias."""
     seed = draw_seed(dy) if recipe.stochastic and (needs_x or needs_w) else None
-    if recipe.activations == "per_row" and needs_w and needs_bias:
-        return quantize_forms_and_sum(dy, needs_x, hadamard=recipe.hadamard, seed=seed)
-    sums = dy.sum(0, dtype=torch.float32) if needs_bias else None
-    if recipe.activations is None:
+    scaling, hadamard = recipe.activations, recipe.hadamard
+    amax: tuple[Tensor | None, Tensor | None] = None, None
+    sums: Tensor | None = None
+    if scaling == "per_row" and needs_w and needs_bias:  # the sums come from the read that takes amaxes
+        *by_row, by_column, sums = ops.amax(dy, rows=needs_x, columns=True, hadamard=hadamard, sums=True)
+        amax = by_row[0] if needs_x else None, by_column
+    elif needs_bias:
+        sums = dy.sum(0, dtype=torch.float32)
+    if scaling is None:
         return (plain(dy), plain(dy).t()), sums
-    return quantize_forms(dy, needs_x, needs_w, recipe.activations, hadamard=recipe.hadamard, seed=seed), sums
+    forms = quantize_operands(dy, needs_x, needs_w, scaling=scaling, hadamard=hadamard, seed=seed, amax=amax)
+    return forms, sums
 
 
 def _weight_gradient(dyt: Any, xt: Any, dtype: torch.dtype, owner: Tensor | None) -> Tensor | None:
@@ -191,8 +200,8 @@ def _weight_gradient(dyt: Any, xt: Any, dtype: torch.dtype, owner: Tensor | None
     if owner is None:
         return _product(dyt, xt, dtype)
     main = owner.main_grad  # type: ignore[attr-defined]
-    if isinstance(dyt, FP4Tensor) and main.dtype == torch.float32:
-        ops.gemm(dyt, xt, c=main, out=main, out_dtype=torch.float32)
+    if not isinstance(dyt, Tensor) and main.dtype == torch.float32:
+        ops.product(dyt, xt, None, torch.float32, c=main, out=main)
     else:
         main.add_(_product(dyt, xt, torch.float32))
     return added_to_main_grad(owner)
@@ -209,8 +218,8 @@ def added_to_main_grad(owner: Tensor) -> Tensor | None:
 
 
 def _product(dyt: Any, xt: Any, dtype: torch.dtype) -> Tensor:
-    if isinstance(dyt, FP4Tensor):
-        return ops.gemm(dyt, xt, out_dtype=dtype)
+    if not isinstance(dyt, Tensor):
+        return ops.product(dyt, xt, None, dtype)
     with nullcontext() if dyt.is_meta else torch.autocast(dyt.device.type, enabled=False):
         return torch.mm(dyt, plain(xt)).to(dtype)
 

@@ -75,27 +75,16 @@ class micro_batches:
 
 def quantize_forms(
     t: Tensor, rows: bool, columns: bool, scaling: str, *, block: tuple[int, int] = (1, 16),
-    hadamard: int | None = None, seed: Tensor | None = None,
+    hadamard: int | None = None,
 ) -> Forms:  # fmt: skip
     """The forms of ``t`` that are asked for, from one pass over it."""
     if rows and columns:
-        return ops.quantize_both(t, scaling=scaling, block=block, hadamard=hadamard, seed=seed)
+        return ops.quantize_both(t, scaling=scaling, block=block, hadamard=hadamard)
     if rows:
-        return ops.quantize(t, scaling=scaling, block=block, seed=seed), None
+        return ops.quantize(t, scaling=scaling, block=block), None
     if columns:
-        return None, ops.quantize(t, scaling=scaling, block=block, transposed=True, hadamard=hadamard, seed=seed)
+        return None, ops.quantize(t, scaling=scaling, block=block, transposed=True, hadamard=hadamard)
     return None, None
-
-
-def quantize_forms_and_sum(t: Tensor, rows: bool, *, hadamard: int | None, seed: Tensor | None) -> tuple[Forms, Tensor]:
-    """Per row, the transpose of ``t`` [M, N] and where ``rows`` t itself, and the sums of columns, float32 [N].
-
-    The bytes of :func:`quantize_forms`: the sums come from the read that takes amaxes.
-    """
-    *by_row, by_column, sums = ops.amax(t, rows=rows, columns=True, hadamard=hadamard, sums=True)
-    if rows:
-        return ops.quantize_both(t, hadamard=hadamard, seed=seed, amax=(by_row[0], by_column)), sums
-    return (None, ops.quantize(t, transposed=True, hadamard=hadamard, seed=seed, amax=by_column)), sums
 
 
 def quantize_weight(w: Tensor, recipe: Recipe, columns: bool) -> WeightForms:

@@ -3,7 +3,7 @@
 from fp4gemm.reference.grouped import gemm_grouped
 from fp4gemm.reference.matmul import bmm, gemm
 from fp4gemm.reference.producers import produce, produce_gradient, rmsnorm
-from fp4gemm.reference.quantize import amax, dequantize, quantize, quantize_both, quantize_rmsnorm
+from fp4gemm.reference.quantize import amax, dequantize, quantize, quantize_both, quantize_rmsnorm, quantize_values
 
 __all__ = [
     "amax",
@@ -16,5 +16,6 @@ __all__ = [
     "quantize",
     "quantize_both",
     "quantize_rmsnorm",
+    "quantize_values",
     "rmsnorm",
 ]

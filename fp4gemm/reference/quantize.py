@@ -109,6 +109,14 @@ def quantize_both(
     return quantize_checked(rows), quantize_checked(columns)
 
 
+def quantize_values(args: QuantizeArguments) -> tuple[Tensor, Tensor, Tensor]:
+    """What checked arguments make, as VALUES: those, no block scales, and the outer scales."""
+    t = quantize_checked(args._replace(sf_layout="linear"))
+    m, half_k = t.data.shape
+    codes = FP4Tensor(t.data, t.block_scale, torch.ones_like(t.outer_scale), (m, 2 * half_k), t.sf_layout)
+    return dequantize(codes, torch.bfloat16), t.block_scale.new_empty(0), t.outer_scale
+
+
 @torch.no_grad()
 def quantize_rmsnorm(
     x: Tensor,

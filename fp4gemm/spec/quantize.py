@@ -5,7 +5,17 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from fp4gemm.formats import ADAPTIVE, CONVENTIONS, GRADIENTS, NORMS, PRODUCERS, RECIPE_SIGNS, RESIDUAL_SIDES, SF_LAYOUTS
+from fp4gemm.formats import (
+    ADAPTIVE,
+    CONVENTIONS,
+    GRADIENTS,
+    NORMS,
+    PRODUCERS,
+    RECIPE_SIGNS,
+    RESIDUAL_SIDES,
+    SF_LAYOUTS,
+    VALUES,
+)
 from fp4gemm.spec.common import short, thread_problem, unknown
 
 KERNEL_SCALINGS = ("per_row", "per_tensor", "amaxes", "given")
@@ -159,9 +169,9 @@ class TileQuantizeSpec:
     """Quantizer of x, of its transpose, or of both from one read (templates/include/fp4gemm/quantize_tile.hpp).
 
     ``scaling``: it reads amaxes (``amax``) or decode multipliers (``given``). ``rows`` and ``columns`` are the scale
-    layouts of the result and of the transposed one, None: not made. ``hadamard``: the mask with which the transposed
-    one is transformed, RECIPE_SIGNS, or ANY_SIGNS, one that is given at launch; ``stochastic`` rounds both so;
-    ``square``: one block scale for 16 x 16 values.
+    layouts of the result and of the transposed one, or VALUES, code * block scale as exact bf16; None: not made.
+    ``hadamard``: the mask with which the transposed one is transformed, RECIPE_SIGNS, or ANY_SIGNS, one that is given
+    at launch; ``stochastic`` rounds both so; ``square``: one block scale for 16 x 16 values.
     ``vectorized``: rows of x are contiguous and 16-byte aligned. ``ctas``: that an SM has room for. ``gradient``: x is
     multiplied by the derivative of this activation first."""
 
@@ -210,8 +220,8 @@ class TileQuantizeSpec:
         return (
             unknown("scaling", self.scaling, ("amax", "given"))
             or unknown("convention", self.convention, CONVENTIONS)
-            or unknown("rows", self.row_scales, SF_LAYOUTS)
-            or unknown("columns", self.column_scales, SF_LAYOUTS)
+            or unknown("rows", self.row_scales, (*SF_LAYOUTS, VALUES))
+            or unknown("columns", self.column_scales, (*SF_LAYOUTS, VALUES))
             or _transform_problem(self.hadamard)
             or _gradient_problem(self.gradient, self.dtype)
             or _tile_problem(self.ctas)

@@ -6,6 +6,7 @@ import random
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import emulator as emulation
 import pytest
@@ -14,10 +15,10 @@ import torch
 from torch import Tensor
 
 from fp4gemm import reference, select, tile_calls
-from fp4gemm.formats import RECIPE_SIGNS
+from fp4gemm.formats import RECIPE_SIGNS, VALUES
+from fp4gemm.reference.arguments import check_quantize
 from fp4gemm.spec import ANY_SIGNS, TILE, TileAmaxSpec, TileQuantizeSpec, check
-from fp4gemm.tensor import FP4Tensor
-from fp4gemm.tile_calls import Output, vectorized
+from fp4gemm.tile_calls import Output, Parts, vectorized
 
 DTYPES = {name: dtype for dtype, name in select.INPUT_NAMES.items()}
 SIZES = (1, 2, 15, 16, 17, 31, 33, 64, 100, 127, 128, 129, 136, 144, 160, 200, 256, 264, 300)
@@ -50,6 +51,11 @@ SPECS = (
     spec_of("bf16", "amax", "te", "linear", "linear", square=True, stochastic=True),
     spec_of("e4m3", "amax", "te_per_token", "128x4", "128x4", hadamard=ANY_SIGNS),
     spec_of("e4m3", "given", "te", "linear", "8x4", vectorized=False),
+    spec_of("bf16", "amax", "te_per_token", VALUES, VALUES),
+    spec_of("bf16", "amax", "te_per_token", VALUES, "128x4", hadamard=RECIPE_SIGNS),
+    spec_of("bf16", "amax", "te", VALUES, VALUES, hadamard=RECIPE_SIGNS, stochastic=True),
+    spec_of("fp32", "given", "te_per_token", None, VALUES, vectorized=False),
+    spec_of("fp16", "amax", "te_per_token", "8x4", VALUES, stochastic=True),
 )
 
 
@@ -107,23 +113,30 @@ class Problem:
         return x.t() if self.column_major else x
 
 
-def compare(what: str, got: Output, want: FP4Tensor) -> None:
-    pairs = {
-        "outer scale": (got.outer_scale.view(torch.int32), want.outer_scale.view(torch.int32)),
-        "block scale": (got.block_scale.view(torch.uint8), want.block_scale.view(torch.uint8)),
-        "data": (got.data, want.data),
-    }
-    for name, (a, b) in pairs.items():
+def expected(x: Tensor, **arguments: Any) -> tuple[tuple[int, int], Parts]:
+    """The shape of what quantize makes, and its parts, by the reference; the layout may be VALUES."""
+    layout = arguments.pop("sf_layout")
+    args = check_quantize(x, **arguments)
+    if layout == VALUES:
+        return args.shape, reference.quantize_values(args)
+    t = reference.quantize(x, **arguments, sf_layout=layout)
+    return args.shape, (t.data, t.block_scale, t.outer_scale)
+
+
+def compare(what: str, got: Output, want: Parts) -> None:
+    for name, a, b in zip(("data", "block scale", "outer scale"), got.parts, want, strict=True):
+        assert a.dtype == b.dtype, f"{what}, {name}: {a.dtype}, expected {b.dtype}"
         assert a.shape == b.shape, f"{what}, {name}: shape {a.shape}, expected {b.shape}"
+        a, b = (t.flatten().view(torch.uint8) for t in (a, b))
         if not torch.equal(a, b):
-            at = (a != b).nonzero()
-            raise AssertionError(f"{what}, {name}: {len(at)} of {a.numel()} differ, first at {at[0].tolist()}")
+            at = (a != b).nonzero().flatten()
+            raise AssertionError(f"{what}, {name}: {len(at)} of {len(a)} bytes differ, first at {int(at[0])}")
 
 
 def poisoned(lines: int, k: int, layout: str, scale_in: Tensor) -> Output:
     out = Output.allocate(lines, k, layout, scale_in)
-    for t in (out.data, out.block_scale.view(torch.uint8)):
-        t.fill_(0xA5)
+    for t in (out.data, out.block_scale):
+        t.view(torch.uint8).fill_(0xA5)
     out.outer_scale.fill_(float("nan"))
     return out
 
@@ -143,7 +156,7 @@ def run(emulator: emulation.Emulator, spec: TileQuantizeSpec, p: Problem, noop: 
     shared = {"convention": spec.convention, "block": (16, 16) if spec.square else (1, 16), "seed": seed}
     shared["scaling"] = "per_tensor" if p.per_tensor else "per_row"
     outputs: list[Output | None] = []
-    wanted: list[FP4Tensor | None] = []
+    wanted: list[Parts | None] = []
     random_ = torch.Generator().manual_seed(p.seed)
     for transposed, layout in enumerate((spec.rows, spec.columns)):
         if layout is None:
@@ -153,19 +166,19 @@ def run(emulator: emulation.Emulator, spec: TileQuantizeSpec, p: Problem, noop: 
         options = {"transposed": bool(transposed), "hadamard": mask if transposed else None, "sf_layout": layout}
         if spec.scaling == "given":
             scale_in = torch.rand([] if p.per_tensor else [lines], generator=random_) * 0.01 + 1e-4
-            want = reference.quantize(x, **shared, **options, outer_scale=scale_in)
+            shape, want = expected(x, **shared, **options, outer_scale=scale_in)
         else:
             amaxes = reference.amax(x, columns=True, hadamard=mask)
             scale_in = amaxes[transposed].amax() if p.per_tensor else amaxes[transposed]
-            want = reference.quantize(x, **shared, **options)
+            shape, want = expected(x, **shared, **options)
         wanted.append(want)
-        outputs.append(poisoned(*want.shape, layout, scale_in))
+        outputs.append(poisoned(*shape, layout, scale_in))
     tiles.quantize(emulator.folder, spec, x, *outputs, hadamard=mask, seed=seed, noop=noop, schedule=p.seed % 1000)
     for what, got, want in zip(("rows", "columns"), outputs, wanted, strict=True):
         if got is None or want is None:
             continue
         if noop is not None and bool(noop != 0):
-            assert bool((got.data == 0xA5).all()), "wrote in spite of noop"
+            assert bool((got.data.view(torch.uint8) == 0xA5).all()), "wrote in spite of noop"
             assert bool(got.outer_scale.isnan().all())
         else:
             compare(what, got, want)
@@ -247,7 +260,7 @@ def launches(emulator: emulation.Emulator, monkeypatch: pytest.MonkeyPatch) -> I
 @pytest.mark.usefixtures("launches")
 @pytest.mark.parametrize("per_tensor", [False, True])
 @pytest.mark.parametrize("hadamard", [None, 0xACE1])
-@pytest.mark.parametrize("layouts", [("128x4", "8x4"), (None, "linear"), ("linear", None)], ids=str)
+@pytest.mark.parametrize("layouts", [("128x4", "8x4"), (None, "linear"), ("linear", None), (VALUES, VALUES)], ids=str)
 def test_calls(layouts: tuple[str | None, str | None], hadamard: int | None, per_tensor: bool) -> None:
     """One call with its amaxes taken, and the same with amaxes or outer scales given."""
     x = torch.randn(130, 70, generator=torch.Generator().manual_seed(3)).to(torch.bfloat16)
@@ -255,16 +268,16 @@ def test_calls(layouts: tuple[str | None, str | None], hadamard: int | None, per
     shared = {"convention": "te_per_token", "scaling": "per_tensor" if per_tensor else "per_row"}
     options = ({}, {"transposed": True, "hadamard": mask})
     wanted = [
-        None if layout is None else reference.quantize(x, sf_layout=layout, **shared, **option)
+        None if layout is None else expected(x, sf_layout=layout, **shared, **option)[1]
         for layout, option in zip(layouts, options, strict=True)
     ]
     how = {"per_tensor": per_tensor, "convention": "te_per_token", "hadamard": mask}
     results = tile_calls.quantize(x, layouts, **how)
     amaxes = tuple(None if t is None else t.scale_in for t in results)
-    outers = tuple(None if t is None else t.outer_scale for t in wanted)
+    outers = tuple(None if t is None else t[2] for t in wanted)
     given = [
-        None if t is None else reference.quantize(x, sf_layout=t.sf_layout, outer_scale=t.outer_scale, **shared, **o)
-        for t, o in zip(wanted, options, strict=True)
+        None if layout is None else expected(x, sf_layout=layout, outer_scale=outer, **shared, **option)[1]
+        for layout, outer, option in zip(layouts, outers, options, strict=True)
     ]
     for got, want in (
         (results, wanted),

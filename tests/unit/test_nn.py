@@ -24,6 +24,7 @@ from fp4gemm.nn import (
     Recipe,
     autocast,
     convert,
+    functional,
     linear,
     micro_batches,
     per_tensor,
@@ -114,9 +115,9 @@ def test_only_what_is_needed_is_made_and_is_the_same(name, needs, monkeypatch):
     y.backward(dy)
     some = [t.detach().requires_grad_(bool(need)) for t, need in zip((x, w, bias), needs, strict=True)]
     made = []
-    real = weights.quantize_forms
-    for at in ("fp4gemm.nn.weights.quantize_forms", "fp4gemm.nn.functional.quantize_forms"):
-        monkeypatch.setattr(at, lambda t, r, c, *rest, **o: made.append((r, c)) or real(t, r, c, *rest, **o))
+    for at in (weights, "quantize_forms"), (functional, "quantize_operands"):
+        real = getattr(*at)
+        monkeypatch.setattr(*at, lambda t, r, c, *a, real=real, **o: made.append((r, c)) or real(t, r, c, *a, **o))
     torch.manual_seed(1)
     again = linear(*some, recipe)
     again.backward(dy)

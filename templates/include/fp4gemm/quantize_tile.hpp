@@ -1,4 +1,5 @@
-// NVFP4 of x, of its transpose, or of both from one read of x.
+// NVFP4 of x, of its transpose, or of both from one read of x; of either, for a GEMM that follows, the values code * block
+// scale as bf16 instead of data and block scales.
 // Outer scales come from amaxes, or decode multipliers, in memory. A CTA has 128 x 128 values in shared memory, from where a
 // thread reads whole blocks along rows and along columns, so neither result needs communication.
 #pragma once
@@ -7,6 +8,7 @@
 #include "fp4gemm/hadamard.hpp"
 #include "fp4gemm/tile.hpp"
 #include "fp4gemm/tile_scales.hpp"
+#include "fp4gemm/values.hpp"
 
 namespace fp4gemm {
 
@@ -19,8 +21,8 @@ template <class First, class Second> struct Select<false, First, Second> {
 
 // One result [lines, blocks * 16]: its lines are rows of x, or columns for the transpose.
 struct TileOutput {
-  uint8_t* data;  // uint8 [lines, blocks * 8]
-  uint8_t* block_scale;  // in the layout, padding included; 16-byte aligned, as is data
+  uint8_t* data;  // uint8 [lines, blocks * 8], or values, bf16 [lines, blocks * 16]
+  uint8_t* block_scale;  // in the layout, padding included; 16-byte aligned, as is data; unused where data are values
   float* outer_scale;  // [lines], or [1]
   float const* scale_in;  // amaxes, or decode multipliers: [lines], or [1]
 };
@@ -234,7 +236,9 @@ template <class Config, class Place = TilePlace> class TileQuantizer {
     bool const whole = lines_left >= kTile && row_blocks - block0<kColumn>() >= kTileBlocks && row_blocks % 2 == 0 &&
                        reinterpret_cast<uint64_t>(output<kColumn>().data) % 16 == 0;
     int64_t number = (line0<kColumn>() + place.line) * row_blocks + block0<kColumn>() + 2 * place.pair;
-    uint8_t* to = in_global(output<kColumn>().data) + number * (kBlock / 2);
+    constexpr bool kValues = TileScales<Scales>::kNone;
+    constexpr int kBytes = kValues ? kBlock * 2 : kBlock / 2;  // of a block
+    uint8_t* to = in_global(output<kColumn>().data) + number * kBytes;
     int64_t const step_blocks = static_cast<int64_t>(kStep) * row_blocks;
     uint32_t scale_at = keep(TileScales<Scales>::offset(place.line, 2 * place.pair));
 #pragma unroll 1
@@ -243,7 +247,9 @@ template <class Config, class Place = TilePlace> class TileQuantizer {
       float2 const level = quick(kColumn)[line];
       Encoded low = encode<kColumn>(load(step, 0), level, line, 2 * place.pair, number);
       Encoded high = encode<kColumn>(load(step, 1), level, line, 2 * place.pair + 1, number + 1);
-      if (whole) {
+      if constexpr (kValues) {
+        put_values<kColumn>(to, low, high, place.pair % 2, line < lines_left ? left : -2);
+      } else if (whole) {
         *reinterpret_cast<uint4*>(to) = {low.codes.x, low.codes.y, high.codes.x, high.codes.y};
       } else {
         // What stands for nothing is 0: the tile is 0 there, but a convention may have another scale for it.
@@ -252,13 +258,36 @@ template <class Config, class Place = TilePlace> class TileQuantizer {
         if (line < lines_left && left > 0) reinterpret_cast<uint2*>(to)[0] = low.codes;
         if (line < lines_left && left > 1) reinterpret_cast<uint2*>(to)[1] = high.codes;
       }
-      // One instruction, where a shift and an or are two.
-      *reinterpret_cast<uint16_t*>(scales(kColumn) + scale_at) = gather_bytes(low.scale, high.scale, 0x0040);
-      // Lines of a step and of the next are as far apart in each layout as the first of all and that of the next.
-      scale_at += TileScales<Scales>::offset(kStep, 0);
+      if constexpr (!kValues) {
+        // One instruction, where a shift and an or are two.
+        *reinterpret_cast<uint16_t*>(scales(kColumn) + scale_at) = gather_bytes(low.scale, high.scale, 0x0040);
+        // Lines of a step and of the next are as far apart in each layout as the first of all and that of the next.
+        scale_at += TileScales<Scales>::offset(kStep, 0);
+      }
       number += step_blocks;
-      to += step_blocks * (kBlock / 2);
+      to += step_blocks * kBytes;
     }
+  }
+
+  // Two blocks of a line, at `to`, of which `left` are there. A lane has two halves of each sector; it trades codes with the
+  // one that has the next two blocks, or the two before, so that they write whole sectors together.
+  template <bool kColumn>
+  __device__ static void put_values(uint8_t* to, Encoded const& low, Encoded const& high, bool odd, int left) {
+    constexpr int kOther = kColumn ? 1 : 8;
+    uint32_t const mine = gather_bytes(low.scale, high.scale, 0x0040);
+    uint32_t const theirs = __shfl_xor_sync(~0u, mine, kOther);
+    uint32_t const other_low = __shfl_xor_sync(~0u, odd ? low.codes.x : low.codes.y, kOther);
+    uint32_t const other_high = __shfl_xor_sync(~0u, odd ? high.codes.x : high.codes.y, kOther);
+    uint32_t const first = odd ? theirs : mine, second = odd ? mine : theirs;
+    if (odd) {  // from here on the sectors of both, and this lane's half of each
+      left += 2;
+      to -= 2 * kBlock * 2 - 16;
+    }
+    auto* const halves = reinterpret_cast<uint4*>(to);
+    if (left > 0) halves[0] = BlockValues(first & 0xFF).eight(odd ? other_low : low.codes.x);
+    if (left > 1) halves[2] = BlockValues(first >> 8 & 0xFF).eight(odd ? other_high : high.codes.x);
+    if (left > 2) halves[4] = BlockValues(second & 0xFF).eight(odd ? low.codes.y : other_low);
+    if (left > 3) halves[6] = BlockValues(second >> 8 & 0xFF).eight(odd ? high.codes.y : other_high);
   }
 
   // Block `block` of line `line` of this tile, which is block `number` of the result.
