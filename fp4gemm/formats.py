@@ -199,8 +199,11 @@ VALUES = "values"
 """In place of a layout, inside of the package: not NVFP4 but code * block scale, exact bf16 [M, ceil16(K)], zeros past
 K; block scales are empty then. What GEMMs on Hopper read of activations."""
 
-OPERAND = "operand"
-"""The same: VALUES on Hopper, else ``128x4``. Of the left operand of a product that follows at once."""
+PREPACKED = "sm90"
+"""The same: the prepacked form of a weight, with its block scales."""
+
+LEFT, RIGHT = "left", "right"
+"""The same, of an operand of ``gemm``: VALUES and PREPACKED on Hopper, else ``128x4``."""
 
 
 def scale_layout(name: str) -> ScaleLayout:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from fp4gemm import calls, reference, select, tile_calls
 from fp4gemm.dispatch import on_its_device, on_kernels
-from fp4gemm.formats import BLOCK, OPERAND, VALUES
+from fp4gemm.formats import BLOCK, LEFT, PREPACKED, RIGHT, VALUES
 from fp4gemm.reference.arguments import QuantizeArguments
 from fp4gemm.reference.quantize import quantize_checked, write
 from fp4gemm.tensor import FP4Tensor
@@ -24,19 +24,19 @@ def run(args: QuantizeArguments) -> Parts:
     if _has_kernels(args):
         made: Parts = on_its_device(x, _run_tiles if _by_tiles(args) else _run_rows, args, None, None)
         return made
-    if args.sf_layout == VALUES:
-        return reference.quantize_values(args)
+    if args.sf_layout in (VALUES, PREPACKED):
+        return reference.quantize_operand(args)
     t = quantize_checked(args)
     return t.data, t.block_scale, t.outer_scale
 
 
 def resolved(args: QuantizeArguments) -> QuantizeArguments:
-    """``args`` with what OPERAND stands for on their device."""
-    if args.sf_layout != OPERAND:
+    """``args`` with what LEFT and RIGHT stand for on their device."""
+    if args.sf_layout not in (LEFT, RIGHT):
         return args
-    device = args.source.device
+    device, form = args.source.device, VALUES if args.sf_layout == LEFT else PREPACKED
     hopper = device.type == "cuda" and select.arch_of(device.index) == "sm_90a"
-    return args._replace(sf_layout=VALUES if hopper else "128x4")
+    return args._replace(sf_layout=form if hopper else "128x4")
 
 
 def run_into(out: FP4Tensor, args: QuantizeArguments, noop: Tensor | None) -> None:
@@ -105,7 +105,7 @@ def _by_tiles(args: QuantizeArguments) -> bool:
     o = args.options
     if o.adaptive is not None or o.residual or o.producer is not None:
         return False
-    as_tiles = args.block[0] == BLOCK or args.sf_layout == VALUES
+    as_tiles = args.block[0] == BLOCK or args.sf_layout in (VALUES, PREPACKED)
     return as_tiles or o.hadamard is not None or _is_transposed(args.source)
 
 

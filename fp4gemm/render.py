@@ -9,7 +9,7 @@ from typing import Any
 import jinja2
 
 from fp4gemm import epilogue
-from fp4gemm.formats import RECIPE_SIGNS, VALUES
+from fp4gemm.formats import PREPACKED, RECIPE_SIGNS, VALUES
 from fp4gemm.spec import ANY_SIGNS, GemmSpec, KernelSpec, PackedCollectiveSpec, check
 
 _ELEMENTS = {"bf16": "Bf16", "fp16": "Fp16", "fp32": "Fp32"}
@@ -19,7 +19,13 @@ _FILTERS: dict[str, dict[Any, str]] = {
     "operand": {"bf16": "OperandBf16", "fp16": "OperandFp16"},
     "cutlass_element": epilogue.CUTLASS_ELEMENT,
     "convention": {"te_per_token": "TePerToken", "te": "Te", "torchao": "Torchao", "modelopt": "ModelOpt"},
-    "scales": {"linear": "LinearScales", "128x4": "Scales128x4", "8x4": "Scales8x4", VALUES: "NoScales"},
+    "scales": {
+        "linear": "LinearScales",
+        "128x4": "Scales128x4",
+        "8x4": "Scales8x4",
+        VALUES: "ValuesForm",
+        PREPACKED: "PackedForm",
+    },
     "scaling": {"per_row": "kPerRow", "per_tensor": "kPerTensor", "amaxes": "kAmaxes", "given": "kGiven"},
     "adaptive": {None: "kNone", "mse": "kMse", "mae": "kMae"},
     "residual": {None: "kNone", "activation": "kActivation", "weight": "kWeight"},

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from fp4gemm import select
 from fp4gemm.calls import NOOP_MASKS
-from fp4gemm.formats import BLOCK, VALUES, scale_columns, scale_layout
+from fp4gemm.formats import BLOCK, PREPACKED, VALUES, packed_shape, scale_columns, scale_layout
 from fp4gemm.launch import Launcher
 from fp4gemm.spec import TILE
 
@@ -28,8 +28,11 @@ _SEED = 2**64
 
 
 def empty_codes(like: Tensor, lines: int, k: int, sf_layout: str) -> tuple[Tensor, Tensor]:
-    """Data and block scales of a result [lines, k] to write into; ``sf_layout`` may be VALUES."""
+    """Data and block scales of a result [lines, k] to write into; ``sf_layout`` may be VALUES or PREPACKED."""
     blocks = scale_columns(k)
+    if sf_layout == PREPACKED:
+        packed = like.new_empty(packed_shape(lines, k), dtype=torch.uint8)
+        return packed, like.new_empty(0, dtype=torch.float8_e4m3fn)
     if sf_layout == VALUES:
         values = like.new_empty((lines, blocks * BLOCK), dtype=torch.bfloat16)
         return values, like.new_empty(0, dtype=torch.float8_e4m3fn)
@@ -40,7 +43,7 @@ def empty_codes(like: Tensor, lines: int, k: int, sf_layout: str) -> tuple[Tenso
 @dataclass(frozen=True)
 class Output:
     """One result [lines, K] and what it needs: rows of x are its lines, or columns of x for a transposed result.
-    ``sf_layout``: of its block scales, or VALUES.
+    ``sf_layout``: of its block scales, or VALUES or PREPACKED.
 
     Tensors are contiguous and 16-byte aligned; ``scale_in`` holds amaxes or decode multipliers, float32 [] or [1] for
     the tensor, [lines] for each line; ``outer_scale`` has its shape.

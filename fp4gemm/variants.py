@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from fp4gemm.formats import METRICS, PRODUCERS, RECIPE_SIGNS, SF_LAYOUTS, VALUES
+from fp4gemm.formats import METRICS, PREPACKED, PRODUCERS, RECIPE_SIGNS, SF_LAYOUTS, VALUES
 from fp4gemm.spec import (
     ANY_SIGNS,
     ARCHS,
@@ -44,7 +44,8 @@ def _tiles(arch: str) -> list[KernelSpec]:
     operands = [
         TileQuantizeSpec(*per_token, VALUES, VALUES),
         TileQuantizeSpec(*per_token, VALUES, VALUES, hadamard=RECIPE_SIGNS, stochastic=True),
-        TileQuantizeSpec(*per_token, VALUES, "128x4", hadamard=RECIPE_SIGNS),
+        TileQuantizeSpec(*per_token, VALUES, PREPACKED, hadamard=RECIPE_SIGNS),
+        TileQuantizeSpec(arch, "bf16", "amax", "te", PREPACKED, PREPACKED, square=True),
     ]
     return [
         *(operands if arch == "sm_90a" else []),

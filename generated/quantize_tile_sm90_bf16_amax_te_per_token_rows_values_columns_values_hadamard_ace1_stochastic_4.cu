@@ -2,7 +2,7 @@
 #include "fp4gemm/quantize_tile.hpp"
 
 using namespace fp4gemm;
-using Config = TileQuantizeConfig<Bf16, TePerToken, NoScales, NoScales, false,
+using Config = TileQuantizeConfig<Bf16, TePerToken, ValuesForm, ValuesForm, false,
                                   true, true, 0xACE1, true, false, true>;
 
 extern "C" __device__ int fp4gemm_meta[6] = {Config::kThreads, 1, 1, 1, Config::kSharedBytes, sizeof(TileQuantizeArguments)};

@@ -25,10 +25,11 @@ import fp4gemm
 from fp4gemm.bench import timing
 from fp4gemm.bench.common import Config, Job, random_inputs
 from fp4gemm.bench.timing import Call
-from fp4gemm.formats import SF_LAYOUTS
+from fp4gemm.formats import LEFT, RIGHT, SF_LAYOUTS
 from fp4gemm.nn import functional
 from fp4gemm.nn.recipes import Recipe, per_token, w4a16
-from fp4gemm.nn.weights import quantize_forms, quantize_weight
+from fp4gemm.nn.weights import quantize_weight
+from fp4gemm.operands import quantize_operands
 from fp4gemm.report import Row
 from fp4gemm.tensor import FP4Tensor
 
@@ -230,7 +231,8 @@ def _backward(M: int, N: int, K: int, config: Config) -> list[Row]:
     for name in _BACKWARD:
         recipe = RECIPES[name]
         assert recipe.activations is not None
-        xts = [quantize_forms(x, False, True, recipe.activations, hadamard=recipe.hadamard)[1] for x in xs]
+        how: dict[str, Any] = {"scaling": recipe.activations, "hadamard": recipe.hadamard, "sides": (LEFT, RIGHT)}
+        xts = [quantize_operands(x, False, True, **how)[1] for x in xs]
         wts = [quantize_weight(w, recipe, True)[1] for w in ws]
         ours = _each(functools.partial(_backward_pass, recipe=recipe), dys, xts, wts)
         others = {"cublas_bf16": _each(_torch_backward, dys, xs, ws)}

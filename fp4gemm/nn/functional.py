@@ -19,6 +19,7 @@ from torch import Tensor
 
 from fp4gemm import ops
 from fp4gemm.dispatch import direct
+from fp4gemm.formats import LEFT, RIGHT
 from fp4gemm.nn.context import check_recipe, resolve
 from fp4gemm.nn.recipes import Recipe
 from fp4gemm.nn.weights import kept_weight, quantize_weight
@@ -128,7 +129,7 @@ class _Linear(torch.autograd.Function):
         x4t: Any = None
         if needs_w and recipe.activations is not None:
             left, x4t = quantize_operands(
-                x, True, True, scaling=recipe.activations, hadamard=recipe.hadamard, keep_transpose=True
+                x, True, True, scaling=recipe.activations, hadamard=recipe.hadamard, sides=(LEFT, RIGHT)
             )
             assert left is not None
             y = ops.product(left, w4, bias, x.dtype)

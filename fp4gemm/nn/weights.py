@@ -11,26 +11,25 @@ from __future__ import annotations
 import threading
 from dataclasses import dataclass, field
 from types import TracebackType
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from fp4gemm import ops, select
+from fp4gemm import select
 from fp4gemm.dispatch import direct
-from fp4gemm.formats import BLOCK, PACKED_BLOCK, packed_shape, padded_k
+from fp4gemm.formats import BLOCK, PACKED_BLOCK, RIGHT, packed_shape, padded_k
 from fp4gemm.group.ops import quantize_grouped
 from fp4gemm.group.tensor import GroupedFP4Tensor
 from fp4gemm.grouped import GroupedWeight, stack_weights
 from fp4gemm.nn.recipes import Recipe
+from fp4gemm.operands import quantize_operands
 from fp4gemm.tensor import FP4Tensor
-
-Forms = tuple[FP4Tensor | None, FP4Tensor | None]
-"""An FP4Tensor of a matrix, and of its transpose, each None where nothing needs it."""
 
 Weight = FP4Tensor | GroupedWeight
 WeightForms = tuple[Weight | None, Weight | None]
-"""The same of a weight [N, K], or of those of experts, [E, N, K]."""
+"""A quantized weight [N, K], or those of experts, [E, N, K], and the transpose; None where nothing needs it."""
 
 
 @dataclass
@@ -73,35 +72,28 @@ class micro_batches:
         _current.kept = self._outer.pop()
 
 
-def quantize_forms(
-    t: Tensor, rows: bool, columns: bool, scaling: str, *, block: tuple[int, int] = (1, 16),
-    hadamard: int | None = None,
-) -> Forms:  # fmt: skip
-    """The forms of ``t`` that are asked for, from one pass over it."""
-    if rows and columns:
-        return ops.quantize_both(t, scaling=scaling, block=block, hadamard=hadamard)
-    if rows:
-        return ops.quantize(t, scaling=scaling, block=block), None
-    if columns:
-        return None, ops.quantize(t, scaling=scaling, block=block, transposed=True, hadamard=hadamard)
-    return None, None
-
-
 def quantize_weight(w: Tensor, recipe: Recipe, columns: bool) -> WeightForms:
     """w [N, K], or [E, N, K] of experts, row-wise, and transposed where ``columns``; in the form that GEMMs read."""
     if w.dim() == 3:
         return _quantize_experts(w, recipe, columns)
-    rows, transposed = quantize_forms(w, True, columns, recipe.weights, block=recipe.weight_block)
+    rows, transposed = _forms(w, recipe, columns)
     if direct(w) and w.is_cuda and w.numel() and select.arch_of(w.device.index) == "sm_90a":
-        rows = None if rows is None else rows.prepack()
-        transposed = None if transposed is None else transposed.prepack()
+        rows = rows.prepack()  # that of both ways is, already
+    return rows, transposed
+
+
+def _forms(w: Tensor, recipe: Recipe, columns: bool) -> tuple[FP4Tensor, FP4Tensor | None]:
+    how: dict[str, Any] = {"scaling": recipe.weights, "block": recipe.weight_block, "sides": (RIGHT, RIGHT)}
+    rows, transposed = quantize_operands(w, True, columns, **how)
+    assert isinstance(rows, FP4Tensor)
+    assert transposed is None or isinstance(transposed, FP4Tensor)
     return rows, transposed
 
 
 def _quantize_experts(w: Tensor, recipe: Recipe, columns: bool) -> WeightForms:
     experts, n, k = w.shape
     if recipe.weight_2d:  # blocks that groups do not have
-        forms = [quantize_forms(each, True, columns, recipe.weights, block=recipe.weight_block) for each in w.unbind()]
+        forms = [_forms(each, recipe, columns) for each in w.unbind()]
         rows, transposed = ([t for t in side if t is not None] for side in zip(*forms, strict=True))
         return stack_weights(rows), stack_weights(transposed) if columns else None
     w = w.contiguous()

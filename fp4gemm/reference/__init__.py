@@ -3,7 +3,7 @@
 from fp4gemm.reference.grouped import gemm_grouped
 from fp4gemm.reference.matmul import bmm, gemm
 from fp4gemm.reference.producers import produce, produce_gradient, rmsnorm
-from fp4gemm.reference.quantize import amax, dequantize, quantize, quantize_both, quantize_rmsnorm, quantize_values
+from fp4gemm.reference.quantize import amax, dequantize, quantize, quantize_both, quantize_operand, quantize_rmsnorm
 
 __all__ = [
     "amax",
@@ -15,7 +15,7 @@ __all__ = [
     "produce_gradient",
     "quantize",
     "quantize_both",
+    "quantize_operand",
     "quantize_rmsnorm",
-    "quantize_values",
     "rmsnorm",
 ]

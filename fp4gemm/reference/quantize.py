@@ -10,6 +10,7 @@ import torch.nn.functional as F
 
 from fp4gemm.formats import (
     BLOCK,
+    PREPACKED,
     QuantizeOptions,
     decode_packed,
     pack_e2m1,
@@ -30,7 +31,7 @@ from fp4gemm.reference.arguments import (
 )
 from fp4gemm.reference.conventions import ADAPTIVE_CONVENTIONS, CONVENTIONS, Convention
 from fp4gemm.reference.hadamard import rotate
-from fp4gemm.reference.packed import unpack
+from fp4gemm.reference.packed import pack, unpack
 from fp4gemm.reference.philox import random_bytes
 from fp4gemm.reference.producers import produce, rmsnorm
 from fp4gemm.reference.residual import companions, interleave, places_of, without_zeros
@@ -109,9 +110,11 @@ def quantize_both(
     return quantize_checked(rows), quantize_checked(columns)
 
 
-def quantize_values(args: QuantizeArguments) -> tuple[Tensor, Tensor, Tensor]:
-    """What checked arguments make, as VALUES: those, no block scales, and the outer scales."""
+def quantize_operand(args: QuantizeArguments) -> tuple[Tensor, Tensor, Tensor]:
+    """What checked arguments with ``sf_layout`` VALUES or PREPACKED make: data, no block scales, and outer scales."""
     t = quantize_checked(args._replace(sf_layout="linear"))
+    if args.sf_layout == PREPACKED:
+        return pack(t.data, t.block_scale, args.shape), t.block_scale.new_empty(0), t.outer_scale
     m, half_k = t.data.shape
     codes = FP4Tensor(t.data, t.block_scale, torch.ones_like(t.outer_scale), (m, 2 * half_k), t.sf_layout)
     return dequantize(codes, torch.bfloat16), t.block_scale.new_empty(0), t.outer_scale

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import torch
 
-from fp4gemm.formats import NORMS, PLAIN, RECIPE_SIGNS, QuantizeOptions, scale_columns
+from fp4gemm.formats import NORMS, PLAIN, PREPACKED, RECIPE_SIGNS, QuantizeOptions, scale_columns
 from fp4gemm.select.device import INPUT_NAMES
 from fp4gemm.spec import (
     ANY_SIGNS,
@@ -203,6 +203,8 @@ def tile_quantize_spec(
     quick = convention in ("te_per_token", "te")
     if stochastic and (hadamard is not None if dtype == "fp32" else square or not quick or dtype == "e4m3"):
         ctas = max(1, ctas - 1)
+    if dtype == "fp32" and PREPACKED in (rows, columns):
+        ctas = min(ctas, 2)  # shared memory has codes as well as a tile of 64 KB
     return TileQuantizeSpec(arch, dtype, scaling, convention, rows, columns, *flags, ctas)
 
 

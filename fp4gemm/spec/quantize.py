@@ -10,6 +10,7 @@ from fp4gemm.formats import (
     CONVENTIONS,
     GRADIENTS,
     NORMS,
+    PREPACKED,
     PRODUCERS,
     RECIPE_SIGNS,
     RESIDUAL_SIDES,
@@ -21,6 +22,7 @@ from fp4gemm.spec.common import short, thread_problem, unknown
 KERNEL_SCALINGS = ("per_row", "per_tensor", "amaxes", "given")
 TILE = 128  # rows and columns of x that a CTA of a tile kernel has
 TILE_THREADS = 256
+_TILE_FORMS = (*SF_LAYOUTS, VALUES, PREPACKED)  # of a tile kernel's result
 ANY_SIGNS = -1  # of a transform: its mask is an argument of the launch
 
 
@@ -169,7 +171,8 @@ class TileQuantizeSpec:
     """Quantizer of x, of its transpose, or of both from one read (templates/include/fp4gemm/quantize_tile.hpp).
 
     ``scaling``: it reads amaxes (``amax``) or decode multipliers (``given``). ``rows`` and ``columns`` are the scale
-    layouts of the result and of the transposed one, or VALUES, code * block scale as exact bf16; None: not made.
+    layouts of the result and of the transposed one, or VALUES, code * block scale as exact bf16, or PREPACKED;
+    None: not made.
     ``hadamard``: the mask with which the transposed one is transformed, RECIPE_SIGNS, or ANY_SIGNS, one that is given
     at launch; ``stochastic`` rounds both so; ``square``: one block scale for 16 x 16 values.
     ``vectorized``: rows of x are contiguous and 16-byte aligned. ``ctas``: that an SM has room for. ``gradient``: x is
@@ -220,8 +223,8 @@ class TileQuantizeSpec:
         return (
             unknown("scaling", self.scaling, ("amax", "given"))
             or unknown("convention", self.convention, CONVENTIONS)
-            or unknown("rows", self.row_scales, (*SF_LAYOUTS, VALUES))
-            or unknown("columns", self.column_scales, (*SF_LAYOUTS, VALUES))
+            or unknown("rows", self.row_scales, _TILE_FORMS)
+            or unknown("columns", self.column_scales, _TILE_FORMS)
             or _transform_problem(self.hadamard)
             or _gradient_problem(self.gradient, self.dtype)
             or _tile_problem(self.ctas)

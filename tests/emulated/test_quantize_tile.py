@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from fp4gemm import reference, select, tile_calls
-from fp4gemm.formats import RECIPE_SIGNS, VALUES
+from fp4gemm.formats import PREPACKED, RECIPE_SIGNS, VALUES
 from fp4gemm.reference.arguments import check_quantize
 from fp4gemm.spec import ANY_SIGNS, TILE, TileAmaxSpec, TileQuantizeSpec, check
 from fp4gemm.tile_calls import Output, Parts, vectorized
@@ -56,6 +56,11 @@ SPECS = (
     spec_of("bf16", "amax", "te", VALUES, VALUES, hadamard=RECIPE_SIGNS, stochastic=True),
     spec_of("fp32", "given", "te_per_token", None, VALUES, vectorized=False),
     spec_of("fp16", "amax", "te_per_token", "8x4", VALUES, stochastic=True),
+    spec_of("bf16", "amax", "te_per_token", VALUES, PREPACKED, hadamard=RECIPE_SIGNS),
+    spec_of("bf16", "amax", "te", PREPACKED, PREPACKED, square=True),
+    spec_of("bf16", "amax", "te_per_token", PREPACKED, PREPACKED, stochastic=True, vectorized=False),
+    spec_of("fp32", "given", "te_per_token", PREPACKED, VALUES),
+    spec_of("fp16", "amax", "te", "linear", PREPACKED),
 )
 
 
@@ -114,11 +119,11 @@ class Problem:
 
 
 def expected(x: Tensor, **arguments: Any) -> tuple[tuple[int, int], Parts]:
-    """The shape of what quantize makes, and its parts, by the reference; the layout may be VALUES."""
+    """The shape of what quantize makes, and its parts, by the reference; the layout may be VALUES or PREPACKED."""
     layout = arguments.pop("sf_layout")
     args = check_quantize(x, **arguments)
-    if layout == VALUES:
-        return args.shape, reference.quantize_values(args)
+    if layout in (VALUES, PREPACKED):
+        return args.shape, reference.quantize_operand(args._replace(sf_layout=layout))
     t = reference.quantize(x, **arguments, sf_layout=layout)
     return args.shape, (t.data, t.block_scale, t.outer_scale)
 
@@ -260,7 +265,9 @@ def launches(emulator: emulation.Emulator, monkeypatch: pytest.MonkeyPatch) -> I
 @pytest.mark.usefixtures("launches")
 @pytest.mark.parametrize("per_tensor", [False, True])
 @pytest.mark.parametrize("hadamard", [None, 0xACE1])
-@pytest.mark.parametrize("layouts", [("128x4", "8x4"), (None, "linear"), ("linear", None), (VALUES, VALUES)], ids=str)
+@pytest.mark.parametrize(
+    "layouts", [("128x4", "8x4"), (None, "linear"), ("linear", None), (VALUES, PREPACKED)], ids=str
+)
 def test_calls(layouts: tuple[str | None, str | None], hadamard: int | None, per_tensor: bool) -> None:
     """One call with its amaxes taken, and the same with amaxes or outer scales given."""
     x = torch.randn(130, 70, generator=torch.Generator().manual_seed(3)).to(torch.bfloat16)

@@ -77,6 +77,13 @@ _RULES: dict[str, tuple[tuple[str, str], ...]] = {
         (r'uint32_t v;\s*asm\("mul\.bf16x2.*?return v;', "return multiply_bf16x2(codes, scale);"),
         (r'uint32_t v;\s*asm\("mul\.f16x2.*?return v;', "return multiply_f16x2(codes, scale);"),
     ),
+    "pack.hpp": (
+        (r'asm\("mul\.f16x2[^;]*;"[^;]*(0x\w+)u\)\);', r"halves = multiply_f16x2(halves, \1u);"),
+        (
+            r'asm\("cvt\.rn\.satfinite\.e4m3x2[^;]*;"[^;]*;',
+            "bytes = to_e4m3_byte(half_bits_to_float(halves)) | to_e4m3_byte(half_bits_to_float(halves >> 16)) << 8;",
+        ),
+    ),
     "packed_gemm.hpp": ((r'uint32_t v;\s*asm volatile\("movmatrix.*?return v;', "return transpose_matrix(pair);"),),
     "packed_tiles.hpp": (),
     "pieces.hpp": (),

@@ -1,4 +1,4 @@
-"""Left operands of products that follow at once: the bytes of the reference, and the products of NVFP4, to the bit."""
+"""Operands of products: the bytes of the reference, and the products of NVFP4, to the bit."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ import torch
 import fp4gemm
 from fp4gemm import ops, reference
 from fp4gemm.engine import Activations
+from fp4gemm.formats import LEFT, PREPACKED, RIGHT, VALUES
 from fp4gemm.operands import quantize_operands
 from fp4gemm.reference.arguments import check_quantize_both
 
@@ -43,41 +44,42 @@ def moved(options: dict[str, Any], device: torch.device) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("first", range(0, PROBLEMS, CHUNK))
-def test_values_are_the_reference(first: int, cuda: torch.device) -> None:
+def test_bytes_are_the_reference(first: int, cuda: torch.device) -> None:
     for seed in range(first, first + CHUNK):
         x, options = draw(seed)
+        sides = random.Random(seed).choice([(LEFT, LEFT), (LEFT, RIGHT), (RIGHT, RIGHT)])
         given = {"convention": None, "block": (1, 16), "outer_scale": None, "adaptive": None, "amax": None}
-        sides = check_quantize_both(x, sf_layout="128x4", transposed_sf_layout=None, **given, **options)
-        on_device, chosen = x.to(cuda), moved(options, cuda)
-        wanted = [reference.quantize_values(side) for side in sides]
-        cases.poison(cuda, *(2 * values.numel() for values, _, _ in wanted))
+        args = check_quantize_both(x, sf_layout="128x4", transposed_sf_layout=None, **given, **options)
+        forms = {LEFT: VALUES, RIGHT: PREPACKED}
+        wanted = [
+            reference.quantize_operand(each._replace(sf_layout=forms[side]))
+            for each, side in zip(args, sides, strict=True)
+        ]
+        on_device, chosen = x.to(cuda), {**moved(options, cuda), "sides": sides}
+        cases.poison(cuda, *(data.nbytes for data, _, _ in wanted))
         both = quantize_operands(on_device, True, True, **chosen)
         _, alone = quantize_operands(on_device, False, True, **chosen)
-        for got, (values, _, outer) in zip((*both, alone), (*wanted, wanted[1]), strict=True):
-            assert isinstance(got, Activations)
-            cases.assert_same_bits(got.values, values, f"values of {seed}: {tuple(x.shape)} {options}")
-            cases.assert_same_bits(got.outer_scale, outer, f"outer scales of {seed}")
+        for got, side, (data, _, outer) in zip((*both, alone), (*sides, sides[1]), (*wanted, wanted[1]), strict=True):
+            assert isinstance(got, Activations) == (side == LEFT)
+            what = f"{side} of {seed}: {tuple(x.shape)} {options}"
+            cases.assert_same_bits(got.values if isinstance(got, Activations) else got.data, data, what)
+            cases.assert_same_bits(got.outer_scale, outer, f"outer scales, {what}")
 
 
 @pytest.mark.parametrize("shape", [(64, 128, 256), (300, 200, 130), (1, 40, 16), (0, 40, 16), (40, 0, 16)], ids=str)
-@pytest.mark.parametrize("keep", [False, True])
 @pytest.mark.parametrize("compiled", [False, True])
-def test_products_are_those_of_nvfp4(
-    compiled: bool, keep: bool, shape: tuple[int, int, int], device: torch.device
-) -> None:
-    """Of rows of x by one weight and of its columns by another."""
+def test_products_are_those_of_nvfp4(compiled: bool, shape: tuple[int, int, int], device: torch.device) -> None:
+    """x . w^T and x^T . v^T, of operands of the left and of the right."""
     m, n, k = shape
     generator = torch.Generator().manual_seed(m + n + k)
-    x, by_row, by_column = (
-        torch.randn(*size, generator=generator).bfloat16().to(device) for size in ((m, k), (n, k), (n, m))
-    )
-    weights = [fp4gemm.quantize(w) for w in (by_row, by_column)]
+    x, w, v = (torch.randn(*size, generator=generator).bfloat16().to(device) for size in ((m, k), (n, k), (n, m)))
 
-    def products(x: torch.Tensor) -> list[torch.Tensor]:
-        operands = quantize_operands(x, True, True, scaling="per_row", keep_transpose=keep)
-        return [ops.product(a, w, None, torch.bfloat16) for a, w in zip(operands, weights, strict=True)]
+    def products(x: torch.Tensor, w: torch.Tensor, v: torch.Tensor) -> list[torch.Tensor]:
+        left = quantize_operands(x, True, True, scaling="per_row")
+        right = [quantize_operands(t, True, True, scaling="per_row", sides=(RIGHT, LEFT))[0] for t in (w, v)]
+        return [ops.product(a, b, None, torch.bfloat16) for a, b in zip(left, right, strict=True)]
 
     torch.compiler.reset()  # it gives up on a function that was compiled for eight shapes
-    got = (torch.compile(products, fullgraph=True, backend="aot_eager") if compiled else products)(x)
-    for a, w, d in zip(fp4gemm.quantize_both(x), weights, got, strict=True):
-        cases.assert_same_bits(d, fp4gemm.gemm(a, w), str(shape))
+    got = (torch.compile(products, fullgraph=True, backend="aot_eager") if compiled else products)(x, w, v)
+    for a, b, d in zip(fp4gemm.quantize_both(x), (w, v), got, strict=True):
+        cases.assert_same_bits(d, fp4gemm.gemm(a, fp4gemm.quantize(b)), str(shape))

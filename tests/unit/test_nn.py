@@ -115,7 +115,7 @@ def test_only_what_is_needed_is_made_and_is_the_same(name, needs, monkeypatch):
     y.backward(dy)
     some = [t.detach().requires_grad_(bool(need)) for t, need in zip((x, w, bias), needs, strict=True)]
     made = []
-    for at in (weights, "quantize_forms"), (functional, "quantize_operands"):
+    for at in (weights, "quantize_operands"), (functional, "quantize_operands"):
         real = getattr(*at)
         monkeypatch.setattr(*at, lambda t, r, c, *a, real=real, **o: made.append((r, c)) or real(t, r, c, *a, **o))
     torch.manual_seed(1)

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from fp4gemm import select, tile_calls
-from fp4gemm.formats import RECIPE_SIGNS, SF_LAYOUTS, VALUES
+from fp4gemm.formats import PREPACKED, RECIPE_SIGNS, SF_LAYOUTS, VALUES
 from fp4gemm.spec import ANY_SIGNS, ARCHS, INPUT_DTYPES, TileAmaxSpec, TileQuantizeSpec, check
 from fp4gemm.tile_calls import TILE_AMAX_ARGUMENTS, TILE_QUANTIZE_ARGUMENTS, Output
 from fp4gemm.variants import default_variants
@@ -23,8 +23,8 @@ AMAX = TileAmaxSpec("sm_90a", "bf16", rows=True, columns=True)
         (AMAX, {"dtype": "fp8"}, "dtype: got 'fp8', expected one of bf16, fp16, fp32, e4m3"),
         (QUANTIZE, {"scaling": "per_row"}, "scaling: got 'per_row', expected one of amax, given"),
         (QUANTIZE, {"convention": "amd"}, "convention: got 'amd', expected one of te_per_token"),
-        (QUANTIZE, {"rows": "4x4"}, "rows: got '4x4', expected one of linear, 128x4, 8x4, values"),
-        (QUANTIZE, {"columns": "4x4"}, "columns: got '4x4', expected one of linear, 128x4, 8x4, values"),
+        (QUANTIZE, {"rows": "4x4"}, "rows: got '4x4', expected one of linear, 128x4, 8x4, values, sm90"),
+        (QUANTIZE, {"columns": "4x4"}, "columns: got '4x4', expected one of linear, 128x4, 8x4, values, sm90"),
         (QUANTIZE, {"rows": None, "columns": None}, "rows, columns: got None for both"),
         (QUANTIZE, {"hadamard": ANY_SIGNS, "columns": None}, "hadamard: expected a transposed result"),
         (
@@ -49,7 +49,7 @@ def test_check_says_why(good, changes, reason):
 
 @pytest.mark.parametrize("arch", ARCHS)
 def test_what_is_selected_is_possible_and_named_apart(arch):
-    layouts = (None, *SF_LAYOUTS, VALUES)
+    layouts = (None, *SF_LAYOUTS, VALUES, PREPACKED)
     specs = [
         select.tile_quantize_spec(arch, dtype, scaling, "te", rows, columns, *flags)
         for dtype in INPUT_DTYPES

@@ -45,8 +45,7 @@ __device__ __forceinline__ uint32_t transpose_quad(uint32_t v, int t) {
 
 // Both halves of a pair of e4m3 magnitudes as packed scale bytes, and back. NaN is 0x7F here and 0xFF there.
 __device__ __forceinline__ uint32_t to_packed_scales(uint32_t pair) {
-  uint32_t halves;
-  asm("cvt.rn.f16x2.e4m3x2 %0, %1;" : "=r"(halves) : "h"(static_cast<uint16_t>(pair)));
+  uint32_t halves = e4m3x2_to_half2(static_cast<uint16_t>(pair));
   asm("mul.f16x2 %0, %0, %1;" : "+r"(halves) : "r"(0x58005800u));  // 2^7
   return (halves >> 7 & 0xFFu) | (halves >> 15 & 0xFF00u);
 }
@@ -63,6 +62,33 @@ __device__ __forceinline__ uint32_t apply_scale_rules(uint32_t pairs, uint32_t s
   uint32_t const nonzero = ((scales & 0x7F7F7F7Fu) + 0x7F7F7F7Fu) >> 7 & 0x01010101u;
   uint32_t const negative = scales & 0x80808080u;
   return (pairs & (nonzero * 0x77u | 0x88888888u)) ^ (negative | negative >> 4);
+}
+
+// A packed block of 2304 bytes from its 128 threads: of thread 32 w + 4 g + t the codes and the block scales of its step of
+// rows 16 w + g and 8 below, columns 0..7 and 8..15.
+__device__ __forceinline__ void pack_block(uint8_t* to, int thread, uint2 const (&halves)[2],
+                                           uint32_t const (&scales)[2]) {
+  int const t = thread % 4;
+  reinterpret_cast<uint16_t*>(to + kPackedCodeBytes)[thread] =
+      static_cast<uint16_t>(to_packed_scales((scales[0] | scales[1] << 8) & 0x7F7Fu));
+  uint32_t fragments[4];  // a0..a3, byte j for step j
+#pragma unroll
+  for (int i = 0; i < 2; ++i) {
+    uint32_t every = scales[i] << (8 * t);
+    every |= __shfl_xor_sync(~0u, every, 1);
+    every |= __shfl_xor_sync(~0u, every, 2);
+    fragments[i] = apply_scale_rules(transpose_quad(halves[i].x, t), every);
+    fragments[i + 2] = apply_scale_rules(transpose_quad(halves[i].y, t), every);
+  }
+  uint2 words[2];
+#pragma unroll
+  for (int h = 0; h < 2; ++h) {
+    uint32_t r[8];
+#pragma unroll
+    for (int i = 0; i < 8; ++i) r[i] = to_register(__byte_perm(fragments[i % 4], 0, 0x4440 + 2 * h + i / 4));
+    words[h] = join_codes(r);
+  }
+  reinterpret_cast<uint4*>(to)[thread] = {words[0].x, words[0].y, words[1].x, words[1].y};
 }
 
 template <class Scales, int kThreads> class BlockPacker {
@@ -105,25 +131,7 @@ template <class Scales, int kThreads> class BlockPacker {
         scales[i] = *scale(m);
       }
     }
-    *packed_scales() = static_cast<uint16_t>(to_packed_scales((scales[0] | scales[1] << 8) & 0x7F7Fu));
-    uint32_t fragments[4];  // a0..a3, byte j for step j
-#pragma unroll
-    for (int i = 0; i < 2; ++i) {
-      uint32_t every = scales[i] << (8 * t_);
-      every |= __shfl_xor_sync(~0u, every, 1);
-      every |= __shfl_xor_sync(~0u, every, 2);
-      fragments[i] = apply_scale_rules(transpose_quad(halves[i].x, t_), every);
-      fragments[i + 2] = apply_scale_rules(transpose_quad(halves[i].y, t_), every);
-    }
-    uint2 words[2];
-#pragma unroll
-    for (int h = 0; h < 2; ++h) {
-      uint32_t r[8];
-#pragma unroll
-      for (int i = 0; i < 8; ++i) r[i] = to_register(__byte_perm(fragments[i % 4], 0, 0x4440 + 2 * h + i / 4));
-      words[h] = join_codes(r);
-    }
-    *packed_codes() = {words[0].x, words[0].y, words[1].x, words[1].y};
+    pack_block(packed(), threadIdx.x % 128, halves, scales);
   }
 
   __device__ void unpack() const {

@@ -1,11 +1,12 @@
-// NVFP4 of x, of its transpose, or of both from one read of x; of either, for a GEMM that follows, the values code * block
-// scale as bf16 instead of data and block scales.
+// NVFP4 of x, of its transpose, or of both from one read of x; either may have, instead of data and block scales, what GEMMs
+// on prepacked weights read: the values code * block scale as bf16, or the prepacked form.
 // Outer scales come from amaxes, or decode multipliers, in memory. A CTA has 128 x 128 values in shared memory, from where a
 // thread reads whole blocks along rows and along columns, so neither result needs communication.
 #pragma once
 
 #include "fp4gemm/encode.hpp"
 #include "fp4gemm/hadamard.hpp"
+#include "fp4gemm/pack.hpp"
 #include "fp4gemm/tile.hpp"
 #include "fp4gemm/tile_scales.hpp"
 #include "fp4gemm/values.hpp"
@@ -21,8 +22,9 @@ template <class First, class Second> struct Select<false, First, Second> {
 
 // One result [lines, blocks * 16]: its lines are rows of x, or columns for the transpose.
 struct TileOutput {
-  uint8_t* data;  // uint8 [lines, blocks * 8], or values, bf16 [lines, blocks * 16]
-  uint8_t* block_scale;  // in the layout, padding included; 16-byte aligned, as is data; unused where data are values
+  uint8_t*
+      data;  // uint8 [lines, blocks * 8]; values: bf16 [lines, blocks * 16]; or packed, [ceil(lines / 64), ceil(blocks / 4), 2304]
+  uint8_t* block_scale;  // in the layout, padding included; 16-byte aligned, as is data; unused without a layout
   float* outer_scale;  // [lines], or [1]
   float const* scale_in;  // amaxes, or decode multipliers: [lines], or [1]
 };
@@ -65,9 +67,15 @@ struct TileQuantizeConfig {
   static constexpr bool kVectorized = kVectorized_;  // rows are 16-byte aligned
   static constexpr Producer kProducer = kProducer_;  // kNone, or a gradient
   static constexpr int kThreads = kTileThreads;
-  static constexpr int kSharedBytes = Tile<Element>::kBytes + 2 * kTile * kTileBlocks + 2 * kTile * 12 +
-                                      (kSquare ? kTileBlocks * kTileBlocks * 4 : 0) +
-                                      (kStochastic ? kPhiloxRounds * 8 : 0);
+  static constexpr bool kPacksRows = TileScales<RowScales>::kForm == Form::kPacked;
+  static constexpr bool kPacksColumns = TileScales<ColumnScales>::kForm == Form::kPacked;
+  static constexpr int kStagedBytes = kTile * kTile / 2;  // codes of a result that are to be packed
+  static constexpr int kOtherBytes = Tile<Element>::kBytes + 2 * kTile * kTileBlocks + 2 * kTile * 12 +
+                                     (kSquare ? kTileBlocks * kTileBlocks * 4 : 0) +
+                                     (kStochastic ? kPhiloxRounds * 8 : 0);
+  static constexpr int kStagedAt = (kOtherBytes + 15) / 16 * 16;
+  static constexpr int kSharedBytes =
+      kPacksRows || kPacksColumns ? kStagedAt + (kPacksRows + kPacksColumns) * kStagedBytes : kOtherBytes;
   static_assert(kRows || kColumns, "a result");
   static_assert(!(kSquare && kHadamard), "squares of x are not squares of what is transformed");
 };
@@ -119,6 +127,12 @@ template <class Config, class Place = TilePlace> class TileQuantizer {
   }
   __device__ uint32_t keys_address() const {
     return Config::kStochastic ? keep(shared_address(square(Config::kSquare ? kTileBlocks : 0, 0))) : 0;
+  }
+  // 16 bytes of a line's codes; chunks change places so that neither writes along rows or columns nor pack's reads of eight
+  // bytes meet a bank twice.
+  __device__ uint8_t* staged(int side, int line, int pair) const {
+    int const at = side != 0 && Config::kPacksRows ? Config::kStagedBytes : 0;
+    return shared_ + Config::kStagedAt + at + line * (kTile / 2) + (pair ^ line >> 5 ^ (line & 2)) * 16;
   }
   __device__ uint2* keys() const { return static_cast<uint2*>(shared_pointer(keys_)); }
 
@@ -236,11 +250,13 @@ template <class Config, class Place = TilePlace> class TileQuantizer {
     bool const whole = lines_left >= kTile && row_blocks - block0<kColumn>() >= kTileBlocks && row_blocks % 2 == 0 &&
                        reinterpret_cast<uint64_t>(output<kColumn>().data) % 16 == 0;
     int64_t number = (line0<kColumn>() + place.line) * row_blocks + block0<kColumn>() + 2 * place.pair;
-    constexpr bool kValues = TileScales<Scales>::kNone;
+    constexpr Form kForm = TileScales<Scales>::kForm;
+    constexpr bool kValues = kForm == Form::kValues, kPacked = kForm == Form::kPacked;
     constexpr int kBytes = kValues ? kBlock * 2 : kBlock / 2;  // of a block
     uint8_t* to = in_global(output<kColumn>().data) + number * kBytes;
     int64_t const step_blocks = static_cast<int64_t>(kStep) * row_blocks;
-    uint32_t scale_at = keep(TileScales<Scales>::offset(place.line, 2 * place.pair));
+    uint32_t scale_at = 0;
+    if constexpr (!kValues) scale_at = keep(TileScales<Scales>::offset(place.line, 2 * place.pair));
 #pragma unroll 1
     for (int step = 0; step < Tile::kSteps; ++step) {
       int const line = place.line + step * kStep;
@@ -249,6 +265,12 @@ template <class Config, class Place = TilePlace> class TileQuantizer {
       Encoded high = encode<kColumn>(load(step, 1), level, line, 2 * place.pair + 1, number + 1);
       if constexpr (kValues) {
         put_values<kColumn>(to, low, high, place.pair % 2, line < lines_left ? left : -2);
+      } else if constexpr (kPacked) {
+        // The form has whole blocks of 64 x 64, and a transform of what stands for nothing may be -0.
+        if (line >= lines_left || left < 1) low = {};
+        if (line >= lines_left || left < 2) high = {};
+        *reinterpret_cast<uint4*>(staged(kColumn, line, place.pair)) = {low.codes.x, low.codes.y, high.codes.x,
+                                                                        high.codes.y};
       } else if (whole) {
         *reinterpret_cast<uint4*>(to) = {low.codes.x, low.codes.y, high.codes.x, high.codes.y};
       } else {
@@ -322,9 +344,35 @@ template <class Config, class Place = TilePlace> class TileQuantizer {
 
   template <bool kColumn> __device__ void flush(int thread) const {
     using Scales = typename Select<kColumn, typename Config::ColumnScales, typename Config::RowScales>::Type;
-    TileScales<Scales>::template flush<Scales>(scales(kColumn), in_global(output<kColumn>().block_scale),
-                                               line0<kColumn>(), lines<kColumn>(), block0<kColumn>(), blocks<kColumn>(),
-                                               thread);
+    if constexpr (TileScales<Scales>::kForm == Form::kCodes) {
+      TileScales<Scales>::template flush<Scales>(scales(kColumn), in_global(output<kColumn>().block_scale),
+                                                 line0<kColumn>(), lines<kColumn>(), block0<kColumn>(),
+                                                 blocks<kColumn>(), thread);
+    } else if constexpr (TileScales<Scales>::kForm == Form::kPacked) {
+      pack<kColumn>(thread);
+    }
+  }
+
+  // The four packed blocks of a tile, one after the other.
+  template <bool kColumn> __device__ void pack(int thread) const {
+    constexpr int kBlocks = kTileBlocks / 2;  // of a line of a packed block
+    int const t = thread % 4, all = ceil_div(blocks<kColumn>(), kBlocks);
+#pragma unroll 1
+    for (int i = 0; i < 4; ++i) {
+      int64_t const band = line0<kColumn>() / kPackedRows + i / 2;
+      int const column = block0<kColumn>() / kBlocks + i % 2, block = i % 2 * kBlocks + t;
+      if (band * kPackedRows >= lines<kColumn>() || column >= all) continue;
+      uint2 halves[2];
+      uint32_t block_scales[2];
+#pragma unroll
+      for (int j = 0; j < 2; ++j) {
+        int const line = i / 2 * kPackedRows + thread / 32 * 16 + thread / 4 % 8 + 8 * j;
+        halves[j] = reinterpret_cast<uint2 const*>(staged(kColumn, line, block / 2))[block % 2];
+        block_scales[j] = scales(kColumn)[TileScales<PackedForm>::offset(line, block)];
+      }
+      pack_block(in_global(output<kColumn>().data) + (band * all + column) * kPackedBlockBytes, thread, halves,
+                 block_scales);
+    }
   }
 };
 

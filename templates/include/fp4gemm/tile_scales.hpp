@@ -6,14 +6,17 @@
 
 namespace fp4gemm {
 
-// In place of a layout: results that have no block scales.
-struct NoScales {};
+// In place of a layout: results that are values, code * block scale as bf16, or in the form of packed.hpp.
+struct ValuesForm {};
+struct PackedForm {};
+
+enum class Form { kCodes, kValues, kPacked };
 
 // Block scales of 128 lines and eight blocks of them, gathered in shared memory in the order of the layout.
 template <class Scales> struct TileScales;
 
 template <int kTileRows> struct TiledTileScales {
-  static constexpr bool kNone = false;
+  static constexpr Form kForm = Form::kCodes;
   // The rows of a tile of the layout that are in a row of tiles here take 2 * kTileRows * 4 bytes, one piece in memory.
   template <class Scales> __device__ static void flush(uint8_t const* staged, uint8_t* scales, int64_t line0,
                                                        int64_t lines, int block0, int blocks, int thread) {
@@ -40,7 +43,7 @@ template <> struct TileScales<Scales8x4> : TiledTileScales<8> {
   }
 };
 template <> struct TileScales<LinearScales> {
-  static constexpr bool kNone = false;
+  static constexpr Form kForm = Form::kCodes;
   __device__ static int offset(int line, int block) { return line * kTileBlocks + block; }
   template <class Scales> __device__ static void flush(uint8_t const* staged, uint8_t* scales, int64_t line0,
                                                        int64_t lines, int block0, int blocks, int thread) {
@@ -55,10 +58,12 @@ template <> struct TileScales<LinearScales> {
     }
   }
 };
-template <> struct TileScales<NoScales> {
-  static constexpr bool kNone = true;
-  __device__ static int offset(int, int) { return 0; }
-  template <class Scales> __device__ static void flush(uint8_t const*, uint8_t*, int64_t, int64_t, int, int, int) {}
+template <> struct TileScales<ValuesForm> {
+  static constexpr Form kForm = Form::kValues;
+};
+template <> struct TileScales<PackedForm> {
+  static constexpr Form kForm = Form::kPacked;
+  __device__ static int offset(int line, int block) { return line * kTileBlocks + block; }
 };
 
 }  // namespace fp4gemm
