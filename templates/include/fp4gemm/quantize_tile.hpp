@@ -166,9 +166,8 @@ template <class Config, class Place = TilePlace> class TileQuantizer {
       store_lines<true>(tile_.column_place(), [&](int step, int half) { return tile_.column_block(step, half); });
     }
     __syncthreads();
-    int const thread = threadIdx.x % kTile, side = threadIdx.x / kTile;
-    if (Config::kRows && side == 0) flush<false>(thread);
-    if (Config::kColumns && side == 1) flush<true>(thread);
+    if constexpr (Config::kRows) finish<false>();
+    if constexpr (Config::kColumns) finish<true>();
   }
 
  private:
@@ -342,31 +341,35 @@ template <class Config, class Place = TilePlace> class TileQuantizer {
     return {{encode_half<Values>(x, 0, divider, rounding), encode_half<Values>(x, 1, divider, rounding)}, scale};
   }
 
-  template <bool kColumn> __device__ void flush(int thread) const {
+  // What a result has in shared memory on its way out.
+  template <bool kColumn> __device__ void finish() const {
     using Scales = typename Select<kColumn, typename Config::ColumnScales, typename Config::RowScales>::Type;
     if constexpr (TileScales<Scales>::kForm == Form::kCodes) {
-      TileScales<Scales>::template flush<Scales>(scales(kColumn), in_global(output<kColumn>().block_scale),
-                                                 line0<kColumn>(), lines<kColumn>(), block0<kColumn>(),
-                                                 blocks<kColumn>(), thread);
+      if (threadIdx.x / kTile == kColumn)
+        TileScales<Scales>::template flush<Scales>(scales(kColumn), in_global(output<kColumn>().block_scale),
+                                                   line0<kColumn>(), lines<kColumn>(), block0<kColumn>(),
+                                                   blocks<kColumn>(), threadIdx.x % kTile);
     } else if constexpr (TileScales<Scales>::kForm == Form::kPacked) {
-      pack<kColumn>(thread);
+      pack<kColumn>();
     }
   }
 
-  // The four packed blocks of a tile, one after the other.
-  template <bool kColumn> __device__ void pack(int thread) const {
+  // The four packed blocks of a tile, two at a time.
+  template <bool kColumn> __device__ void pack() const {
     constexpr int kBlocks = kTileBlocks / 2;  // of a line of a packed block
-    int const t = thread % 4, all = ceil_div(blocks<kColumn>(), kBlocks);
-#pragma unroll 1
-    for (int i = 0; i < 4; ++i) {
-      int64_t const band = line0<kColumn>() / kPackedRows + i / 2;
-      int const column = block0<kColumn>() / kBlocks + i % 2, block = i % 2 * kBlocks + t;
-      if (band * kPackedRows >= lines<kColumn>() || column >= all) continue;
+    int const thread = threadIdx.x % 128, right = threadIdx.x / 128;  // half of the tile's columns
+    int const all = ceil_div(blocks<kColumn>(), kBlocks), column = block0<kColumn>() / kBlocks + right;
+    int const block = right * kBlocks + thread % 4;
+    if (column >= all) return;
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      int64_t const band = line0<kColumn>() / kPackedRows + i;
+      if (band * kPackedRows >= lines<kColumn>()) return;
       uint2 halves[2];
       uint32_t block_scales[2];
 #pragma unroll
       for (int j = 0; j < 2; ++j) {
-        int const line = i / 2 * kPackedRows + thread / 32 * 16 + thread / 4 % 8 + 8 * j;
+        int const line = i * kPackedRows + thread / 32 * 16 + thread / 4 % 8 + 8 * j;
         halves[j] = reinterpret_cast<uint2 const*>(staged(kColumn, line, block / 2))[block % 2];
         block_scales[j] = scales(kColumn)[TileScales<PackedForm>::offset(line, block)];
       }
