@@ -171,10 +171,9 @@ class TileQuantizeSpec:
     """Quantizer of x, of its transpose, or of both from one read (templates/include/fp4gemm/quantize_tile.hpp).
 
     ``scaling``: it reads amaxes (``amax``) or decode multipliers (``given``). ``rows`` and ``columns`` are the scale
-    layouts of the result and of the transposed one, or VALUES, code * block scale as exact bf16, or PREPACKED;
-    None: not made.
-    ``hadamard``: the mask with which the transposed one is transformed, RECIPE_SIGNS, or ANY_SIGNS, one that is given
-    at launch; ``stochastic`` rounds both so; ``square``: one block scale for 16 x 16 values.
+    layouts of the result and of the transposed one, or VALUES, code * block scale as exact bf16, or PREPACKED; None:
+    not made. ``hadamard``: the mask with which the transposed one is transformed, RECIPE_SIGNS, or ANY_SIGNS, one that
+    is given at launch; ``stochastic`` rounds both so; ``square``: one block scale for 16 x 16 values.
     ``vectorized``: rows of x are contiguous and 16-byte aligned. ``ctas``: that an SM has room for. ``gradient``: x is
     multiplied by the derivative of this activation first."""
 

@@ -20,11 +20,11 @@ template <class First, class Second> struct Select<false, First, Second> {
   using Type = Second;
 };
 
-// One result [lines, blocks * 16]: its lines are rows of x, or columns for the transpose.
+// One result [lines, blocks * 16]: its lines are rows of x, or columns for the transpose. Values are bf16 of that shape, the
+// packed form is uint8 [ceil(lines / 64), ceil(blocks / 4), 2304]; neither has block scales of its own.
 struct TileOutput {
-  uint8_t*
-      data;  // uint8 [lines, blocks * 8]; values: bf16 [lines, blocks * 16]; or packed, [ceil(lines / 64), ceil(blocks / 4), 2304]
-  uint8_t* block_scale;  // in the layout, padding included; 16-byte aligned, as is data; unused without a layout
+  uint8_t* data;  // uint8 [lines, blocks * 8], or one of these
+  uint8_t* block_scale;  // in the layout, padding included; 16-byte aligned, as is data
   float* outer_scale;  // [lines], or [1]
   float const* scale_in;  // amaxes, or decode multipliers: [lines], or [1]
 };
