@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import TypeVar
 
+import torch
 from torch import Tensor
 
 from fp4gemm import calls, reference, select, tile_calls
@@ -35,8 +36,8 @@ def resolved(args: QuantizeArguments) -> QuantizeArguments:
     if args.sf_layout not in (LEFT, RIGHT):
         return args
     device, form = args.source.device, VALUES if args.sf_layout == LEFT else PREPACKED
-    hopper = device.type == "cuda" and select.arch_of(device.index) == "sm_90a"
-    return args._replace(sf_layout=form if hopper else "128x4")
+    real = device.type == "cuda" and torch.cuda.is_available()  # a fake tensor's may be on another machine
+    return args._replace(sf_layout=form if real and select.arch_of(device.index) == "sm_90a" else "128x4")
 
 
 def run_into(out: FP4Tensor, args: QuantizeArguments, noop: Tensor | None) -> None:

@@ -162,6 +162,7 @@ def gradients(
     needed."""
     (rows, columns), db = _gradient_forms(dy, wt is not None, xt is not None, needs_bias, recipe)
     dx = None if wt is None else ops.product(rows, wt, None, x_dtype)
+    del rows  # as many bytes as dy, which dw does not need
     dw = None if xt is None else _weight_gradient(columns, xt, w_dtype or x_dtype, owner)
     return dx, dw, db
 
@@ -201,7 +202,10 @@ def _weight_gradient(dyt: Any, xt: Any, dtype: torch.dtype, owner: Tensor | None
     if owner is None:
         return _product(dyt, xt, dtype)
     main = owner.main_grad  # type: ignore[attr-defined]
-    if not isinstance(dyt, Tensor) and main.dtype == torch.float32:
+    if tuple(main.shape) != tuple(owner.shape) or main.device != owner.device:
+        expected = f"shape {list(owner.shape)} on {owner.device} (those of the weight)"
+        raise ValueError(f"main_grad: expected {expected}, got {list(main.shape)} on {main.device}")
+    if not isinstance(dyt, Tensor) and main.dtype == torch.float32 and 1 in main.stride():
         ops.product(dyt, xt, None, torch.float32, c=main, out=main)
     else:
         main.add_(_product(dyt, xt, torch.float32))

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
+from fp4gemm.formats import PREPACKED, VALUES
 from fp4gemm.spec.common import short, thread_problem
 from fp4gemm.spec.quantize import QuantizeSpec, TileAmaxSpec, TileQuantizeSpec
 
@@ -64,8 +65,12 @@ class GroupSpec:
         kernel = self.kernel
         if problem := kernel.why_not():
             return problem
-        if isinstance(kernel, TileQuantizeSpec) and kernel.square:
-            return "square: got True, expected 1 x 16 blocks in a group"
+        if isinstance(kernel, TileQuantizeSpec):
+            if kernel.square:
+                return "square: got True, expected 1 x 16 blocks in a group"
+            for way, form in (("rows", kernel.rows), ("columns", kernel.columns)):
+                if form in (VALUES, PREPACKED):
+                    return f"{way}: got {form!r}, expected a scale layout or None in a group"
         if isinstance(kernel, QuantizeSpec):
             options = (kernel.adaptive, kernel.residual, kernel.gathered, kernel.noop, kernel.producer)
             if any(options) or kernel.output != "packed":

@@ -306,6 +306,8 @@ def test_what_is_selected_is_possible_and_named_apart(arch):
         (GroupSpec(QuantizeSpec("sm_80", "bf16", "per_row", "te", "128x4", 128, 4, 4)), "arch: got 'sm_80'"),
         (GroupSpec(QuantizeSpec("sm_90a", "bf16", "per_row", "te", "128x4", 128, 4, 4, noop=True)), "kernel: expected"),
         (GroupSpec(TileQuantizeSpec("sm_90a", "bf16", "amax", "te", "linear", None, square=True)), "square: got True"),
+        (GroupSpec(TileQuantizeSpec("sm_90a", "bf16", "amax", "te", "values", None)), "rows: got 'values'"),
+        (GroupSpec(TileQuantizeSpec("sm_90a", "bf16", "amax", "te", "linear", "sm90")), "columns: got 'sm90'"),
         (GroupSpec(TileAmaxSpec("sm_90a", "e4m3", True, True, gradient="relu")), "gradient: got one of e4m3"),
         (GroupSpec(TileAmaxSpec("sm_90a", "bf16", True, True, gradient="tanh")), "gradient: got 'tanh'"),
         (GroupSpec(TileAmaxSpec("sm_90a", "bf16", True, True), uniform=True), "uniform: got True"),

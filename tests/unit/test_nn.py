@@ -234,6 +234,20 @@ def test_main_grad_accumulates(recipe):
     assert bias.grad is not None
 
 
+@pytest.mark.parametrize("recipe", [per_token(), w4a16()], ids=["per_token", "w4a16"])
+def test_main_grad_of_another_shape_is_an_error_and_of_other_strides_is_not(recipe):
+    x, w, _, dy = nn_cases.problem((17, 33, 70), CPU)
+    for shape in ((3, 70), (70, 33), (1, 70), (33,)):
+        w.main_grad = torch.zeros(shape)
+        with pytest.raises(ValueError, match=r"main_grad: expected shape \[33, 70\] on cpu"):
+            linear(x, w, None, recipe).backward(dy)
+    w.main_grad = torch.zeros(33, 140)[:, ::2]
+    linear(x, w, None, recipe).backward(dy)
+    strided, w.main_grad = w.main_grad, torch.zeros(33, 70)
+    linear(x, w, None, recipe).backward(dy)
+    assert torch.equal(strided, w.main_grad)
+
+
 @pytest.mark.parametrize("zero_out", [False, True])
 def test_main_grad_as_megatron_has_it(zero_out):
     x, w, _, dy = nn_cases.problem((17, 33, 70), CPU)

@@ -31,6 +31,7 @@ def test_on_a_cpu_they_are_nvfp4(rows, columns, sides):
 def test_on_hopper_they_are_what_its_gemms_read(monkeypatch):
     """To a tracer, which runs no kernel."""
     monkeypatch.setattr(select, "arch_of", lambda index: "sm_90a")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     with FakeTensorMode():
         x = torch.empty(40, 70, device="cuda", dtype=torch.bfloat16)
         left, right = quantize_operands(x, True, True, scaling="per_row", sides=(LEFT, RIGHT))
@@ -42,6 +43,15 @@ def test_on_hopper_they_are_what_its_gemms_read(monkeypatch):
         assert isinstance(alone, Activations)
         assert (alone.values.shape, alone.outer_scale.shape) == ((70, 48), ())
         assert ops.product(alone, right, None, torch.float32).shape == (70, 70)
+
+
+def test_a_tracer_without_a_gpu_needs_none(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with FakeTensorMode():
+        x = torch.empty(40, 70, device="cuda", dtype=torch.bfloat16)
+        for t in quantize_operands(x, True, True, scaling="per_row", sides=(LEFT, RIGHT)):
+            assert isinstance(t, FP4Tensor)
+            assert (t.device.type, t.prepacked) == ("cuda", None)
 
 
 def test_values_and_the_prepacked_form_of_the_reference():
