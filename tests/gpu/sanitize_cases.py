@@ -28,7 +28,10 @@ import torch  # noqa: E402
 
 import fp4gemm  # noqa: E402
 from fp4gemm import calls, reference, search, select  # noqa: E402
-from fp4gemm.formats import PRODUCERS, SF_LAYOUTS  # noqa: E402
+from fp4gemm.engine import Activations  # noqa: E402
+from fp4gemm.formats import LEFT, PREPACKED, PRODUCERS, RIGHT, SF_LAYOUTS, VALUES  # noqa: E402
+from fp4gemm.operands import quantize_operands  # noqa: E402
+from fp4gemm.reference.arguments import check_quantize_both  # noqa: E402
 from fp4gemm.spec import check  # noqa: E402
 
 SHAPES = ((1, 16), (5, 33), (130, 272))
@@ -159,6 +162,29 @@ def values_cases(device: torch.device) -> Iterator[str]:
             what = f"values {rows}x{k} given {outer is not None}"
             cases.assert_same_bits(got[:, :k], reference.dequantize(want, torch.bfloat16, outer=False), what)
             yield what
+
+
+def operands_cases(device: torch.device) -> Iterator[str]:
+    """Values and the prepacked form, both ways, whole and ragged tiles, with noise and the Hadamard transform."""
+    if device.type != "cuda":
+        return
+    forms = {LEFT: VALUES, RIGHT: PREPACKED}
+    given = {"convention": None, "block": (1, 16), "outer_scale": None, "adaptive": None, "amax": None}
+    options = ({"scaling": "per_row", "hadamard": None}, {"scaling": "per_tensor", "hadamard": 0xACE1})
+    for (rows, k), sides, chosen, noisy in product(
+        ((1, 16), (5, 33), (130, 272), (256, 128)), ((LEFT, RIGHT), (RIGHT, LEFT)), options, (False, True)
+    ):
+        x, what = torch.randn(rows, k).bfloat16(), f"operands {rows}x{k} {sides} {chosen} noise {noisy}"
+        seed = torch.tensor([rows]) if noisy else None
+        args = check_quantize_both(x, sf_layout="128x4", transposed_sf_layout=None, seed=seed, **given, **chosen)
+        on_device = None if seed is None else seed.to(device)
+        both = quantize_operands(x.to(device), True, True, seed=on_device, sides=sides, **chosen)
+        for got, side, each in zip(both, sides, args, strict=True):
+            data, _, outer = reference.quantize_operand(each._replace(sf_layout=forms[side]))
+            values = got.values if isinstance(got, Activations) else got.data
+            cases.assert_same_bits(values, data, what)
+            cases.assert_same_bits(got.outer_scale, outer, what)
+        yield what
 
 
 def gemm_cases(device: torch.device) -> Iterator[str]:
@@ -305,6 +331,7 @@ SUITES = {
         dequantize_cases,
         packed_cases,
         values_cases,
+        operands_cases,
         gemm_cases,
         engine_cases,
         stream_k_cases,

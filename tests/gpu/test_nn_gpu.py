@@ -8,6 +8,7 @@ from pathlib import Path
 import gpu_cases as cases
 import pytest
 import torch
+from torch._dynamo.testing import CompileCounterWithBackend
 
 sys.path.insert(0, str(Path(__file__).parent))
 import nn_cases
@@ -78,6 +79,26 @@ def test_compiled_block(name: str, backend: str, device: torch.device) -> None:
         expected, compiled = model(x), torch.compile(model, fullgraph=True, backend=backend)
         assert nn_cases.relative_error(compiled(x), expected) < 0.05
         assert nn_cases.relative_error(compiled(x), expected) < 0.05
+
+
+def test_compiled_for_any_number_of_tokens(device: torch.device) -> None:
+    """One trace for all of them, forward and backward; the bits of the layer that is not compiled."""
+    torch._dynamo.reset()
+    layer = Linear(128, 96, recipe=nn_cases.RECIPES["per_token"]).to(device, torch.bfloat16)
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(layer, fullgraph=True, dynamic=True, backend=counter)
+    for tokens in (40, 64, 100, 300, 33):
+        x, dy = (torch.randn(tokens, n, device=device).bfloat16() for n in (128, 96))
+        results = []
+        for run in (layer, compiled):
+            layer.zero_grad()
+            leaf = x.clone().requires_grad_()
+            y = run(leaf)
+            y.backward(dy)
+            results.append((y.detach(), leaf.grad, layer.weight.grad, layer.bias.grad))
+        for got, want in zip(*reversed(results), strict=True):
+            cases.assert_same_bits(got, want, f"{tokens} tokens")
+    assert counter.frame_count == 1
 
 
 def _training_graph(model: torch.nn.Module, x: torch.Tensor) -> tuple[torch.cuda.CUDAGraph, torch.Tensor]:

@@ -9,7 +9,7 @@ from torch.autograd import forward_ad
 from torch.utils import _pytree as pytree
 
 import fp4gemm
-from fp4gemm import ops, reference
+from fp4gemm import gemm_library, reference
 from fp4gemm.formats import SF_LAYOUTS
 
 M, N, K = 5, 7, 40  # nothing is a multiple of a block
@@ -476,7 +476,7 @@ def plain(x):
 
 
 def prepacked():
-    return ops._flat(reference.quantize(values(N, K, seed=1)).prepack())
+    return gemm_library.flat(reference.quantize(values(N, K, seed=1)).prepack())
 
 
 @pytest.mark.parametrize(
@@ -509,7 +509,7 @@ def prepacked():
         (
             "quantize_out",
             lambda x, w, bias: (
-                *ops._flat(fp4gemm.quantize(-x))[:3],
+                *gemm_library.flat(fp4gemm.quantize(-x))[:3],
                 *(torch.tensor(False), x, False, "128x4", "te_per_token", 1, None, None, None, None, 1),
             ),
         ),
@@ -539,14 +539,14 @@ def prepacked():
         (
             "quantize_gemm",
             lambda x, w, bias: (
-                *(x[:, :32], *ops._flat(reference.quantize(values(N, 32), residual=16)), N),
+                *(x[:, :32], *gemm_library.flat(reference.quantize(values(N, 32), residual=16)), N),
                 *(None, torch.float32, None, 16, torch.arange(32)),
             ),
         ),
     ],
 )
 def test_opcheck(x, w, bias, name, arguments):
-    """``w`` and the helpers below are operands as ``ops._flat`` passes them."""
+    """``w`` and the helpers below are operands as ``gemm_library.flat`` passes them."""
     # Not test_schema: it compares every tensor with a copy, for which float8 lacks an operation.
     checks = ("test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")
     kind = w.sf_layout if name == "dequantize" else ":" + w.sf_layout
